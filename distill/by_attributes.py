@@ -1,0 +1,76 @@
+"""Trains the judge: a classifier of every attribute of the shapes scenes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch.nn import functional as F
+
+from edgeflash import shapes
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Method
+
+from .judge import HELD_OUT_SEED, Judge, look
+from .stage import Batch, Player, Stage, Terms, Workshop, average
+
+
+class Attributes(Method):
+    """Cross-entropy of each head, on pictures softened and shifted a little.
+
+    Distilled pictures are softer than renders, and the judge must read them as well: a share of
+    every batch is blurred by resampling.
+    """
+
+    widths: tuple[int, ...] = Field((32, 64, 96, 128), description="channels at each resolution")
+    features: int = Field(128, ge=8, description="width of the layer FD is measured on")
+    soften: float = Field(0.5, ge=0, le=1, description="share of pictures that are blurred")
+
+    def begin(self, shop: Workshop) -> Stage:
+        labels = shop.store.labels
+        if labels is None:
+            raise EdgeflashError("method 'attributes' needs [data] kind = 'shapes'")
+        torch.manual_seed(0)
+        judge = Judge(self.widths, self.features).to(shop.device)
+
+        def batch(indices: np.ndarray) -> Batch:
+            known = torch.from_numpy(labels[indices])
+            return {"pictures": shop.store.pictures(indices), "labels": known}
+
+        def loss(network: Judge, batch: Batch, generator: torch.Generator) -> Terms:
+            logits, _ = network(self._soften(batch["pictures"], generator))
+            heads = zip(shapes.HEADS, logits, batch["labels"].T, strict=True)
+            return {name: _loss(out.float(), known) for name, out, known in heads}
+
+        return Stage(
+            players={"judge": Player(judge, loss)},
+            batch=batch,
+            results={"judge": judge},
+            averages={"judge": average(judge, self.ema)} if self.ema else {},
+            finish=_held_out_accuracy,
+        )
+
+    def _soften(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        small = int(torch.randint(32, 64, (), generator=generator))
+        blurred = F.interpolate(x, (small, small), mode="bilinear", antialias=True)
+        blurred = F.interpolate(blurred, x.shape[-2:], mode="bilinear")
+        noise = torch.randn(x.shape, generator=generator).to(x.device) * 0.03
+        chosen = torch.rand(len(x), generator=generator).to(x.device) < self.soften
+        return torch.where(chosen[:, None, None, None], blurred, x) + noise
+
+
+def _loss(logits: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, known, ignore_index=-1)
+
+
+def _held_out_accuracy(networks: dict[str, Any]) -> dict[str, float]:
+    """Share right per attribute on 4,000 held-out renders."""
+    pictures, _, known = shapes.batch(HELD_OUT_SEED, range(4000))
+    found, _ = look(networks["judge"].eval(), pictures)
+    told = {}
+    for column, name in enumerate(shapes.HEADS):
+        there = known[:, column] >= 0
+        told[f"accuracy_{name}"] = float((found == known)[there, column].mean())
+    return told

@@ -1,0 +1,305 @@
+"""The training loop. It knows no method: players take turns, averages follow, checkpoints fall.
+
+Every random number comes from a generator seeded by (seed, step) and every batch from a permutation
+seeded by (seed, epoch), so there is no random state to save, and a run that was killed and resumed
+is bit-identical on a CPU to one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Method
+
+from .stage import Player, Stage, Terms
+
+CHECKPOINT_SECONDS = 300
+LOG_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage went: optimizer steps done, seconds spent training, last logged loss terms."""
+
+    steps: int
+    seconds: float
+    terms: dict[str, float]
+    finished: dict[str, float]
+
+
+class _Turn:
+    """A player with the optimizer and learning-rate course the options ask for."""
+
+    def __init__(self, player: Player, options: Method, accelerator: Accelerator) -> None:
+        rate = player.learning_rate or options.learning_rate
+        weights = [p for p in player.network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=options.weight_decay)
+        course = get_scheduler(
+            "constant_with_warmup" if options.decay == "constant" else options.decay,
+            optimizer,
+            num_warmup_steps=options.warmup_steps,
+            num_training_steps=math.ceil(options.steps / player.every),
+        )
+        self.player = player
+        self.network, self.optimizer, self.course = accelerator.prepare(
+            player.network, optimizer, course
+        )
+
+
+def train(
+    stage: Stage,
+    options: Method,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    samples: int,
+    seed: int,
+    label: str,
+) -> Outcome:
+    """Trains one stage to its end, from its last checkpoint if there is one.
+
+    Args:
+        stage: players, batches and averages.
+        options: steps, rates and the like.
+        folder: holds `checkpoint/` and `metrics.jsonl`.
+        samples: how many samples the store has; an epoch's permutation is over them.
+        seed: decides every draw.
+        label: what the progress line calls the stage.
+
+    Raises:
+        EdgeflashError: interrupted (a checkpoint was written), or a loss that is not finite.
+    """
+    turns = {name: _Turn(player, options, accelerator) for name, player in stage.players.items()}
+    for average in stage.averages.values():
+        accelerator.register_for_checkpointing(average.to(accelerator.device))
+    state = _restore(accelerator, folder)
+    clock = _Clock(state["seconds"])
+    order = Order(samples, options.batch_size, seed)
+    terms: dict[str, float] = state["terms"]
+    step = int(state["step"])
+    with ExitStack() as stack:
+        log = stack.enter_context(_metrics(folder, step))
+        advance = stack.enter_context(_progress(label, options, step))
+        stack.callback(accelerator.free_memory)
+        try:
+            while step < options.steps and not clock.over(options.minutes):
+                terms = _step(stage, turns, options, accelerator, order.indices(step), seed, step)
+                step += 1
+                advance(step, terms, clock)
+                if step % LOG_STEPS == 0 or step == options.steps:
+                    log(step, terms, clock.seconds)
+                if clock.due(CHECKPOINT_SECONDS):
+                    _save(accelerator, folder, step, clock.seconds, terms)
+        except KeyboardInterrupt:
+            _save(accelerator, folder, step, clock.seconds, terms)
+            raise EdgeflashError(
+                f"interrupted at step {step} of {options.steps} of {label}; "
+                "run the same command again to go on from there"
+            ) from None
+        finished = stage.finish({k: accelerator.unwrap_model(v) for k, v in stage.final().items()})
+    return Outcome(step, clock.seconds, terms, finished)
+
+
+def _step(
+    stage: Stage,
+    turns: dict[str, _Turn],
+    options: Method,
+    accelerator: Accelerator,
+    indices: np.ndarray,
+    seed: int,
+    step: int,
+) -> dict[str, float]:
+    """One step of every player whose turn it is; returns the mean of each loss term."""
+    generator = generator_for(seed, step)
+    told: dict[str, float] = {}
+    batches = [stage.batch(part) for part in np.array_split(indices, options.accumulate)]
+    for name, turn in turns.items():
+        if step % turn.player.every:
+            continue
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(turn.network):
+                terms = _loss(turn, batch, generator, options, accelerator)
+                _check_finite(terms, name, step)
+                accelerator.backward(torch.stack(list(terms.values())).sum() / len(batches))
+            for term, value in terms.items():
+                key = term if len(turns) == 1 else f"{name}/{term}"
+                told[key] = told.get(key, 0.0) + value.item() / len(batches)
+        accelerator.clip_grad_norm_(turn.network.parameters(), options.clip_norm)
+        turn.optimizer.step()
+        turn.course.step()
+        for other in turns.values():  # a generator's loss also reaches its critic's weights
+            other.optimizer.zero_grad()
+    for component, average in stage.averages.items():
+        average.update_parameters(stage.results[component])
+    return told
+
+
+def _loss(
+    turn: _Turn,
+    batch: dict[str, torch.Tensor],
+    generator: torch.Generator,
+    options: Method,
+    accelerator: Accelerator,
+) -> Terms:
+    moved = {key: value.to(accelerator.device) for key, value in batch.items()}
+    with torch.autocast(
+        accelerator.device.type, torch.bfloat16, enabled=options.precision == "bf16"
+    ):
+        return turn.player.loss(turn.network, moved, generator)
+
+
+def _check_finite(terms: Terms, player: str, step: int) -> None:
+    for term, value in terms.items():
+        if not torch.isfinite(value):
+            raise EdgeflashError(
+                f"loss term {term!r} of {player!r} is {value.item()} at step {step}; the last "
+                "checkpoint is kept: lower learning_rate, or set precision = 'fp32'"
+            )
+
+
+def generator_for(seed: int, step: int) -> torch.Generator:
+    """The generator of one step, on the CPU so that every device draws the same numbers."""
+    words = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+
+class Order:
+    """Which samples each step sees: a fresh permutation an epoch, a function of (seed, step)."""
+
+    def __init__(self, samples: int, batch_size: int, seed: int) -> None:
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
+
+    def indices(self, step: int) -> np.ndarray:
+        """int64 [batch_size]; every sample once an epoch, across step boundaries."""
+        first = step * self.batch_size
+        return np.array([self._at(i) for i in range(first, first + self.batch_size)])
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, self.samples)
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            self._epoch, self._permutation = epoch, rng.permutation(self.samples)
+        return int(self._permutation[place])
+
+
+class _Clock:
+    """Training time, summed over resumptions, and the time since the last checkpoint."""
+
+    def __init__(self, before_seconds: float) -> None:
+        self._start = time.monotonic() - before_seconds
+        self._checkpoint = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def over(self, minutes: float | None) -> bool:
+        return minutes is not None and self.seconds >= minutes * 60
+
+    def due(self, seconds: float) -> bool:
+        if time.monotonic() - self._checkpoint < seconds:
+            return False
+        self._checkpoint = time.monotonic()
+        return True
+
+
+def _save(
+    accelerator: Accelerator, folder: Path, step: int, seconds: float, terms: dict[str, float]
+) -> None:
+    """Writes `checkpoint/` through a temporary folder, so that a kill leaves the older one."""
+    draft, final, old = (folder / f"checkpoint{tail}" for tail in (".new", "", ".old"))
+    shutil.rmtree(draft, ignore_errors=True)
+    accelerator.save_state(str(draft))
+    if accelerator.is_main_process:
+        progress = {"step": step, "seconds": seconds, "terms": terms}
+        (draft / "progress.json").write_text(json.dumps(progress))
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        draft.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _restore(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
+    """Loads the last whole checkpoint; step 0 when there is none."""
+    for name in ("checkpoint", "checkpoint.old"):
+        if (folder / name / "progress.json").is_file():
+            accelerator.load_state(str(folder / name))
+            return dict(json.loads((folder / name / "progress.json").read_text()))
+    return {"step": 0, "seconds": 0.0, "terms": {}}
+
+
+@contextmanager
+def _metrics(folder: Path, start: int) -> Iterator[Callable[[int, dict[str, float], float], None]]:
+    """Writes `metrics.jsonl` and TensorBoard events; lines after the checkpoint are cut off."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    path = folder / "metrics.jsonl"
+    kept = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in kept if json.loads(line)["step"] <= start]
+    path.write_text("".join(line + "\n" for line in kept))
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
+    with path.open("a") as stream:
+
+        def log(step: int, terms: dict[str, float], seconds: float) -> None:
+            stream.write(json.dumps({"step": step, "seconds": round(seconds, 2), **terms}) + "\n")
+            stream.flush()
+            for name, value in terms.items():
+                board.add_scalar(name, value, step)
+
+        yield log
+    board.close()
+
+
+@contextmanager
+def _progress(
+    label: str, options: Method, start: int
+) -> Iterator[Callable[[int, dict[str, float], _Clock], None]]:
+    """A bar on a terminal; where there is none, a line every half minute."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[told]}"),
+    )
+    told_at = time.monotonic()
+    with Progress(
+        *columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty()
+    ) as bar:
+        task = bar.add_task(label, total=options.steps, completed=start, told="")
+
+        def advance(step: int, terms: dict[str, float], clock: _Clock) -> None:
+            nonlocal told_at
+            told = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+            bar.update(task, completed=step, told=told)
+            if bar.disable and time.monotonic() - told_at > 30:
+                told_at = time.monotonic()
+                left = clock.seconds / step * (options.steps - step)
+                if options.minutes is not None:
+                    left = min(left, options.minutes * 60 - clock.seconds)
+                line = f"{label}: step {step}/{options.steps}, {left / 60:.0f} min left, {told}"
+                print(line, file=sys.stderr, flush=True)
+
+        yield advance

@@ -1,0 +1,91 @@
+"""The noising process: q(x_t | x_0) and the conversions between what networks predict.
+
+x_t = alpha_t x_0 + sigma_t eps, with alpha_t = sqrt(abar_t) and alpha_t^2 + sigma_t^2 = 1. None of
+this goes through a scheduler, whose state depends on timesteps set earlier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from edgeflash.errors import EdgeflashError
+
+
+@dataclass(frozen=True)
+class Process:
+    """A variance-preserving process with 1000 training timesteps or as many as it has.
+
+    Attributes:
+        abar: cumulative product of alphas, float32 [T].
+        predicts: what the network's output is: "epsilon", "v_prediction" or "sample".
+    """
+
+    abar: Tensor
+    predicts: Literal["epsilon", "v_prediction", "sample"]
+
+    @classmethod
+    def of(cls, folder: Path, device: torch.device) -> Process:
+        """The process a diffusers folder's scheduler config describes.
+
+        Raises:
+            EdgeflashError: a scheduler without a variance-preserving noise schedule.
+        """
+        from diffusers import DDPMScheduler
+
+        config = DDPMScheduler.load_config(str(folder / "scheduler"))
+        if "beta_schedule" not in config:
+            name = config.get("_class_name")
+            raise EdgeflashError(f"{folder / 'scheduler'}: {name} has no variance-preserving noise")
+        keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        keep += ("prediction_type", "rescale_betas_zero_snr")
+        scheduler = DDPMScheduler(**{k: config[k] for k in keep if k in config})
+        return cls(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type)
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.abar)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha_t for timesteps int64 [n], as [n, 1, 1, 1]."""
+        return self.abar[t].sqrt()[:, None, None, None]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """sigma_t for timesteps int64 [n], as [n, 1, 1, 1]."""
+        return (1 - self.abar[t]).sqrt()[:, None, None, None]
+
+    def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0), all [n, c, h, w]."""
+        return self.alpha(t) * x_0 + self.sigma(t) * eps
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should put out."""
+        if self.predicts == "epsilon":
+            return eps
+        if self.predicts == "sample":
+            return x_0
+        return self.alpha(t) * eps - self.sigma(t) * x_0  # v, arXiv 2202.00512 app. D
+
+    def x_0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean sample that an output means, [n, c, h, w]."""
+        if self.predicts == "epsilon":
+            return (x_t - self.sigma(t) * output) / self.alpha(t)
+        if self.predicts == "sample":
+            return output
+        return self.alpha(t) * x_t - self.sigma(t) * output
+
+    def eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that an output means, [n, c, h, w]."""
+        if self.predicts == "epsilon":
+            return output
+        if self.predicts == "sample":
+            return (x_t - self.alpha(t) * output) / self.sigma(t)
+        return self.alpha(t) * output + self.sigma(t) * x_t
+
+    def ddim(self, x_0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
+        """x_s on the straight line through x_0 and eps: one DDIM step to timestep s."""
+        return self.alpha(s) * x_0 + self.sigma(s) * eps

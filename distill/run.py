@@ -1,0 +1,176 @@
+"""Runs a recipe: stage after stage, resumable, to a finished student folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+
+from edgeflash.bundle import fresh_folder
+from edgeflash.errors import EdgeflashError
+from edgeflash.recipe import Recipe
+from edgeflash.roles import Method
+
+from .data import Store, open_store
+from .loop import Outcome, train
+from .stage import Stage, Workshop
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "edgeflash" / "models"
+
+
+def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Path:
+    """Trains every stage of a recipe and writes the student folder.
+
+    Stages, checkpoints, caches and logs lie in ``out`` + ".run"; a second call with the same recipe
+    goes on where the first one stopped, and refuses to when the recipe has changed.
+
+    Args:
+        recipe: the recipe.
+        out: the student folder to write; replaced when it exists.
+
+    Raises:
+        EdgeflashError: a teacher that cannot be opened, a changed recipe, or an interruption.
+    """
+    console = console or Console(stderr=True)
+    methods = recipe.methods()
+    work = out.parent / f"{out.name}.run"
+    work.mkdir(parents=True, exist_ok=True)
+    _same_recipe(recipe, work)
+    teacher = locate_teacher(recipe.teacher) if recipe.teacher else None
+    base = locate_teacher(recipe.base) if recipe.base else teacher
+    accelerator = Accelerator()
+    store = open_store(recipe.data, recipe.seed, work / "cache")
+    student = base or _empty(work / "0-empty")
+    told: list[dict[str, Any]] = []
+    for number, (spec, method) in enumerate(zip(recipe.stage, methods, strict=True), 1):
+        folder = work / f"{number}-{spec.by}"
+        label = f"{number}/{len(methods)} {spec.by}"
+        if not (folder / "outcome.json").exists():
+            folder.mkdir(exist_ok=True)
+            shop = Workshop(teacher, student, store, folder, accelerator.device)
+            _run_stage(method, shop, accelerator, recipe.seed + number, label)
+        told.append({"by": spec.by} | json.loads((folder / "outcome.json").read_text()))
+        console.print(_line(label, told[-1]), highlight=False)
+        student = folder / "student"
+    with fresh_folder(out) as draft:
+        copy_folder(student, draft)
+        _write_manifest(recipe, teacher, told, draft)
+    return out
+
+
+def _run_stage(
+    method: Method, shop: Workshop, accelerator: Accelerator, seed: int, label: str
+) -> None:
+    """Trains one stage and writes its student and `outcome.json`, the mark that it is done."""
+    stage = method.begin(shop)
+    outcome = train(
+        stage, method, shop.folder, accelerator, samples=len(shop.store), seed=seed, label=label
+    )
+    if accelerator.is_main_process:
+        with fresh_folder(shop.folder / "student") as draft:
+            copy_folder(shop.student, draft, leave=set(stage.final()))
+            _save_components(stage, draft)
+        (shop.folder / "outcome.json").write_text(json.dumps(_told(outcome), indent=1))
+        shutil.rmtree(shop.folder / "checkpoint", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    accelerator._custom_objects.clear()  # free_memory leaves the averages of this stage registered
+
+
+def _told(outcome: Outcome) -> dict[str, Any]:
+    figures = {k: round(v, 5) for k, v in (outcome.terms | outcome.finished).items()}
+    return {"steps": outcome.steps, "seconds": round(outcome.seconds, 1), **figures}
+
+
+def _line(label: str, told: dict[str, Any]) -> str:
+    figures = "  ".join(f"{k} {v:.4g}" for k, v in told.items() if isinstance(v, float))
+    return f"{label}: {told['steps']} steps  {figures}"
+
+
+def _save_components(stage: Stage, draft: Path) -> None:
+    """Saves the stage's networks into a diffusers folder and names their classes in its index."""
+    index_path = draft / "model_index.json"
+    index = json.loads(index_path.read_text())
+    for name, network in stage.final().items():
+        network.save_pretrained(str(draft / name))  # type: ignore[operator]
+        library = type(network).__module__.partition(".")[0]
+        index[name] = [library, type(network).__name__]
+    index_path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _empty(folder: Path) -> Path:
+    """A diffusers folder with nothing in it yet, for recipes that start from no teacher."""
+    folder.mkdir(exist_ok=True)
+    index = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None]}
+    index |= {"feature_extractor": [None, None], "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder
+
+
+def copy_folder(source: Path, target: Path, leave: set[str] | None = None) -> None:
+    """Copies a folder's files, as hard links where the disk can, but for components in ``leave``."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if path.is_dir() or relative.parts[0] in (leave or ()):
+            continue
+        goal = target / relative
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            shutil.copyfile(path, goal)  # small, and rewritten by later stages
+            continue
+        try:
+            os.link(path.resolve(), goal)
+        except OSError:
+            shutil.copyfile(path, goal)
+
+
+def locate_teacher(name: str) -> Path:
+    """The folder of a teacher: 'embedded', a diffusers folder, or a hub id in the local cache.
+
+    Raises:
+        EdgeflashError: none of these.
+    """
+    if name == "embedded":
+        return EMBEDDED / "shapes-teacher"
+    if (Path(name) / "model_index.json").is_file():
+        return Path(name)
+    if Path(name).exists():
+        raise EdgeflashError(f"{name}: no diffusers folder (model_index.json is missing)")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name))
+    except Exception as error:
+        why = str(error).splitlines()[0]
+        raise EdgeflashError(
+            f"teacher {name!r}: no such folder, and the hub does not give it ({why})"
+        ) from None
+
+
+def _same_recipe(recipe: Recipe, work: Path) -> None:
+    """Remembers the recipe of a run, and refuses to go on with another one."""
+    path = work / "recipe.json"
+    now = recipe.resolved()
+    if not path.exists():
+        path.write_text(json.dumps(now, indent=1))
+        return
+    before = json.loads(path.read_text())
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    if changed:
+        raise EdgeflashError(
+            f"{work}: was begun with another recipe (changed: {', '.join(changed)}); "
+            "choose another --out, or delete that folder to start afresh"
+        )
+
+
+def _write_manifest(
+    recipe: Recipe, teacher: Path | None, told: list[dict[str, Any]], draft: Path
+) -> None:
+    raise EdgeflashError("student manifests are not written yet")

@@ -1,0 +1,84 @@
+"""What a method hands to the training loop, and what it finds in the workshop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .data import Store
+
+Batch = dict[str, Tensor]
+Terms = dict[str, Tensor]  # the loss is their sum
+Loss = Callable[[Any, Batch, torch.Generator], Terms]
+
+
+@dataclass
+class Player:
+    """Networks that one optimizer moves, and the loss it moves them by.
+
+    ``loss(network, batch, generator)`` is given the network as the accelerator wrapped it, and
+    draws every random number from ``generator``, which is seeded by the step: that is what makes a
+    resumed run equal to an uninterrupted one.
+    """
+
+    network: nn.Module
+    loss: Loss
+    learning_rate: float | None = None  # None: the method's
+    every: int = 1  # takes its turn at every so many steps
+
+
+@dataclass
+class Stage:
+    """One stage of training, built by `Method.begin`.
+
+    Attributes:
+        players: who takes turns, in this order; one for plain training, two for adversarial.
+        batch: the samples of given indices, as the losses want them.
+        results: component of the student -> network that becomes it.
+        averages: component -> exponential moving average of its network; saved in its stead.
+        after_step: called after each step, for what is neither a loss nor an average.
+        finish: called once on the networks about to be saved; its figures go to the log.
+    """
+
+    players: dict[str, Player]
+    batch: Callable[[np.ndarray], Batch]
+    results: dict[str, nn.Module]
+    averages: dict[str, AveragedModel] = field(default_factory=dict)
+    finish: Callable[[dict[str, Any]], dict[str, float]] = lambda _: {}
+
+    def final(self) -> dict[str, nn.Module]:
+        """The networks to save: averages where they are kept."""
+        averaged = {name: average.module for name, average in self.averages.items()}
+        return self.results | averaged
+
+
+@dataclass
+class Workshop:
+    """What lies ready for a method: teacher, the student so far, data, and a place to write.
+
+    Attributes:
+        teacher: diffusers folder of the recipe's teacher; None when training from nothing.
+        student: diffusers folder of the student as earlier stages left it.
+        store: the data, with latents and conditioning cached.
+        folder: scratch folder of this stage.
+        device: where networks live.
+    """
+
+    teacher: Path | None
+    student: Path
+    store: Store
+    folder: Path
+    device: torch.device
+
+
+def average(network: nn.Module, decay: float) -> AveragedModel:
+    """A copy of ``network`` that the loop moves by avg <- decay * avg + (1 - decay) * network."""
+    copy = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    return copy.requires_grad_(False).eval()

@@ -1,0 +1,286 @@
+"""The bundle: the folder an app ships, with its manifest `edgeflash.json`.
+
+Everything a runtime must know stands in the manifest: which file holds which component, what each
+tensor means, how a prompt becomes token ids, the sampler as tables of numbers. A native app reads
+it with any JSON parser. Nothing in it is secret and no path is absolute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.schedule import Guidance, Schedule
+
+MANIFEST = "edgeflash.json"
+FORMAT_VERSION = 1
+
+
+class Part(BaseModel):
+    """Base of everything in the manifest: frozen, and unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(Part):
+    """One input or output of a component.
+
+    ``role`` says what a runtime must feed or may read, whatever the tensor is called: sample [n, c,
+    h, w], timestep (rank 0 or [n]), conditioning [n, s, d], guidance (the w-embedding) [n, d],
+    tokens [n, s], prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W]. A dimension that
+    is a string is free.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    layout: str = ""  # "NCHW", "NHWC", "NSC" …; empty where it means nothing
+    low: float | None = None  # value range, where it is a promise
+    high: float | None = None
+
+
+class File(Part):
+    path: str  # relative to the bundle, forward slashes
+    bytes: int
+    sha256: str
+
+
+class Component(Part):
+    """A network of the bundle: text_encoder, unet, vae_decoder or vae_encoder."""
+
+    name: str
+    target: str
+    precision: str
+    files: tuple[File, ...]  # the one to open first
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def input(self, role: str) -> TensorSpec | None:
+        """The input that plays a role; None when the component has none (a folded timestep)."""
+        return next((spec for spec in self.inputs if spec.role == role), None)
+
+    def output(self, role: str) -> TensorSpec:
+        found = next((spec for spec in self.outputs if spec.role == role), None)
+        if found is None:
+            raise EdgeflashError(f"component {self.name!r} has no output of role {role!r}")
+        return found
+
+
+class Tokenizer(Part):
+    kind: Literal["clip"]
+    folder: str  # holds vocab.json and merges.txt, and tokenizer.json
+    max_length: int
+    start_id: int
+    end_id: int
+    pad_id: int
+
+
+class Latent(Part):
+    channels: int
+    downsampling: int  # image pixels per latent cell along one side
+    scale: float  # the decoder is fed latent / scale + shift
+    shift: float = 0.0
+
+
+class Image(Part):
+    height: int  # px; what the bundle was captured and checked at
+    width: int
+
+
+class Golden(Part):
+    """One prompt whose whole way was recorded in torch, for the parity ladder on the device."""
+
+    prompt: str
+    seed: int
+    steps: int
+    token_ids: tuple[int, ...]
+    noise_sha256: str  # of the float32 little-endian bytes of x[0] / init
+    latent_mean: float
+    latent_std: float
+    tensors: str  # safetensors file of recorded inputs and outputs, relative path
+    thumbnail: str  # 64-px PNG, relative path
+
+
+class Figure(Part):
+    """One rung of the parity ladder on one component."""
+
+    rung: Literal["L0", "L1", "L2", "L3", "L4"]
+    component: str  # "pipeline" for L3 and L4
+    metric: str  # psnr_db, cosine, relative_l2, delta_ratio, ssim
+    value: float
+    floor: float | None = None
+    ceiling: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        low = self.floor is None or self.value >= self.floor
+        return low and (self.ceiling is None or self.value <= self.ceiling)
+
+
+class Lineage(Part):
+    teacher: str | None = None
+    recipe_sha256: str | None = None
+    student_sha256: str | None = None
+    tools: dict[str, str] = {}
+    weights_licence: str | None = None
+
+
+class Manifest(Part):
+    format_version: int = FORMAT_VERSION
+    kind: Literal["bundle"] = "bundle"
+    family: str
+    name: str
+    components: tuple[Component, ...]
+    tokenizer: Tokenizer
+    latent: Latent
+    image: Image
+    schedules: dict[int, Schedule]  # by number of steps
+    default_steps: int
+    guidance: Guidance
+    parity: tuple[Figure, ...] = ()
+    goldens: tuple[Golden, ...] = ()
+    files: tuple[File, ...] = ()  # all others: tokenizer, goldens, configs of the ecosystem
+    lineage: Lineage = Lineage()
+
+
+class Bundle:
+    """An opened bundle folder.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it says of itself.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: Path | str, *, check: Literal["size", "sha256"] = "size") -> Bundle:
+        """Reads the manifest and verifies that every file is there, by size or by hash.
+
+        Raises:
+            EdgeflashError: no bundle, a newer format, or a missing, truncated or altered file.
+        """
+        folder = Path(folder)
+        manifest = parse_manifest(Manifest, read_manifest(folder, "bundle"), folder)
+        bundle = cls(folder, manifest)
+        for file in bundle.files():
+            check_file(folder, file, check)
+        return bundle
+
+    def files(self) -> Iterator[File]:
+        """Every file of the bundle but the manifest."""
+        for component in self.manifest.components:
+            yield from component.files
+        yield from self.manifest.files
+
+    def component(self, name: str) -> Component:
+        for component in self.manifest.components:
+            if component.name == name:
+                return component
+        have = ", ".join(c.name for c in self.manifest.components)
+        raise EdgeflashError(f"{self.folder}: bundle has no component {name!r} (has: {have})")
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk of all files that ship, without the manifest."""
+        return sum(file.bytes for file in self.files())
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The JSON of `edgeflash.json`, after the checks that every kind of folder shares."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise EdgeflashError(f"{folder}: no {kind} folder ({MANIFEST} is missing)")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EdgeflashError(f"{path}: not readable as JSON ({error}); export it again") from None
+    version = data.get("format_version", 0) if isinstance(data, dict) else 0
+    if version > FORMAT_VERSION:
+        raise EdgeflashError(
+            f"{path}: format {version} is newer than this edgeflash reads ({FORMAT_VERSION}): "
+            "pip install -U edgeflash"
+        )
+    if not isinstance(data, dict) or data.get("kind") != kind:
+        found = data.get("kind") if isinstance(data, dict) else type(data).__name__
+        raise EdgeflashError(f"{path}: is a {found}, not a {kind}")
+    return data
+
+
+def parse_manifest(model: type[Any], data: dict[str, Any], folder: Path) -> Any:
+    """``model.model_validate(data)``, its complaint as one line that names the field."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise EdgeflashError(f"{folder / MANIFEST}: field {field}: {first['msg']}") from None
+
+
+def describe_file(folder: Path, relative: str) -> File:
+    path = folder / relative
+    return File(path=relative, bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def check_file(folder: Path, file: File, how: Literal["size", "sha256"]) -> None:
+    path = folder / file.path
+    if not path.is_file():
+        raise EdgeflashError(f"{path}: missing; the manifest lists it ({file.bytes} bytes)")
+    if path.stat().st_size != file.bytes:
+        raise EdgeflashError(
+            f"{path}: {path.stat().st_size} bytes where the manifest says {file.bytes}: "
+            "truncated or altered; copy or export it again"
+        )
+    if how == "sha256" and (found := sha256_of(path)) != file.sha256:
+        raise EdgeflashError(
+            f"{path}: altered: sha256 expected {file.sha256}, found {found}; copy it again"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that takes its place only when the block succeeds.
+
+    Files are flushed to disk before the rename, and an older ``out`` gives way at the end, so that
+    nothing half-written can be mistaken for finished.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield draft
+        for path in draft.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        draft.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / out.name)
+            draft.rename(out)
+            shutil.rmtree(old)
+        else:
+            draft.rename(out)
+    except OSError as error:
+        if error.errno == 28:
+            raise EdgeflashError(f"{out}: disk full; free some space and run again") from None
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,121 @@
+"""The recipe: one TOML file that says how a student and its bundles are made."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.roles import Method
+from edgeflash.shelf import make
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(_Table):
+    """Where the captioned pictures come from."""
+
+    kind: Literal["shapes", "folder", "shards"] = "shapes"
+    path: str | None = Field(None, description="folder, or shard pattern like 'data/{000..009}.tar'")
+    samples: int = Field(20_000, ge=1, description="how many are used at the most")
+    size_px: int = Field(64, ge=8, description="side of the square pictures")
+
+
+class StageSpec(_Table):
+    """One stage: the method's name, and its options as the method itself declares them."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    by: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Sampling(_Table):
+    """How the finished student samples: written into its folder."""
+
+    steps: tuple[int, ...] = Field((1, 2, 4), description="step counts to ship schedules for")
+    default_steps: int = 4
+    guidance: Literal["none", "cfg"] = "none"
+    guidance_scale: float = 1.0
+
+
+class ExportSpec(_Table):
+    to: str
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+
+
+class Recipe(_Table):
+    """A whole recipe, frozen. ``floors`` overrides parity floors, by metric name."""
+
+    name: str
+    teacher: str | None = Field(None, description="diffusers folder, hub id, or 'embedded'")
+    base: str | None = Field(None, description="folder the student starts from; default the teacher")
+    seed: int = Field(0, ge=0)
+    licence: str | None = Field(None, description="licence of the weights that come out")
+    data: Data = Data()
+    stage: tuple[StageSpec, ...] = Field(min_length=1)
+    sampling: Sampling | None = None
+    export: tuple[ExportSpec, ...] = ()
+    floors: dict[str, float] = {}
+
+    def methods(self) -> list[Method]:
+        """The stages as methods with every option resolved."""
+        return [make(Method, stage.by, stage.options) for stage in self.stage]
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain data: what ``--dry-run`` prints."""
+        plain = self.model_dump(mode="json", exclude_none=True)
+        stages = zip(self.stage, self.methods(), strict=True)
+        plain["stage"] = [
+            {"by": s.by} | m.model_dump(mode="json", exclude_none=True) for s, m in stages
+        ]
+        return plain
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the recipe as written, defaults left out."""
+        text = self.model_dump_json(exclude_defaults=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads and checks a recipe.
+
+    Raises:
+        EdgeflashError: not there, not TOML, or a key or value that is not known.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EdgeflashError(f"{path}: no such recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EdgeflashError(f"{path}: not TOML: {error}") from None
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        *table, field = first["loc"]
+        where = ".".join(map(str, table))
+        if first["type"] == "extra_forbidden":
+            known = _fields_at(table)
+            raise unknown(f"key in {path}{f' [{where}]' if where else ''}:", str(field), known) from None
+        raise EdgeflashError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _fields_at(table: list[Any]) -> list[str]:
+    """Names a table of the recipe may hold."""
+    tables: dict[str, type[BaseModel]] = {
+        "data": Data,
+        "sampling": Sampling,
+        "export": ExportSpec,
+        "stage": StageSpec,
+    }
+    return list(tables.get(str(table[0]) if table else "", Recipe).model_fields)

@@ -1,0 +1,90 @@
+"""The four roles a plug-in can play. Read this file first, then one `by_`, `to_` and `on_` file.
+
+A plug-in is one file and one frozen pydantic class: its fields are its options, each with a default,
+a range and one line of description. It names the packages it ``needs``, so that they are looked for
+before anything heavy is imported. Heavy imports stand inside the functions that use them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from edgeflash.bundle import Component
+    from edgeflash.distill.stage import Stage, Workshop
+    from edgeflash.export.capture import Captured
+
+Array = NDArray[Any]
+
+
+class Plugin(BaseModel):
+    """What all plug-ins share: options are fields, unknown options are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    needs: ClassVar[tuple[str, ...]] = ()
+
+
+class Method(Plugin, ABC):
+    """Trains one stage of a recipe: ``distill/by_<name>.py``."""
+
+    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "accelerate")
+
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")
+    batch_size: int = Field(16, ge=1, description="samples a step, over all processes")
+    accumulate: int = Field(1, ge=1, description="micro-batches a step is cut into")
+    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    decay: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="course of the learning rate after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(1e-2, ge=0, description="AdamW's decoupled weight decay")
+    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average kept; 0: none")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast of the networks")
+
+    @abstractmethod
+    def begin(self, shop: Workshop) -> Stage:
+        """Builds the networks, losses and batches of this stage."""
+
+
+class Target(Plugin, ABC):
+    """Lowers one captured component to one vendor's format: ``export/to_<name>.py``."""
+
+    runtime: ClassVar[str]  # the runtime that opens what this writes, for the parity ladder
+
+    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of weights and sums")
+
+    @abstractmethod
+    def lower(self, captured: Captured, out: Path) -> list[Path]:
+        """Writes one component below ``out`` and returns its files, the one to open first."""
+
+
+class Runtime(Plugin, ABC):
+    """Opens lowered components: ``runtimes/on_<name>.py``. Imports no torch at module level."""
+
+    opens: ClassVar[tuple[str, ...]]  # names of the targets it can open
+
+    @abstractmethod
+    def open(self, folder: Path, component: Component) -> Session:
+        """Loads one component of the bundle in ``folder``."""
+
+
+class Session(ABC):
+    """One loaded component: named arrays in, named arrays out."""
+
+    device: str = "cpu"  # what it runs on, in its vendor's words, for the report
+
+    @abstractmethod
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, np.ndarray[Any, Any]]:
+        """Runs once. Shapes and dtypes are those of the component's tensor specs."""
+
+    def close(self) -> None:  # noqa: B027 - most sessions free everything with the object
+        """Gives the memory back; the session is not used again."""
