@@ -76,7 +76,7 @@ class Autoencoder(Method):
 @torch.no_grad()
 def _measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float]:
     """Sets the scaling factor to 1 / std of the latents, and tells the reconstruction's PSNR."""
-    chunks = pictures.split(64)
+    chunks = torch.split(pictures, 64)
     latents = [vae.encode(x).latent_dist.mean for x in chunks]
     scale = 1 / torch.cat(latents).std().item()
     vae.register_to_config(scaling_factor=scale)

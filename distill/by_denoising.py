@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from pydantic import Field
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from edgeflash.roles import Method
 
+from .encoded import cached_latents, token_ids
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .vocabulary import SmallClipTokenizer
@@ -30,6 +28,7 @@ class Denoising(Method):
     """
 
     widths: tuple[int, ...] = Field((64, 128), description="UNet channels at each resolution")
+    attention: tuple[bool, ...] = Field((True, True), description="transformers at each resolution")
     layers_per_block: int = Field(2, ge=1, description="resnet and transformer pairs per block")
     heads: int = Field(4, ge=1, description="attention heads of UNet and text encoder")
     text_width: int = Field(128, ge=8, description="width of the text encoder")
@@ -39,6 +38,12 @@ class Denoising(Method):
         "v_prediction", description="what the UNet puts out"
     )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions, for CFG")
+
+    @model_validator(mode="after")
+    def _one_for_each(self) -> Denoising:
+        if len(self.widths) != len(self.attention):
+            raise ValueError(f"{len(self.widths)} widths but {len(self.attention)} attention flags")
+        return self
 
     def begin(self, shop: Workshop) -> Stage:
         torch.manual_seed(0)
@@ -60,7 +65,9 @@ class Denoising(Method):
             eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
             t = torch.randint(process.timesteps, (count,), generator=generator).to(x_0.device)
             empty = torch.rand(count, generator=generator) < self.caption_dropout
-            tokens = torch.where(empty[:, None].to(x_0.device), ids[-1].to(x_0.device), batch["ids"])
+            tokens = torch.where(
+                empty[:, None].to(x_0.device), ids[-1].to(x_0.device), batch["ids"]
+            )
             output = network(process.noised(x_0, eps, t), t, tokens)
             return {"denoising": F.mse_loss(output.float(), process.target(x_0, eps, t))}
 
@@ -101,14 +108,14 @@ class Denoising(Method):
         )
 
     def unet(self, latent_channels: int, latent_size: int) -> UNet2DConditionModel:
-        depth = len(self.widths)
+        kinds = ["CrossAttn" if there else "" for there in self.attention]
         return UNet2DConditionModel(
             sample_size=latent_size,
             in_channels=latent_channels,
             out_channels=latent_channels,
             block_out_channels=self.widths,
-            down_block_types=("CrossAttnDownBlock2D",) * depth,
-            up_block_types=("CrossAttnUpBlock2D",) * depth,
+            down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+            up_block_types=tuple(f"{kind}UpBlock2D" for kind in kinds[::-1]),
             layers_per_block=self.layers_per_block,
             cross_attention_dim=self.text_width,
             attention_head_dim=self.heads,  # diffusers' old name for the number of heads
@@ -126,37 +133,3 @@ class _TextDenoiser(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         output: Tensor = self.unet(x_t, t, self.text_encoder(ids)[0]).sample
         return output
-
-
-def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """int64 [n, max_tokens], padded and cut."""
-    distinct = list(dict.fromkeys(captions))
-    told = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt")
-    row = {caption: i for i, caption in enumerate(distinct)}
-    ids: Tensor = told.input_ids[[row[c] for c in captions]]
-    return ids
-
-
-def cached_latents(shop: Workshop) -> Callable[[np.ndarray], Tensor]:
-    """Scaled latents of the store's pictures, [n, c, h, w] float32, encoded once.
-
-    The posterior's mean is kept: its standard deviation is a hundredth of the latents'.
-    """
-    folder = (shop.teacher or shop.student) / "vae"
-    vae = AutoencoderKL.from_pretrained(str(folder)).to(shop.device).eval()
-    scale = vae.config.scaling_factor
-
-    @torch.no_grad()
-    def encode(indices: np.ndarray) -> Tensor:
-        pictures = shop.store.pictures(indices).to(shop.device)
-        means = [vae.encode(x).latent_dist.mean for x in pictures.split(50)]
-        return torch.cat(means) * scale
-
-    return shop.store.cached(f"latents {_weights_key(folder)}", encode)
-
-
-def _weights_key(folder: Path) -> str:
-    """Identifies a component by its config and the size and time of its weights."""
-    weights = sorted(folder.glob("*.safetensors"))
-    told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
-    return json.dumps([(folder / "config.json").read_text(), told])

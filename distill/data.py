@@ -100,7 +100,8 @@ def open_store(data: Data, seed: int, folder: Path) -> Store:
 def _pack(source: Iterator[tuple[np.ndarray, str, Any]], data: Data, home: Path) -> None:
     shape = (data.samples, data.size_px, data.size_px, 3)
     packed = np.lib.format.open_memmap(home / "pictures.new", "w+", np.uint8, shape)
-    captions, labels = [], []
+    captions: list[str] = []
+    labels: list[Any] = []
     for picture, caption, label in source:
         packed[len(captions)] = picture
         captions.append(caption)
@@ -120,7 +121,9 @@ def _pack(source: Iterator[tuple[np.ndarray, str, Any]], data: Data, home: Path)
 
 def _from_shapes(data: Data, seed: int) -> Iterator[tuple[np.ndarray, str, Any]]:
     if data.size_px != shapes.SIZE_PX:
-        raise EdgeflashError(f"[data] size_px: the shapes are {shapes.SIZE_PX} px, not {data.size_px}")
+        raise EdgeflashError(
+            f"[data] size_px: the shapes are {shapes.SIZE_PX} px, not {data.size_px}"
+        )
     for start in range(0, data.samples, CHUNK):
         chunk = range(start, min(start + CHUNK, data.samples))
         pictures, captions, labels = shapes.batch(seed, chunk)
@@ -170,7 +173,9 @@ def _from_shards(data: Data, seed: int) -> Iterator[tuple[np.ndarray, str, Any]]
             raw = next((sample[k] for k in sample if f".{k.lower()}" in IMAGES), None)
             picture = _read_picture(raw, data.size_px) if raw is not None else None
             if caption is None or picture is None:
-                skips.add(sample["__key__"], "no caption" if caption is None else "unreadable picture")
+                skips.add(
+                    sample["__key__"], "no caption" if caption is None else "unreadable picture"
+                )
                 continue
             skips.good += 1
             yield picture, caption, None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,19 +19,19 @@ HELD_OUT_SEED = 1_000_003  # no recipe trains on this stream of scenes
 
 
 class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Convolutions down to 4 x 4, one hidden layer, one linear head per attribute of `shapes.HEADS`.
+    """Convolutions down to 4 x 4, a hidden layer, a linear head per attribute of `shapes.HEADS`.
 
     Pooling is left out on purpose: most attributes depend on where things are.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, widths: Sequence[int] = (32, 64, 96, 128), features: int = 128) -> None:
         super().__init__()
         layers: list[nn.Module] = [_stride(3, widths[0], 1)]
         for before, after in zip(widths, [*widths[1:], widths[-1]], strict=True):
             layers.append(_stride(before, after, 2))
         self.body = nn.Sequential(*layers)
-        self.features = nn.Linear(widths[-1] * 16, features)
+        self.hidden = nn.Linear(widths[-1] * 16, features)
         self.heads = nn.Linear(features, sum(map(len, shapes.HEADS.values())))
 
     def forward(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -41,15 +40,13 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Args:
             pictures: float [n, 3, 64, 64] in [-1, 1].
         """
-        features = nn.functional.silu(self.features(self.body(pictures).flatten(1)))
+        features = nn.functional.silu(self.hidden(self.body(pictures).flatten(1)))
         logits = self.heads(features).split(list(map(len, shapes.HEADS.values())), 1)
         return list(logits), features
 
 
 def _stride(before: int, after: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU()
-    )
+    return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU())
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,8 @@ class Verdict:
 
 def load_judge() -> Judge:
     judge: Judge = Judge.from_pretrained(str(EMBEDDED / "shapes-judge" / "judge"))
-    return judge.float().eval()
+    judge.float().eval()
+    return judge
 
 
 def held_out_captions(count: int) -> list[shapes.Caption]:

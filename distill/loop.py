@@ -24,7 +24,6 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
@@ -88,7 +87,7 @@ def train(
         EdgeflashError: interrupted (a checkpoint was written), or a loss that is not finite.
     """
     turns = {name: _Turn(player, options, accelerator) for name, player in stage.players.items()}
-    for average in stage.averages.values():
+    for average in (*stage.averages.values(), *(average for average, _ in stage.targets)):
         accelerator.register_for_checkpointing(average.to(accelerator.device))
     state = _restore(accelerator, folder)
     clock = _Clock(state["seconds"])
@@ -114,7 +113,7 @@ def train(
                 f"interrupted at step {step} of {options.steps} of {label}; "
                 "run the same command again to go on from there"
             ) from None
-        finished = stage.finish({k: accelerator.unwrap_model(v) for k, v in stage.final().items()})
+        finished = stage.finish(stage.final())
     return Outcome(step, clock.seconds, terms, finished)
 
 
@@ -150,6 +149,8 @@ def _step(
             other.optimizer.zero_grad()
     for component, average in stage.averages.items():
         average.update_parameters(stage.results[component])
+    for average, network in stage.targets:
+        average.update_parameters(network)
     return told
 
 

@@ -15,6 +15,16 @@ from torch import Tensor
 
 from edgeflash.errors import EdgeflashError
 
+NOISE = (  # what of a scheduler's config describes the noise, and not the sampler
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
 
 @dataclass(frozen=True)
 class Process:
@@ -41,9 +51,7 @@ class Process:
         if "beta_schedule" not in config:
             name = config.get("_class_name")
             raise EdgeflashError(f"{folder / 'scheduler'}: {name} has no variance-preserving noise")
-        keep = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        keep += ("prediction_type", "rescale_betas_zero_snr")
-        scheduler = DDPMScheduler(**{k: config[k] for k in keep if k in config})
+        scheduler = DDPMScheduler(**{k: config[k] for k in NOISE if k in config})
         return cls(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type)
 
     @property

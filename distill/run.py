@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 
@@ -17,8 +16,10 @@ from edgeflash.bundle import fresh_folder
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
+from edgeflash.schedule import Guidance
+from edgeflash.student import StudentLineage, folder_sha256, write_manifest
 
-from .data import Store, open_store
+from .data import open_store
 from .loop import Outcome, train
 from .stage import Stage, Workshop
 
@@ -99,7 +100,7 @@ def _save_components(stage: Stage, draft: Path) -> None:
     index_path = draft / "model_index.json"
     index = json.loads(index_path.read_text())
     for name, network in stage.final().items():
-        network.save_pretrained(str(draft / name))  # type: ignore[operator]
+        network.save_pretrained(str(draft / name))
         library = type(network).__module__.partition(".")[0]
         index[name] = [library, type(network).__name__]
     index_path.write_text(json.dumps(index, indent=2) + "\n")
@@ -108,14 +109,15 @@ def _save_components(stage: Stage, draft: Path) -> None:
 def _empty(folder: Path) -> Path:
     """A diffusers folder with nothing in it yet, for recipes that start from no teacher."""
     folder.mkdir(exist_ok=True)
-    index = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None]}
-    index |= {"feature_extractor": [None, None], "requires_safety_checker": False}
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {"requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
 
 
 def copy_folder(source: Path, target: Path, leave: set[str] | None = None) -> None:
-    """Copies a folder's files, as hard links where the disk can, but for components in ``leave``."""
+    """Copies files, as hard links where the disk can, but for components in ``leave``."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if path.is_dir() or relative.parts[0] in (leave or ()):
@@ -173,4 +175,22 @@ def _same_recipe(recipe: Recipe, work: Path) -> None:
 def _write_manifest(
     recipe: Recipe, teacher: Path | None, told: list[dict[str, Any]], draft: Path
 ) -> None:
-    raise EdgeflashError("student manifests are not written yet")
+    """Adds `edgeflash.json` to a finished student; folders that cannot sample get none."""
+    if recipe.sampling is None:
+        return
+    sampling = recipe.sampling
+    lineage = StudentLineage(
+        teacher=folder_sha256(teacher) if teacher else None,
+        recipe_sha256=recipe.sha256,
+        stages=tuple(told),
+        seconds=sum(stage["seconds"] for stage in told),
+        tools={name: version(name) for name in ("edgeflash", "torch", "diffusers", "transformers")},
+        weights_licence=recipe.licence,
+    )
+    write_manifest(
+        draft,
+        steps=sampling.steps,
+        default_steps=sampling.default_steps,
+        guidance=Guidance(kind=sampling.guidance, scale=sampling.guidance_scale),
+        lineage=lineage,
+    )

@@ -41,20 +41,21 @@ class Stage:
     Attributes:
         players: who takes turns, in this order; one for plain training, two for adversarial.
         batch: the samples of given indices, as the losses want them.
-        results: component of the student -> network that becomes it.
+        results: component of the student -> network, tokenizer or scheduler that becomes it.
         averages: component -> exponential moving average of its network; saved in its stead.
-        after_step: called after each step, for what is neither a loss nor an average.
+        targets: averages that a loss looks at, with the network each one follows; not saved.
         finish: called once on the networks about to be saved; its figures go to the log.
     """
 
     players: dict[str, Player]
     batch: Callable[[np.ndarray], Batch]
-    results: dict[str, nn.Module]
+    results: dict[str, Any]
     averages: dict[str, AveragedModel] = field(default_factory=dict)
+    targets: list[tuple[AveragedModel, nn.Module]] = field(default_factory=list)
     finish: Callable[[dict[str, Any]], dict[str, float]] = lambda _: {}
 
-    def final(self) -> dict[str, nn.Module]:
-        """The networks to save: averages where they are kept."""
+    def final(self) -> dict[str, Any]:
+        """What to save, everything with a ``save_pretrained``: averages where they are kept."""
         averaged = {name: average.module for name, average in self.averages.items()}
         return self.results | averaged
 
@@ -80,5 +81,6 @@ class Workshop:
 
 def average(network: nn.Module, decay: float) -> AveragedModel:
     """A copy of ``network`` that the loop moves by avg <- decay * avg + (1 - decay) * network."""
-    copy = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    copy = AveragedModel(network, multi_avg_fn=average_fn, use_buffers=True)
     return copy.requires_grad_(False).eval()

@@ -31,9 +31,7 @@ class SmallClipTokenizer:
         self.max_length = max_length
 
     def build(self) -> CLIPTokenizer:
-        return CLIPTokenizer(
-            vocab=self.vocab, merges=self.merges, model_max_length=self.max_length
-        )
+        return CLIPTokenizer(vocab=self.vocab, merges=self.merges, model_max_length=self.max_length)
 
     def save_pretrained(self, folder: str) -> None:
         """Writes tokenizer.json and config, and the vocab.json and merges.txt that apps read."""

@@ -35,10 +35,10 @@ class Part(BaseModel):
 class TensorSpec(Part):
     """One input or output of a component.
 
-    ``role`` says what a runtime must feed or may read, whatever the tensor is called: sample [n, c,
-    h, w], timestep (rank 0 or [n]), conditioning [n, s, d], guidance (the w-embedding) [n, d],
-    tokens [n, s], prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W]. A dimension that
-    is a string is free.
+    ``role`` says what a runtime must feed or may read, whatever it is called: tokens [n, s],
+    conditioning [n, s, d], sample [n, c, h, w], timestep (rank 0 or [n]), guidance (the
+    w-embedding) [n, d], prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W]. A
+    dimension that is a string is free.
     """
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,9 @@ class Data(_Table):
     """Where the captioned pictures come from."""
 
     kind: Literal["shapes", "folder", "shards"] = "shapes"
-    path: str | None = Field(None, description="folder, or shard pattern like 'data/{000..009}.tar'")
+    path: str | None = Field(
+        None, description="folder, or shard pattern like 'data/{000..009}.tar'"
+    )
     samples: int = Field(20_000, ge=1, description="how many are used at the most")
     size_px: int = Field(64, ge=8, description="side of the square pictures")
 
@@ -57,7 +60,9 @@ class Recipe(_Table):
 
     name: str
     teacher: str | None = Field(None, description="diffusers folder, hub id, or 'embedded'")
-    base: str | None = Field(None, description="folder the student starts from; default the teacher")
+    base: str | None = Field(
+        None, description="folder the student starts from; default the teacher"
+    )
     seed: int = Field(0, ge=0)
     licence: str | None = Field(None, description="licence of the weights that come out")
     data: Data = Data()
@@ -98,16 +103,46 @@ def read_recipe(path: Path) -> Recipe:
         raise EdgeflashError(f"{path}: no such recipe") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise EdgeflashError(f"{path}: not TOML: {error}") from None
+    return recipe_of(data, str(path))
+
+
+def recipe_of(data: dict[str, Any], where: str) -> Recipe:
+    """A recipe from plain data; ``where`` it came from goes into the complaint.
+
+    Raises:
+        EdgeflashError: a key or value that is not known.
+    """
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        *table, field = first["loc"]
-        where = ".".join(map(str, table))
+        *table, field = first["loc"] or ("",)
         if first["type"] == "extra_forbidden":
-            known = _fields_at(table)
-            raise unknown(f"key in {path}{f' [{where}]' if where else ''}:", str(field), known) from None
-        raise EdgeflashError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            inside = f" [{'.'.join(map(str, table))}]" if table else ""
+            raise unknown(f"key in {where}{inside}:", str(field), _fields_at(table)) from None
+        place = ".".join(map(str, first["loc"]))
+        raise EdgeflashError(f"{where}: {place}: {first['msg']}") from None
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by its path, or a shipped one by its name.
+
+    Raises:
+        EdgeflashError: neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {path.stem: path for path in recipes_folder().glob("*.toml")}
+    if name not in shipped:
+        raise unknown("recipe file or shipped recipe", name, shipped)
+    return shipped[name]
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes lie; found without importing the room, which loads torch."""
+    spec = importlib.util.find_spec("edgeflash.distill")
+    assert spec is not None and spec.origin
+    return Path(spec.origin).parent / "recipes"
 
 
 def _fields_at(table: list[Any]) -> list[str]:

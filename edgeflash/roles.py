@@ -1,8 +1,9 @@
 """The four roles a plug-in can play. Read this file first, then one `by_`, `to_` and `on_` file.
 
-A plug-in is one file and one frozen pydantic class: its fields are its options, each with a default,
-a range and one line of description. It names the packages it ``needs``, so that they are looked for
-before anything heavy is imported. Heavy imports stand inside the functions that use them.
+A plug-in is one file and one frozen pydantic class: its fields are its options, each with a
+default, a range and one line of description. It names the packages it ``needs``, so that they are
+looked for before anything heavy is imported. Targets and runtimes import heavy packages inside the
+functions that use them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from edgeflash.bundle import Component
     from edgeflash.distill.stage import Stage, Workshop
     from edgeflash.export.capture import Captured
+    from edgeflash.student import Student
 
 Array = NDArray[Any]
 
@@ -65,6 +67,17 @@ class Target(Plugin, ABC):
     @abstractmethod
     def lower(self, captured: Captured, out: Path) -> list[Path]:
         """Writes one component below ``out`` and returns its files, the one to open first."""
+
+    def precision_of(self, component: str) -> str:
+        """The precision it lowers that component to; not every one gains from quantization."""
+        return self.precision
+
+    def furnish(self, student: Student, out: Path) -> None:  # noqa: B027 - most have nothing to add
+        """Adds what the ecosystem's own pipelines look for beside the components."""
+
+    def diverged(self, captured: Captured, out: Path) -> str:
+        """The first operator of a lowered component below ``out`` that went astray; "" if unknown."""
+        return ""
 
 
 class Runtime(Plugin, ABC):

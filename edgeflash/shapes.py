@@ -237,10 +237,10 @@ def _backgrounds(names: list[str], rngs: list[np.random.Generator]) -> Array:
     """Base colour with a faint gradient and waves, float32 [n, 64, 64, 3]."""
     x, y = _grid()
     base = np.array([BACKGROUNDS[name] for name in names], np.float32)[:, None, None]
-    kx, ky, phase, slope_x, slope_y, tint = (
-        np.array([rng.uniform(-1, 1, 6) for rng in rngs], np.float32).T[:, :, None, None]
-    )  # each [n, 1, 1]
-    waves = 0.025 * np.sin(0.5 * (kx * x + ky * y) + np.pi * phase)
+    kx, ky, phase, slope_x, slope_y, tint = np.array(
+        [rng.uniform(-1, 1, 6) for rng in rngs], np.float32
+    ).T[:, :, None, None]  # each [n, 1, 1]
+    waves = 0.025 * np.sin(0.3 * (kx * x + ky * y) + np.pi * phase)
     light = waves + 0.05 * (slope_x * (x - 32) + slope_y * (y - 32)) / 32 + 0.02 * tint
     return np.asarray(base + light[..., None])
 

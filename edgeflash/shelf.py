@@ -60,20 +60,29 @@ def find(role: type[P], name: str, *, check: bool = True) -> type[P]:
     room, prefix = SHELVES[role]
     if name not in names(role):
         raise unknown(role.__name__.lower(), name, names(role))
+    if check:
+        _require(role, name, role)  # methods all need torch, and import it at their top
     module = importlib.import_module(f"edgeflash.{room}.{prefix}{name}")
     found = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, role) and value.__module__ == module.__name__
+        if inspect.isclass(value)
+        and issubclass(value, role)
+        and value.__module__ == module.__name__
     ]
     assert len(found) == 1, f"{module.__name__} holds {len(found)} {role.__name__} classes, not one"
-    if check and (lacking := missing(found[0])):
+    if check:
+        _require(found[0], name, role)
+    return found[0]
+
+
+def _require(plugin: type[Plugin], name: str, role: type[Plugin]) -> None:
+    if lacking := missing(plugin):
         extras = sorted({EXTRAS.get(package, package) for package in lacking})
         raise EdgeflashError(
             f"{role.__name__.lower()} {name!r} needs {', '.join(lacking)}: "
             f"pip install 'edgeflash[{','.join(extras)}]'"
         )
-    return found[0]
 
 
 def make(role: type[P], name: str, options: dict[str, Any], **kwargs: bool) -> P:
@@ -92,3 +101,15 @@ def validated(model: type[P], options: dict[str, Any], where: str) -> P:
         if first["type"] == "extra_forbidden":
             raise unknown(f"option in {where}:", field, model.model_fields) from None
         raise EdgeflashError(f"{where}: {field} = {first['input']!r}: {first['msg']}") from None
+
+
+def opener(target: str) -> str:
+    """The name of the runtime that opens what a target writes.
+
+    Raises:
+        EdgeflashError: none here does.
+    """
+    for name in names(Runtime):
+        if target in find(Runtime, name, check=False).opens:
+            return name
+    raise EdgeflashError(f"no runtime here opens what target {target!r} writes")

@@ -1,0 +1,193 @@
+"""Removes blocks of a UNet, copies the weights that stay, and trains it back to the teacher."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Method
+
+from .encoded import cached_conditioning, cached_latents
+from .process import Process
+from .stage import Batch, Player, Stage, Terms, Workshop, average
+
+Rule = Literal["base", "small", "tiny", "sdxs"]
+
+
+class Blocks(Method):
+    """BK-SDM (arXiv 2305.15798, eq. 1-4) and the UNet of SDXS (arXiv 2403.16627, sec. 3.1).
+
+    L = |target - S|^2 + |T - S|^2 + sum over blocks of |F_T - F_S|^2, each with its weight, on the
+    conditional branch and without guidance. SDXS has no first term: ``denoising_weight = 0``.
+    """
+
+    rule: Rule = Field(
+        "base",
+        description="base: one pair per block; small: and no mid block; tiny: and no innermost "
+        "stage; sdxs: and no transformers at the highest resolution",
+    )
+    denoising_weight: float = Field(1.0, ge=0, description="of the data term")
+    output_weight: float = Field(1.0, ge=0, description="of the teacher's output")
+    feature_weight: float = Field(1.0, ge=0, description="of the teacher's block outputs")
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions")
+
+    def begin(self, shop: Workshop) -> Stage:
+        if shop.teacher is None:
+            raise EdgeflashError("method 'blocks' needs a teacher in the recipe")
+        torch.manual_seed(0)
+        teacher = _load(shop.teacher).to(shop.device, memory_format=torch.channels_last).eval()
+        student, copied = prune(teacher.requires_grad_(False), self.rule)
+        student.to(shop.device, memory_format=torch.channels_last)
+        process = Process.of(shop.teacher, shop.device)
+        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        pairs = feature_pairs(teacher, student)
+        taught, learnt = Taps([t for t, _ in pairs]), Taps([s for _, s in pairs])
+
+        def batch(indices: np.ndarray) -> Batch:
+            return {"x_0": latents(indices), "c": conditioning(indices)}
+
+        def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+            x_0, count = batch["x_0"], len(batch["x_0"])
+            eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+            t = torch.randint(process.timesteps, (count,), generator=generator).to(x_0.device)
+            empty = torch.rand(count, generator=generator) < self.caption_dropout
+            c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
+            x_t = process.noised(x_0, eps, t)
+            with torch.no_grad():
+                wanted = teacher(x_t, t, c).sample.float()
+            output = network(x_t, t, c).sample.float()
+            features = zip(taught.outputs, learnt.outputs, strict=True)
+            return {
+                "denoising": self.denoising_weight
+                * F.mse_loss(output, process.target(x_0, eps, t)),
+                "output": self.output_weight * F.mse_loss(output, wanted),
+                "features": self.feature_weight
+                * torch.stack([F.mse_loss(s.float(), t.float()) for t, s in features]).sum(),
+            }
+
+        return Stage(
+            players={"student": Player(student, loss)},
+            batch=batch,
+            results={"unet": student},
+            averages={"unet": average(student, self.ema)} if self.ema else {},
+            finish=lambda _: {"copied_share": copied},
+        )
+
+
+def _load(folder: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(str(folder / "unet"), torch_dtype=torch.float32)
+
+
+def pruned_config(config: dict[str, Any], rule: Rule) -> dict[str, Any]:
+    """The config of a UNet after a rule, derived from the teacher's own config.
+
+    Raises:
+        EdgeflashError: a rule that would leave no stage, or nothing to remove.
+    """
+    new = {k: v for k, v in config.items() if not k.startswith("_")}
+    new["layers_per_block"] = 1
+    if rule != "base":
+        new["mid_block_type"] = None
+    if rule in ("tiny", "sdxs"):
+        depth = len(config["down_block_types"])
+        if depth < 2:
+            raise EdgeflashError(f"rule {rule!r}: the teacher's UNet has one stage, none can go")
+        for key, value in config.items():
+            if isinstance(value, (list, tuple)) and len(value) == depth:
+                new[key] = list(value[1:] if key == "up_block_types" else value[:-1])
+    if rule == "sdxs":
+        new["down_block_types"] = ["DownBlock2D", *new["down_block_types"][1:]]
+        new["up_block_types"] = [*new["up_block_types"][:-1], "UpBlock2D"]
+    if all(new[key] == config[key] for key in new):
+        raise EdgeflashError(f"rule {rule!r}: nothing to remove, the teacher is as small already")
+    return new
+
+
+def prune(teacher: UNet2DConditionModel, rule: Rule) -> tuple[UNet2DConditionModel, float]:
+    """A UNet with blocks removed, and the share of its weights that come from the teacher.
+
+    Weights are copied by name; up blocks keep their first and last pair, and count on from the
+    stages removed below them. What fits no teacher tensor keeps its fresh initialisation.
+    """
+    student = UNet2DConditionModel.from_config(pruned_config(dict(teacher.config), rule))
+    dropped = len(teacher.up_blocks) - len(student.up_blocks)
+    theirs, ours = teacher.state_dict(), student.state_dict()
+    copied = 0
+    for name, weight in ours.items():
+        source = theirs.get(teacher_name(name, dropped, len(teacher.up_blocks[-1].resnets) - 1))
+        if source is not None and source.shape == weight.shape:
+            weight.copy_(source)
+            copied += weight.numel()
+    return student, copied / sum(w.numel() for w in ours.values())
+
+
+def teacher_name(name: str, dropped: int, last: int) -> str:
+    """Where a student's tensor comes from.
+
+    Args:
+        name: of the student's tensor.
+        dropped: stages removed at the bottom.
+        last: index of the last pair of the teacher's up blocks.
+    """
+
+    def up(match: re.Match[str]) -> str:
+        block, kind, pair = match.groups()
+        pair = str(last) if kind in ("resnets", "attentions") and pair == "1" else pair
+        return f"up_blocks.{int(block) + dropped}.{kind}.{pair}."
+
+    return re.sub(r"^up_blocks\.(\d+)\.(\w+)\.(\d+)\.", up, name)
+
+
+def feature_pairs(
+    teacher: UNet2DConditionModel, student: UNet2DConditionModel
+) -> list[tuple[nn.Module, nn.Module]]:
+    """Modules of teacher and student whose outputs are compared: every down and up block.
+
+    The innermost down block of a student that lost a stage has no downsampler; the teacher's output
+    before its own downsampler is its match.
+    """
+    dropped = len(teacher.up_blocks) - len(student.up_blocks)
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+    for ours, theirs in zip(student.down_blocks, teacher.down_blocks, strict=False):
+        if ours.downsamplers is None and theirs.downsamplers is not None:
+            pairs.append((_last_layer(theirs), _last_layer(ours)))
+        else:
+            pairs.append((theirs, ours))
+    pairs += zip(teacher.up_blocks[dropped:], student.up_blocks, strict=True)
+    return pairs
+
+
+def _last_layer(block: Any) -> nn.Module:
+    layers = getattr(block, "attentions", None) or block.resnets
+    layer: nn.Module = layers[-1]
+    return layer
+
+
+class Taps:
+    """Keeps what modules put out in the latest forward pass."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._latest: dict[int, Tensor] = {}
+        for place, module in enumerate(modules):
+            module.register_forward_hook(self._hook(place))
+
+    def _hook(self, place: int) -> Any:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            while not isinstance(output, Tensor):  # blocks return tuples, transformers a dataclass
+                output = output[0]
+            self._latest[place] = output
+
+        return keep
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """In the order of the modules."""
+        return [self._latest[place] for place in sorted(self._latest)]

@@ -1,0 +1,122 @@
+"""A tiny decoder and encoder that stand in for the teacher's autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Method
+
+from .discriminators import PatchCritic, hinge_critic
+from .encoded import cached_latents
+from .stage import Batch, Player, Stage, Terms, Workshop, average
+
+
+class Decoder(Method):
+    """SDXS's decoder distillation (arXiv 2403.16627, eq. 5) into an `AutoencoderTiny`.
+
+    L = |down8(G(z)) - down8(x)|_1 + pixel |G(z) - x|_1 + adversarial L_GAN, x the teacher's own
+    decoding of z; SDXS has no pixel term. The encoder learns the teacher's scaled latents by MSE.
+    """
+
+    width: int = Field(64, ge=8, description="channels of every layer")
+    blocks: tuple[int, ...] = Field(
+        (3, 3, 3, 1), description="decoder blocks per resolution, smallest first"
+    )
+    down_weight: float = Field(1.0, ge=0, description="of the L1 on 8x downsampled pictures")
+    pixel_weight: float = Field(1.0, ge=0, description="of the L1 at full resolution")
+    adversarial_weight: float = Field(0.0, ge=0, description="of the hinge critic; 0: no critic")
+    encoder_weight: float = Field(1.0, ge=0, description="of the encoder's MSE on latents")
+
+    def begin(self, shop: Workshop) -> Stage:
+        if shop.teacher is None:
+            raise EdgeflashError("method 'decoder' needs a teacher in the recipe")
+        torch.manual_seed(0)
+        teacher = AutoencoderKL.from_pretrained(
+            str(shop.teacher / "vae"), torch_dtype=torch.float32
+        ).to(shop.device, memory_format=torch.channels_last)
+        teacher.eval().requires_grad_(False)
+        tiny = self.build(teacher.config.latent_channels).to(
+            shop.device, memory_format=torch.channels_last
+        )
+        latents = cached_latents(shop)
+        first = np.arange(min(256, len(shop.store)))
+        critic = PatchCritic().to(shop.device)
+
+        def batch(indices: np.ndarray) -> Batch:
+            return {"z": latents(indices), "pictures": shop.store.pictures(indices)}
+
+        def decoded(z: Tensor) -> Tensor:
+            with torch.no_grad():
+                x: Tensor = teacher.decode(z / teacher.config.scaling_factor).sample
+            return x.float().clamp(-1, 1)
+
+        def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+            z, x = batch["z"], decoded(batch["z"])
+            y, found = (out.float() for out in network(z, batch["pictures"]))
+            terms = {
+                "down8": self.down_weight * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)),
+                "pixel": self.pixel_weight * F.l1_loss(y, x),
+                "encoder": self.encoder_weight * F.mse_loss(found, z),
+            }
+            if self.adversarial_weight:
+                terms["adversarial"] = -self.adversarial_weight * critic(y).float().mean()
+            return terms
+
+        def critic_loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+            with torch.no_grad():
+                y = tiny.decode(batch["z"]).sample.float()
+            real, fake = network(decoded(batch["z"])).float(), network(y).float()
+            return {"critic": hinge_critic(real, fake)}
+
+        players = {"tiny": Player(_Both(tiny), loss)}
+        if self.adversarial_weight:
+            players["critic"] = Player(critic, critic_loss)
+        return Stage(
+            players=players,
+            batch=batch,
+            results={"vae": tiny},
+            averages={"vae": average(tiny, self.ema)} if self.ema else {},
+            finish=lambda networks: _measure(
+                networks["vae"], latents(first).to(shop.device), decoded
+            ),
+        )
+
+    def build(self, latent_channels: int) -> AutoencoderTiny:
+        """TAESD's layers at any width and depth; the encoder mirrors the decoder."""
+        depth = len(self.blocks)
+        return AutoencoderTiny(
+            latent_channels=latent_channels,
+            encoder_block_out_channels=(self.width,) * depth,
+            decoder_block_out_channels=(self.width,) * depth,
+            num_encoder_blocks=self.blocks[::-1],
+            num_decoder_blocks=self.blocks,
+        )
+
+
+class _Both(nn.Module):
+    """Decoder and encoder as one network, so that one wrapper synchronises both."""
+
+    def __init__(self, tiny: AutoencoderTiny) -> None:
+        super().__init__()
+        self.tiny = tiny
+
+    def forward(self, z: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tiny.decode(z).sample, self.tiny.encode(pictures).latents
+
+
+@torch.no_grad()
+def _measure(
+    tiny: AutoencoderTiny, z: Tensor, decoded: Callable[[Tensor], Tensor]
+) -> dict[str, float]:
+    """PSNR of the tiny decoder against the teacher's own, over latents z."""
+    gaps = [tiny.decode(part).sample.clamp(-1, 1) - decoded(part) for part in torch.split(z, 32)]
+    mse = torch.cat(gaps).square().mean((1, 2, 3)) / 4  # on [0, 1]
+    return {"psnr_db": float(-10 * mse.log10().mean())}

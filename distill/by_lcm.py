@@ -1,0 +1,118 @@
+"""Latent consistency distillation: few steps, with the teacher's guidance folded in."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import LCMScheduler, UNet2DConditionModel
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Method
+
+from .encoded import cached_conditioning, cached_latents
+from .process import NOISE, Process
+from .stage import Batch, Player, Stage, Terms, Workshop, average
+from .teacher import guided
+
+SIGMA_DATA = 0.5
+
+
+class LCM(Method):
+    """LCM (arXiv 2310.04378, alg. 1): f(x_t) = f(x_s), x_s one guided teacher DDIM step below x_t.
+
+    The guidance weight w is drawn for each sample and folded in; the student takes no w-embedding
+    and is sampled without guidance. The student keeps an `LCMScheduler`.
+    """
+
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
+    target_ema: float = Field(0.95, ge=0, lt=1, description="decay of the target network")
+    ddim_steps: int = Field(
+        50, ge=2, description="grid of the teacher's solver; the skip is T / it"
+    )
+    w_min: float = Field(3.0, ge=0, description="least guidance weight; CFG's scale is 1 + w")
+    w_max: float = Field(15.0, ge=0, description="greatest guidance weight")
+    huber_c: float = Field(1e-3, gt=0, description="width of the pseudo-Huber loss")
+    timestep_scaling: float = Field(10.0, gt=0, description="in the boundary scalings")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LCM:
+        if self.w_min > self.w_max:
+            raise ValueError(f"w_min {self.w_min} is greater than w_max {self.w_max}")
+        return self
+
+    def begin(self, shop: Workshop) -> Stage:
+        if shop.teacher is None:
+            raise EdgeflashError("method 'lcm' needs a teacher in the recipe")
+        networks = [
+            UNet2DConditionModel.from_pretrained(str(f / "unet"), torch_dtype=torch.float32).to(
+                shop.device, memory_format=torch.channels_last
+            )
+            for f in (shop.teacher, shop.student)
+        ]
+        teacher, student = networks[0].eval().requires_grad_(False), networks[1].train()
+        target = average(student, self.target_ema)
+        process = Process.of(shop.teacher, shop.device)
+        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+
+        def batch(indices: np.ndarray) -> Batch:
+            return {"x_0": latents(indices), "c": conditioning(indices)}
+
+        def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+            x_0, c, count = batch["x_0"], batch["c"], len(batch["x_0"])
+            eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+            n = torch.randint(self.ddim_steps, (count,), generator=generator)
+            w = self.w_min + (self.w_max - self.w_min) * torch.rand(count, generator=generator)
+            t, s = (time.to(x_0.device) for time in self.times(n, process.timesteps))
+            x_t = process.noised(x_0, eps, t)
+            clean, noise = guided(teacher, process, x_t, t, c, nothing, w.to(x_0.device))
+            x_s = process.ddim(clean, noise, s)
+            with torch.no_grad():
+                wanted = self.consistency(target, process, x_s, s, c)
+            return {
+                "consistency": self.huber(self.consistency(network, process, x_t, t, c), wanted)
+            }
+
+        return Stage(
+            players={"student": Player(student, loss)},
+            batch=batch,
+            results={"unet": student, "scheduler": lcm_scheduler(shop.teacher, self)},
+            averages={"unet": average(student, self.ema)} if self.ema else {},
+            targets=[(target, student)],
+        )
+
+    def times(self, n: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
+        """Timestep t of grid entry n, int64, and s one entry below it, which is 0 at the end."""
+        skip = timesteps // self.ddim_steps
+        t = (n + 1) * skip - 1
+        return t, (t - skip).clamp(min=0)
+
+    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """c_skip and c_out, [n, 1, 1, 1]: f(x, 0) = x whatever the network says."""
+        scaled = self.timestep_scaling * t.double()[:, None, None, None]
+        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+        c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
+        return c_skip.float(), c_out.float()
+
+    def consistency(
+        self, unet: nn.Module, process: Process, x: Tensor, t: Tensor, c: Tensor
+    ) -> Tensor:
+        """f(x, t) = c_skip x + c_out x_0(x, t), eq. 9; [n, c, h, w]."""
+        c_skip, c_out = self.scalings(t)
+        return c_skip * x + c_out * process.x_0(unet(x, t, c).sample.float(), x, t)
+
+    def huber(self, a: Tensor, b: Tensor) -> Tensor:
+        """Pseudo-Huber distance, arXiv 2310.14189 eq. 7, mean over elements."""
+        return ((a - b).square() + self.huber_c**2).sqrt().mean() - self.huber_c
+
+
+def lcm_scheduler(teacher: object, options: LCM) -> LCMScheduler:
+    """The sampler the student is made for, with the teacher's betas and the loss's grid."""
+    config = dict(LCMScheduler.load_config(f"{teacher}/scheduler"))
+    return LCMScheduler(
+        **{k: config[k] for k in NOISE if k in config},
+        clip_sample=False,
+        original_inference_steps=options.ddim_steps,
+        timestep_scaling=options.timestep_scaling,
+    )

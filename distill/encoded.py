@@ -1,0 +1,79 @@
+"""What frozen networks make of the data: latents, token ids and conditioning, encoded once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTextModel
+
+from .stage import Workshop
+
+Rows = Callable[[np.ndarray], Tensor]
+
+
+def token_ids(tokenizer: Any, captions: list[str]) -> Tensor:
+    """int64 [n, max_tokens], padded and cut."""
+    distinct = list(dict.fromkeys(captions))
+    told = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt")
+    row = {caption: i for i, caption in enumerate(distinct)}
+    ids: Tensor = told.input_ids[[row[c] for c in captions]]
+    return ids
+
+
+def cached_latents(shop: Workshop) -> Rows:
+    """Scaled latents of the store's pictures, [n, c, h, w] float32, encoded once.
+
+    The posterior's mean is kept: its standard deviation is a hundredth of the latents'.
+    """
+    folder = (shop.teacher or shop.student) / "vae"
+    encode_part = _encoder(folder, shop.device)
+
+    @torch.no_grad()
+    def encode(indices: np.ndarray) -> Tensor:
+        pictures = shop.store.pictures(indices).to(shop.device)
+        return torch.cat([encode_part(x) for x in torch.split(pictures, 50)])
+
+    return shop.store.cached(f"latents {_weights_key(folder)}", encode)
+
+
+def _encoder(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Pictures -> scaled latents, by the autoencoder in a folder, of either class."""
+    if json.loads((folder / "config.json").read_text())["_class_name"] == "AutoencoderTiny":
+        tiny = AutoencoderTiny.from_pretrained(str(folder), torch_dtype=torch.float32).to(device)
+        return lambda x: tiny.encode(x).latents * tiny.config.scaling_factor
+    vae = AutoencoderKL.from_pretrained(str(folder), torch_dtype=torch.float32).to(device).eval()
+    return lambda x: vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
+    """Text encoder states [n, s, d] of the store's captions, and those of no caption [1, s, d].
+
+    The text encoder is the student's, which is the teacher's unless a stage replaced it.
+    """
+    folder = shop.student / "text_encoder"
+    encoder = CLIPTextModel.from_pretrained(str(folder), dtype=torch.float32).to(shop.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(shop.student / "tokenizer"))
+    ids = token_ids(tokenizer, [*shop.store.captions, ""])
+
+    @torch.no_grad()
+    def encode(indices: np.ndarray) -> Tensor:
+        states: Tensor = encoder(ids[indices].to(shop.device)).last_hidden_state
+        return states
+
+    rows = shop.store.cached(f"conditioning {_weights_key(folder)}", encode)
+    return rows, encode(np.array([-1])).float()
+
+
+def _weights_key(folder: Path) -> str:
+    """Identifies a component by its config and the size and time of its weights."""
+    weights = sorted(folder.glob("*.safetensors"))
+    told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    return json.dumps([(folder / "config.json").read_text(), told])

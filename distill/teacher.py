@@ -1,0 +1,31 @@
+"""The teacher as methods ask it: one batched call, guided, for x_0 and eps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .process import Process
+
+
+@torch.no_grad()
+def guided(
+    unet: Any, process: Process, x_t: Tensor, t: Tensor, c: Tensor, nothing: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x_0 and eps [n, c, h, w] of the guided teacher, (1 + w) F(c) - w F(nothing).
+
+    Both are affine in the network's output F, so guiding the output guides both alike.
+
+    Args:
+        x_t, t: noised samples [n, c, h, w] and their timesteps int64 [n].
+        c, nothing: conditioning [n, s, d] and that of the empty caption [1, s, d].
+        w: guidance in LCM's convention, [n]; CFG's scale is 1 + w.
+    """
+    both = unet(
+        torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, nothing.expand_as(c)])
+    ).sample.float()
+    with_c, without = both.chunk(2)
+    output = with_c + w[:, None, None, None] * (with_c - without)
+    return process.x_0(output, x_t, t), process.eps(output, x_t, t)

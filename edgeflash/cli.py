@@ -1,0 +1,395 @@
+"""The command line: parsing and one-line errors. Beside `demo.py` alone it knows all rooms.
+
+Rooms are imported inside the commands, so that ``edgeflash --help`` loads none of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.main import get_command
+
+from edgeflash.errors import EdgeflashError
+
+if TYPE_CHECKING:
+    from edgeflash.bundle import Bundle
+    from edgeflash.recipe import Recipe
+    from edgeflash.runtimes.pipeline import Result
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Distil a diffusion model BY a method, export it TO a target, run it ON a runtime.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a plug-in's option.")
+]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
+Folder = Annotated[Path, typer.Argument(help="The folder.")]
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str | None, typer.Argument(help="TOML file, or a shipped recipe.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Student folder.")] = Path("student"),
+    by: Annotated[list[str] | None, typer.Option(help="Methods, instead of a recipe.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Folder, hub id or 'embedded'.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of captioned pictures.")] = None,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Train a student: teacher folder -> student folder. Run it again to resume."""
+    made = _recipe(recipe, by or [], teacher, data, set_ or [])
+    if dry_run:
+        import tomli_w
+
+        print(tomli_w.dumps(made.resolved()), end="")
+        return
+    from edgeflash.distill.run import distill as run
+
+    out.print(f"wrote {run(made, out_dir)}")
+
+
+@app.command()
+def export(
+    student: Annotated[Path, typer.Argument(help="Student, or any diffusers folder.")],
+    to: Annotated[str, typer.Option(help="Target; see edgeflash list.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Bundle folder.")] = Path("bundle"),
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Image size in px, as in 512 or 512x768.")
+    ] = None,
+    prompt: Prompts = None,
+    set_: Set = None,
+) -> None:
+    """Lower a student to a target and prove it: student folder -> bundle folder."""
+    from edgeflash.export.line import export_student
+    from edgeflash.roles import Target
+    from edgeflash.shelf import make
+    from edgeflash.student import Student
+
+    target = make(Target, to, {"precision": precision} | _options(set_ or []))
+    export_student(
+        Student.open(student),
+        target,
+        out_dir,
+        steps=_counts(steps),
+        size=_size(size),
+        prompts=tuple(prompt or ()),
+    )
+    out.print(f"wrote {out_dir}")
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    prompt: Prompts,
+    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first image.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Network calls an image.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
+    strength: Annotated[float, typer.Option(min=0, max=1, help="How much to repaint.")] = 0.6,
+    low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,
+    out_png: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("image.png"),
+    set_: Set = None,
+) -> None:
+    """Draw: bundle folder and prompt -> PNG."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.roles import Runtime
+    from edgeflash.runtimes.pipeline import Request, TextToImage
+    from edgeflash.shelf import make
+
+    opened = Bundle.open(bundle)
+    runtime = make(Runtime, on or _own_runtime(opened), _options(set_ or []))
+    request = Request(
+        prompt=tuple(prompt or ()),
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        image=None if image is None else _read_png(image),
+        strength=strength,
+    )
+    with TextToImage(opened, runtime, low_memory=low_memory) as pipeline:
+        for event in pipeline.stream(request):
+            err.print(f"{event.stage} {event.step}/{event.steps}  {event.elapsed_ms:.0f} ms")
+    assert event.result is not None
+    _save(event.result, request.prompts, out_png)
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("report"),
+    steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before those.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Images a run.")] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,
+    prompt: Prompts = None,
+    set_: Set = None,
+) -> None:
+    """Measure latency, memory and size here: bundle folder -> report.json and report.html."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.report import table
+    from edgeflash.runtimes.bench import bench as measure
+    from edgeflash.runtimes.bench import default_prompts
+    from edgeflash.runtimes.measure import Job
+
+    opened = Bundle.open(bundle)
+    job = Job(
+        bundle=str(bundle),
+        runtime=on or _own_runtime(opened),
+        options=_options(set_ or []),
+        prompts=tuple(prompt or default_prompts(opened)),
+        batch=batch,
+        seed=seed,
+        warmup_runs=warmup,
+        runs=runs,
+        low_memory=low_memory,
+    )
+    command = f"edgeflash bench {bundle.name} --on {job.runtime}"
+    with err.status("measuring") as status:
+        report = measure(
+            job,
+            out_dir,
+            steps=_counts(steps) or (),
+            command=command,
+            tell=lambda name, done, of: status.update(f"{name}: {done}/{of}"),
+        )
+    out.print(table(report))
+    out.print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
+    set_: Set = None,
+) -> None:
+    """Climb the parity ladder on the files that ship. Exit code 2 below a floor."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.inspect import ladder
+    from edgeflash.roles import Runtime
+    from edgeflash.shelf import make
+    from edgeflash.verify import refuse_below
+    from edgeflash.verify import verify as climb
+
+    opened = Bundle.open(bundle, check="sha256")
+    figures = climb(opened, make(Runtime, on or _own_runtime(opened), _options(set_ or [])))
+    out.print(ladder(figures))
+    refuse_below(figures, bundle)
+
+
+@app.command()
+def score(
+    bundle: Annotated[Path, typer.Argument(help="Bundle of a shapes model.")],
+    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
+    images: Annotated[int, typer.Option(min=20, help="Prompts; FD needs 500.")] = 2000,
+) -> None:
+    """Prompt accuracy and Fréchet distance of a bundle of the embedded models."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.inspect import verdicts
+    from edgeflash.roles import Runtime
+    from edgeflash.score import score as judge
+    from edgeflash.shelf import make
+
+    opened = Bundle.open(bundle)
+    runtime = make(Runtime, on or _own_runtime(opened), {})
+    found = {}
+    with err.status("drawing") as status:
+        for count in _counts(steps) or tuple(sorted(opened.manifest.schedules)):
+            found[count] = judge(
+                opened,
+                runtime,
+                steps=count,
+                images=images,
+                tell=lambda done, of, n=count: status.update(f"{n} steps: {done}/{of}"),  # type: ignore[misc]
+            )
+    out.print(verdicts(found))
+
+
+@app.command()
+def inspect(folder: Folder) -> None:
+    """Tell what a student, bundle or diffusers folder holds."""
+    from edgeflash.inspect import tell
+
+    out.print(tell(folder))
+
+
+@app.command("list")
+def list_(
+    name: Annotated[str | None, typer.Argument(help="A method, target or runtime.")] = None,
+) -> None:
+    """Show the shelf, or one plug-in with its options."""
+    from edgeflash.inspect import one_plugin, the_shelf
+
+    out.print(one_plugin(name) if name else the_shelf())
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="report.json")],
+    b: Annotated[Path, typer.Argument(help="report.json")],
+) -> None:
+    """Put two reports side by side, as ratios."""
+    from edgeflash.report import compare as put
+    from edgeflash.report import comparison_table, read_report
+
+    out.print(comparison_table(put(read_report(a), read_report(b)), a.name, b.name))
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what is installed, what is usable here, and what to install for the rest."""
+    from edgeflash.inspect import health
+
+    out.print(health())
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("demo"),
+    full: Annotated[bool, typer.Option(help="Rerun the full recipe of the student first.")] = False,
+) -> None:
+    """Distil, export, verify and bench the embedded models, offline, with a page to look at."""
+    from edgeflash.demo import run_demo
+
+    run_demo(out_dir, full=full)
+
+
+def _recipe(
+    name: str | None, by: list[str], teacher: str | None, data: Path | None, sets: list[str]
+) -> Recipe:
+    """The recipe of a file, or one made of ``--by``, with the command line's changes in it."""
+    from edgeflash.recipe import find_recipe, read_recipe, recipe_of
+
+    if (name is None) == (not by):
+        raise EdgeflashError("say either a recipe or --by METHOD: edgeflash distill shapes")
+    plain: dict[str, Any] = {"name": "-".join(by), "stage": [{"by": method} for method in by]}
+    made = read_recipe(find_recipe(name)) if name else recipe_of(plain, "--by")
+    changed = made.model_dump(exclude_defaults=True, mode="json") | {"name": made.name}
+    if teacher:
+        changed["teacher"] = teacher
+    if data:
+        changed["data"] = changed.get("data", {}) | {"kind": "folder", "path": str(data)}
+    for key, value in _options(sets).items():
+        _set(changed, key, value)
+    return recipe_of(changed, "the command line")
+
+
+def _set(recipe: dict[str, Any], key: str, value: Any) -> None:
+    """``data.samples=9`` sets a table's key, ``lcm.steps=9`` a stage's, ``steps=9`` every stage's."""
+    table, _, field = key.rpartition(".")
+    stages = [s for s in recipe["stage"] if table in ("", s["by"])]
+    if not table and key in ("name", "seed", "teacher", "base", "licence"):
+        recipe[key] = value
+    elif table in ("data", "sampling"):
+        recipe[table] = recipe.get(table, {}) | {field: value}
+    elif stages:
+        for stage in stages:
+            stage[field] = value
+    else:
+        raise EdgeflashError(f"--set {key}: the recipe has no table or stage {table!r}")
+
+
+def _options(sets: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs; values as TOML writes them, or plain text."""
+    import tomllib
+
+    options: dict[str, Any] = {}
+    for pair in sets:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise EdgeflashError(f"--set {pair}: write it as NAME=VALUE")
+        try:
+            options[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[name] = text
+    return options
+
+
+def _counts(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise EdgeflashError(f"--steps {text}: write numbers with commas, as in 1,2,4") from None
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        sides = [int(part) for part in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise EdgeflashError(f"--size {text}: write one side or HEIGHTxWIDTH, as in 512 or 512x768")
+    return sides[0], sides[-1]
+
+
+def _own_runtime(bundle: Bundle) -> str:
+    from edgeflash.shelf import opener
+
+    return opener(bundle.manifest.components[0].target)
+
+
+def _read_png(path: Path) -> Any:
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise EdgeflashError(f"--image {path}: {error}") from None
+
+
+def _save(result: Result, prompts: tuple[str, ...], path: Path) -> None:
+    from PIL import Image
+
+    if path.suffix.lower() != ".png":
+        raise EdgeflashError(f"--out {path}: only PNG is written; name it {path.stem}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for i, (pixels, prompt, cut) in enumerate(zip(result.images, prompts, result.cut, strict=True)):
+        place = path if len(prompts) == 1 else path.with_stem(f"{path.stem}-{i}")
+        Image.fromarray(pixels).save(place)
+        out.print(f"wrote {place}  ({prompt})")
+        if cut:
+            err.print(f"the prompt is too long: not seen was {cut!r}")
+
+
+def main() -> None:
+    """Runs the command line; a person's mistake is one line on stderr and exit code 2."""
+    try:
+        code = get_command(app).main(standalone_mode=False)
+    except EdgeflashError as error:
+        code = _fail(str(error))
+    except KeyboardInterrupt:
+        code = _fail("interrupted; nothing half-written was left")
+    except OSError as error:
+        code = _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own complaints have it
+            raise
+        code = _fail(" ".join(error.format_message().split()) or "see edgeflash --help", bare=True)
+    sys.exit(code or 0)
+
+
+def _fail(line: str, *, bare: bool = False) -> int:
+    if line and not (bare and line == "see edgeflash --help"):
+        print(f"edgeflash: {line}", file=sys.stderr)
+    return 2

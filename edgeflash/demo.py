@@ -1,0 +1,206 @@
+"""The whole line on the embedded models, offline: distil, export, verify, bench, and a page.
+
+With `cli.py` the only file that knows all rooms.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+
+from edgeflash.bundle import Bundle
+from edgeflash.errors import EdgeflashError
+from edgeflash.machine import Machine
+from edgeflash.recipe import find_recipe, read_recipe
+from edgeflash.report import REPORT, Report, System, table
+from edgeflash.report_html import Cell, Grid, write_html
+from edgeflash.roles import Runtime, Target
+from edgeflash.shelf import make
+from edgeflash.student import Student
+
+SHOWN = 8  # prompts in the picture grid
+JUDGED = 500  # prompts that prompt accuracy and FD are measured on
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the report: a bundle at a number of steps."""
+
+    name: str
+    bundle: Path
+    steps: int
+
+
+def run_demo(out: Path, *, full: bool = False) -> Report:
+    """Runs everything and writes `student/`, `bundle-*/`, `report.json` and `report.html`.
+
+    Args:
+        out: folder to write; what an earlier demo left there is replaced.
+        full: rerun the shipped student's own recipe first (hours on two cores; resumable).
+
+    Raises:
+        EdgeflashError: a step went wrong, or was interrupted.
+    """
+    console = Console(stderr=True, highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    models = embedded()
+    if full:
+        from edgeflash.distill.run import distill
+
+        with _told(console, "distil the full recipe"):
+            distill(read_recipe(find_recipe("shapes")), out / "student", console=console)
+    else:
+        shutil.rmtree(out / "student", ignore_errors=True)
+        shutil.copytree(models / "shapes-student", out / "student")
+    entries = _brief(out, console) + _shipped(out, models, console)
+    systems, cells = [], {}
+    for entry in entries:
+        with _told(console, f"bench and judge {entry.name}"):
+            system, pictures = _measure(entry, out)
+        systems.append(system)
+        cells[entry.name] = [Cell(path) for path in pictures]
+    report = Report(
+        title="edgeflash demo: embedded teacher and students on ONNX Runtime",
+        command="edgeflash demo",
+        machine=Machine.here(),
+        prompts=_prompts(SHOWN),
+        systems=tuple(systems),
+        notes=_notes(out),
+    )
+    report.save(out / REPORT)
+    write_html(report, out / PAGE, Grid(_prompts(SHOWN), cells))
+    Console(highlight=False).print(table(report))
+    console.print(f"look at {out / PAGE}")
+    return report
+
+
+def embedded() -> Path:
+    """The folder of the models inside the package.
+
+    Raises:
+        EdgeflashError: the package was built without them.
+    """
+    folder = Path(__file__).parent / "models"
+    if not (folder / "shapes-student").is_dir():
+        raise EdgeflashError(f"{folder}: the embedded models are missing; install edgeflash again")
+    return folder
+
+
+def _brief(out: Path, console: Console) -> list[Entry]:
+    """Distils for minutes; the pruned student as it starts, and as it ends."""
+    from edgeflash.distill.run import distill
+
+    folder = out / "student-brief"
+    shutil.rmtree(folder.with_name("student-brief.run"), ignore_errors=True)
+    started = time.monotonic()
+    with _told(console, "distil a student in this run"):
+        distill(read_recipe(find_recipe("demo")), folder, console=console)
+    minutes = (time.monotonic() - started) / 60
+    bundle = _export(folder, out / "bundle-brief", "fp32", (4,), console)
+    return [Entry(f"student trained in this run, {minutes:.0f} min", bundle, 4)]
+
+
+def _shipped(out: Path, models: Path, console: Console) -> list[Entry]:
+    """Teacher at 25 steps; the shipped student at 1, 2 and 4, and its int8 bundle."""
+    teacher = _export(models / "shapes-teacher", out / "bundle-teacher", "fp32", (25,), console)
+    entries = [Entry("teacher", teacher, 25)]
+    for precision in ("fp32", "int8"):
+        bundle = out / f"bundle-onnx-{precision}"
+        _export(out / "student", bundle, precision, (1, 2, 4), console)
+        for steps in (1, 2, 4):
+            entries.append(Entry(f"shipped student, {precision}", bundle, steps))
+    return [
+        Entry(f"{e.name}, {e.steps} step{'s' * (e.steps > 1)}", e.bundle, e.steps) for e in entries
+    ]
+
+
+def _export(
+    student: Path, bundle: Path, precision: str, steps: tuple[int, ...], console: Console
+) -> Path:
+    from edgeflash.export.line import export_student
+
+    target = make(Target, "onnx", {"precision": precision})
+    with _told(console, f"export {student.name} to ONNX {precision}, and verify"):
+        export_student(
+            Student.open(student),
+            target,
+            bundle,
+            steps=steps,
+            prompts=_prompts(16),
+            console=console,
+        )
+    return bundle
+
+
+def _measure(entry: Entry, out: Path) -> tuple[System, list[Path]]:
+    """Latency and memory in a process of their own, then the judge's verdict."""
+    from edgeflash.distill.judge import held_out_captions, load_judge, verdict
+    from edgeflash.runtimes.bench import run_apart, system_of
+    from edgeflash.runtimes.measure import Job
+    from edgeflash.score import draw
+
+    bundle = Bundle.open(entry.bundle)
+    job = Job(
+        bundle=str(entry.bundle),
+        runtime="onnx",
+        prompts=_prompts(1),
+        steps=entry.steps,
+        warmup_runs=3,
+        runs=10,
+    )
+    system = system_of(entry.name, bundle, job, run_apart(job, lambda done, of: None))
+    captions = held_out_captions(JUDGED)
+    prompts = tuple(caption.text for caption in captions)
+    pictures = draw(bundle, make(Runtime, "onnx", {}), prompts, steps=entry.steps)
+    found = verdict(load_judge(), pictures, captions)
+    shares = {f"accuracy of {name}": round(v, 4) for name, v in found.by_attribute.items()}
+    told = {"prompt_accuracy": found.prompt_accuracy, "fd": found.fd, "extra": shares}
+    return system.model_copy(update=told), _save(pictures[:SHOWN], entry, out)
+
+
+def _save(pictures: NDArray[np.uint8], entry: Entry, out: Path) -> list[Path]:
+    """PNGs at three times their size, with sharp pixels."""
+    folder = out / "images" / f"{entry.bundle.name}-{entry.steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i}.png" for i in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        side = picture.shape[0] * 3
+        Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC).save(path)
+    return paths
+
+
+def _prompts(count: int) -> tuple[str, ...]:
+    from edgeflash.distill.judge import held_out_captions
+
+    return tuple(caption.text for caption in held_out_captions(count))
+
+
+def _notes(out: Path) -> tuple[str, ...]:
+    manifest = Student.open(out / "student").manifest
+    assert manifest is not None
+    lineage = manifest.lineage
+    steps = ", ".join(f"{stage['by']} {stage['steps']} steps" for stage in lineage.stages)
+    return (
+        f"Shipped student: recipe {(lineage.recipe_sha256 or '')[:12]}, {steps}, "
+        f"{(lineage.seconds or 0) / 60:.0f} min of training.",
+        f"Prompt accuracy and FD are measured on {JUDGED} held-out prompts, seeds 0 to {JUDGED - 1}.",
+        "Latency is one picture, prompt to pixels, all components loaded.",
+    )
+
+
+@contextmanager
+def _told(console: Console, what: str) -> Iterator[None]:
+    started = time.monotonic()
+    console.print(f"[bold]{what}[/bold]")
+    yield
+    console.print(f"  done in {time.monotonic() - started:.0f} s")

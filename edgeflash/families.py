@@ -1,0 +1,124 @@
+"""What a model family is, and which family a folder belongs to. One family is one `family_*.py`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from edgeflash.bundle import Latent, TensorSpec, Tokenizer
+from edgeflash.errors import unknown
+from edgeflash.schedule import Guidance
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgeflash.student import Student
+
+
+class Family(ABC):
+    """Which components a family has, and how they play together. Has no state.
+
+    Attributes:
+        name: how manifests call it.
+        pipelines: diffusers pipeline classes that belong to it.
+        folders: sub-folders that a folder of this family must have.
+    """
+
+    name: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    folders: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def check(self, student: Student) -> None:
+        """Raises ``EdgeflashError`` when the components do not fit together."""
+
+    @abstractmethod
+    def check_guidance(self, student: Student, guidance: Guidance) -> None:
+        """Raises ``EdgeflashError`` when the denoiser cannot be steered that way."""
+
+    @abstractmethod
+    def components(self, *, encoder: bool = False) -> tuple[str, ...]:
+        """What gets exported, in the order a prompt passes it; ``encoder``: for image to image."""
+
+    @abstractmethod
+    def load(self, student: Student, component: str, *, timestep: float | None = None) -> nn.Module:
+        """One exportable component: float32, on the CPU, takes and gives what `signature` says.
+
+        ``timestep``: fold this one into the denoiser, which then takes none.
+        """
+
+    @abstractmethod
+    def signature(
+        self, student: Student, component: str, size: tuple[int, int], *, folded: bool = False
+    ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """Inputs, by position, and outputs of a component for images of ``size`` (height, width).
+
+        ``size`` is in px; ``folded``: of the denoiser without its timestep.
+        """
+
+    @abstractmethod
+    def size(self, student: Student) -> tuple[int, int]:
+        """(height, width) in px of the images the denoiser was made for."""
+
+    @abstractmethod
+    def latent(self, student: Student) -> Latent:
+        """The latent space between denoiser and decoder."""
+
+    @abstractmethod
+    def tokenizer(self, student: Student) -> Tokenizer:
+        """How a prompt becomes token ids; ``folder`` as it lies in the student."""
+
+    @abstractmethod
+    def encode_prompt(self, text_encoder: Any, ids: Tensor) -> Tensor:
+        """Token ids [n, s] -> conditioning [n, s, d], with the plain text encoder."""
+
+    @abstractmethod
+    def denoise(
+        self, unet: Any, x: Tensor, t: Tensor, conditioning: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Raw prediction [n, c, h, w] of the plain denoiser; ``guidance``: w-embedding [n, d]."""
+
+    @abstractmethod
+    def tokenize(self, tokenizer: Path, texts: Sequence[str]) -> Any:
+        """Texts -> token ids int64 [n, s], with the tokenizer in that folder."""
+
+
+def families() -> list[Family]:
+    """Every family there is, by file name."""
+    return [_family(path.stem) for path in sorted(Path(__file__).parent.glob("family_*.py"))]
+
+
+def find_family(folder: Path, pipeline: str) -> Family:
+    """The family of a diffusers pipeline class.
+
+    Raises:
+        EdgeflashError: nobody's.
+    """
+    known = {name: family for family in families() for name in family.pipelines}
+    if pipeline not in known:
+        raise unknown(f"family in {folder} for pipeline", pipeline, known)
+    return known[pipeline]
+
+
+def family_named(name: str) -> Family:
+    """The family that a manifest names."""
+    known = {family.name: family for family in families()}
+    if name not in known:
+        raise unknown("family", name, known)
+    return known[name]
+
+
+def _family(stem: str) -> Family:
+    module = importlib.import_module(f"edgeflash.{stem}")
+    found = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, Family) and value is not Family
+    ]
+    assert len(found) == 1, f"{stem} holds {len(found)} families, not one"
+    family: Family = found[0]()
+    return family

@@ -1,0 +1,207 @@
+"""The networks of the SD family in torch, wrapped to take and give exactly what gets exported."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.student import Student
+
+
+def load_network(student: Student, component: str) -> Any:
+    """One component as diffusers or transformers loads it: float32, CPU, from local files only.
+
+    Raises:
+        EdgeflashError: the weights do not fit the config.
+    """
+    library, name = student.class_of(component)
+    where = student.folder / component
+    try:
+        with _quiet():
+            network, told = getattr(importlib.import_module(library), name).from_pretrained(
+                where,
+                variant=student.weights(component).variant,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (ValueError, RuntimeError, OSError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise EdgeflashError(f"{where}: does not load as {name}: {said}") from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(map(str, told[problem])):
+            raise EdgeflashError(
+                f"{where}: {problem.replace('_', ' ')} in the weights: {keys[0]} and "
+                f"{len(keys) - 1} more; config and weights do not belong together"
+            )
+    return network
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the libraries' progress bars and remarks off the terminal."""
+    import diffusers.utils.logging as d
+    import transformers.utils.logging as t
+
+    before = d.get_verbosity(), t.get_verbosity(), t.is_progress_bar_enabled()
+    d.set_verbosity_error(), t.set_verbosity_error(), t.disable_progress_bar()
+    try:
+        yield
+    finally:
+        d.set_verbosity(before[0]), t.set_verbosity(before[1])
+        if before[2]:
+            t.enable_progress_bar()
+
+
+def fold_timestep(network: Any, t: float) -> None:
+    """Makes the time embedding of a `UNet2DConditionModel` the constant it is at time ``t``.
+
+    The layers that computed it, here and in every residual block, are let go. With a w-embedding
+    only the sinusoids become constant, because the rest also depends on the guidance scale.
+    """
+    constants: dict[str, nn.Module] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            constants[name] = Constant(output.detach().clone())
+
+        return hook
+
+    ends = (
+        ("time_proj",) if network.config.time_cond_proj_dim else ("time_embedding", "time_emb_proj")
+    )
+    named = [(n, m) for n, m in network.named_modules() if n.rpartition(".")[2] in ends]
+    hooks = [
+        module.register_forward_hook(keep(name)) for name, module in named if module is not None
+    ]
+    with torch.no_grad():
+        _emptiest_call(network, t)
+    for hook in hooks:
+        hook.remove()
+    for name, constant in constants.items():
+        owner, _, last = name.rpartition(".")
+        setattr(network.get_submodule(owner), last, constant)
+
+
+def _emptiest_call(network: Any, t: float) -> None:
+    """Runs the network once on the smallest latent that its depth allows."""
+    side = 2 ** (len(network.config.block_out_channels) - 1)
+    context = network.config.cross_attention_dim
+    width = context if isinstance(context, int) else context[0]
+    sample = torch.zeros(1, network.config.in_channels, side, side)
+    channels = network.config.time_cond_proj_dim
+    guidance = torch.zeros(1, channels) if channels else None
+    network(sample, torch.tensor(t), torch.zeros(1, 1, width), timestep_cond=guidance)
+
+
+class Constant(nn.Module):
+    """Gives the same tensor whatever it is asked."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self, *_: Any) -> Tensor:
+        return self.value
+
+
+class TextEncoder(nn.Module):
+    """Token ids int64 [n, s] -> hidden states [n, s, d], state at the end token [n, d]."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.network(input_ids)
+        return out.last_hidden_state, out.pooler_output
+
+
+class Unet(nn.Module):
+    """Latent [n, c, h, w], timestep [], conditioning [n, s, d] -> prediction [n, c, h, w].
+
+    Networks distilled over a range of guidance also take the w-embedding [n, e].
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        out: Tensor = self.network(
+            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
+        )[0]
+        return out
+
+
+class FoldedUnet(nn.Module):
+    """`Unet` at one timestep for good."""
+
+    def __init__(self, network: Any, t: float) -> None:
+        super().__init__()
+        fold_timestep(network, t)
+        self.network = network
+        self.register_buffer("t", torch.tensor(t))
+
+    def forward(
+        self, sample: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
+    ) -> Tensor:
+        out: Tensor = self.network(
+            sample, self.t, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
+        )[0]
+        return out
+
+
+class VaeDecoder(nn.Module):
+    """Unscaled latent [n, c, h, w] -> image [n, 3, H, W] in [-1, 1]; the encoder is let go."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        del network.encoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        out: Tensor = self.network.decode(latent_sample, return_dict=False)[0]
+        return out
+
+
+class VaeEncoder(nn.Module):
+    """Image [n, 3, H, W] in [-1, 1] -> mean and log variance [n, 2c, h, w].
+
+    The tiny encoder gives the latent itself [n, c, h, w].
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+        del network.decoder
+
+    def forward(self, sample: Tensor) -> Tensor:
+        encoded = self.network.encode(sample)
+        out: Tensor = (
+            encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.parameters
+        )
+        return out
+
+
+def wrap(network: Any, component: str, timestep: float | None) -> nn.Module:
+    """The exportable form of a network; ``timestep``: fold this one into the UNet."""
+    if component == "unet":
+        return Unet(network) if timestep is None else FoldedUnet(network, timestep)
+    wrappers = {"text_encoder": TextEncoder, "vae_decoder": VaeDecoder, "vae_encoder": VaeEncoder}
+    return wrappers[component](network)

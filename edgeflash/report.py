@@ -1,0 +1,293 @@
+"""Figures with the conditions they were taken under: JSON, a table for the terminal, comparisons.
+
+The page to look at is written by `report_html.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.machine import Machine
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REPORT = "report.json"
+FORMAT_VERSION = 1
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Percentiles(_Figures):
+    p50_ms: float
+    p90_ms: float
+
+    @classmethod
+    def of(cls, samples_ms: Sequence[float]) -> Self:
+        p50, p90 = np.percentile(np.asarray(samples_ms, np.float64), (50, 90))
+        return cls(p50_ms=round(float(p50), 4), p90_ms=round(float(p90), 4))
+
+
+class Conditions(_Figures):
+    """What must be the same before two figures may be ranked, beside the machine and the steps."""
+
+    runtime: str
+    device: str = "cpu"
+    options: dict[str, Any] = {}  # of the runtime, every default filled in
+    height: int
+    width: int
+    batch: int = 1
+    seed: int = 0
+    guidance_scale: float = 1.0
+    low_memory: bool = False
+    warmup_runs: int = 0
+    runs: int = 1
+
+
+class System(_Figures):
+    """One way to make the pictures, and what it costs. None: not measured.
+
+    ``latency_ms_*`` is from prompt to pixels for the whole batch, everything loaded. In ``stages``,
+    ``unet`` is one step and the others are the whole stage. ``images`` are PNG files, relative to
+    the report, one for each of the report's prompts. ``extra`` takes figures of one's own.
+    """
+
+    name: str
+    steps: int
+    prompt_accuracy: float | None = Field(None, ge=0, le=1)
+    fd: float | None = Field(None, ge=0)
+    latency_ms_p50: float
+    latency_ms_p90: float
+    images_per_s: float | None = None
+    cold_load_ms: float | None = None
+    warm_load_ms: float | None = None
+    first_image_ms: float | None = None
+    size_mib: float
+    sizes_mib: dict[str, float] = {}  # by component
+    peak_rss_mib: float | None = None
+    stages: dict[str, Percentiles] = {}
+    conditions: Conditions
+    images: tuple[str, ...] = ()
+    extra: dict[str, float | str] = {}
+
+
+class Report(_Figures):
+    """Systems measured on one machine."""
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["report"] = "report"
+    title: str
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    command: str | None = None  # that makes this report again
+    machine: Machine
+    prompts: tuple[str, ...] = ()
+    systems: tuple[System, ...]
+    notes: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Writes the JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.draft")
+        draft.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+
+
+def read_report(path: Path) -> Report:
+    """A report file, or the `report.json` of a folder.
+
+    Raises:
+        EdgeflashError: not there, not a report, or of a newer edgeflash.
+    """
+    path = path / REPORT if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+        return Report.model_validate_json(text)
+    except FileNotFoundError:
+        raise EdgeflashError(f"{path}: no such report; edgeflash bench writes one") from None
+    except (UnicodeDecodeError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        field = ".".join(map(str, first["loc"])) if first else ""
+        said = f"field {field}: {first['msg']}" if first and field else "not JSON"
+        raise EdgeflashError(f"{path}: no report of this edgeflash ({said})") from None
+
+
+# How figures are told: (field, heading, unit)
+FIGURES = (
+    ("prompt_accuracy", "prompt accuracy", "%"),
+    ("fd", "FD", ""),
+    ("latency_ms_p50", "latency p50", "ms"),
+    ("latency_ms_p90", "latency p90", "ms"),
+    ("images_per_s", "images/s", ""),
+    ("first_image_ms", "first image", "ms"),
+    ("cold_load_ms", "cold load", "ms"),
+    ("warm_load_ms", "warm load", "ms"),
+    ("size_mib", "size", "MiB"),
+    ("peak_rss_mib", "peak RSS", "MiB"),
+)
+MORE_IS_BETTER = {"prompt_accuracy", "images_per_s"}
+
+
+def told(value: float | None, unit: str = "") -> str:
+    """A figure to three digits, as people read it; "-" where there is none.
+
+    >>> told(0.914, "%"), told(1234.56, "ms"), told(0.0421), told(None)
+    ('91.4', '1,235', '0.0421', '-')
+    """
+    if value is None:
+        return "-"
+    value = value * 100 if unit == "%" else value
+    if abs(value) >= 100 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:.{2 - math.floor(math.log10(abs(value)))}f}"
+
+
+def shown_figures(systems: Sequence[System]) -> list[tuple[str, str, str]]:
+    """The figures that at least one of the systems has."""
+    return [row for row in FIGURES if any(getattr(s, row[0]) is not None for s in systems)]
+
+
+def table(report: Report) -> Table:
+    """The systems for the terminal, one row each."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = shown_figures(report.systems)
+    out = Table(title=escape(report.title), title_justify="left", box=None, pad_edge=False)
+    out.add_column("system")
+    out.add_column("steps", justify="right")
+    for _, heading, unit in shown:
+        out.add_column(escape(f"{heading} [{unit}]" if unit else heading), justify="right")
+    for system in report.systems:
+        values = [told(getattr(system, field), unit) for field, _, unit in shown]
+        out.add_row(escape(system.name), str(system.steps), *values)
+    return out
+
+
+class Row(_Figures):
+    """One figure of two systems. ``better`` is None where they are not ranked, or equal."""
+
+    system: str
+    figure: str
+    unit: str
+    a: float
+    b: float
+    ratio: float | None  # b / a
+    better: Literal["a", "b"] | None
+
+
+class Comparison(_Figures):
+    """``differences``: conditions that were not the same; with any, nothing is ranked."""
+
+    rows: tuple[Row, ...]
+    differences: tuple[str, ...]
+
+
+def compare(a: Report, b: Report) -> Comparison:
+    """System by system, paired by name, or whatever their names if each report has just one.
+
+    Raises:
+        EdgeflashError: no system is in both.
+    """
+    pairs = _pairs(a, b)
+    differences = [*_machine_differences(a.machine, b.machine)]
+    for first, second in pairs:
+        differences += _differences(first, second)
+    distinct = tuple(dict.fromkeys(differences))
+    rows = [row for pair in pairs for row in _rows(*pair, ranked=not distinct)]
+    return Comparison(rows=tuple(rows), differences=distinct)
+
+
+def _pairs(a: Report, b: Report) -> list[tuple[System, System]]:
+    if len(a.systems) == len(b.systems) == 1:
+        return [(a.systems[0], b.systems[0])]
+    named = {system.name: system for system in b.systems}
+    pairs = [(system, named[system.name]) for system in a.systems if system.name in named]
+    if not pairs:
+        lists = [", ".join(s.name for s in report.systems) or "none" for report in (a, b)]
+        raise EdgeflashError(f"no system is in both reports (a has: {lists[0]}; b has: {lists[1]})")
+    return pairs
+
+
+def _machine_differences(a: Machine, b: Machine) -> list[str]:
+    fields = ("cpu", "cores", "gpu", "governor")
+    return [
+        f"machine {field}: {getattr(a, field)} against {getattr(b, field)}"
+        for field in fields
+        if getattr(a, field) != getattr(b, field)
+    ]
+
+
+def _differences(a: System, b: System) -> list[str]:
+    found = [f"steps: {a.steps} against {b.steps}"] if a.steps != b.steps else []
+    for field in Conditions.model_fields:
+        one, other = getattr(a.conditions, field), getattr(b.conditions, field)
+        if one != other:
+            found.append(f"{field}: {one} against {other}")
+    return found
+
+
+def _rows(a: System, b: System, *, ranked: bool) -> list[Row]:
+    rows = []
+    for field, heading, unit in FIGURES:
+        one, other = getattr(a, field), getattr(b, field)
+        if one is None or other is None:
+            continue
+        less: Literal["a", "b"] = "b" if other < one else "a"
+        more: Literal["a", "b"] = "a" if less == "b" else "b"
+        better = more if field in MORE_IS_BETTER else less
+        rows.append(
+            Row(
+                system=a.name if a.name == b.name else f"{a.name} / {b.name}",
+                figure=heading,
+                unit=unit,
+                a=one,
+                b=other,
+                ratio=other / one if one else None,
+                better=better if ranked and not _same(field, a, b) else None,
+            )
+        )
+    return rows
+
+
+def _same(field: str, a: System, b: System) -> bool:
+    """Whether two figures are equal, for latencies as far as their own spread can tell."""
+    one, other = getattr(a, field), getattr(b, field)
+    if field == "latency_ms_p50":
+        spread = max(s.latency_ms_p90 - s.latency_ms_p50 for s in (a, b))
+        return bool(abs(one - other) <= spread)
+    return bool(abs(one - other) <= 0.01 * max(abs(one), abs(other)))
+
+
+def comparison_table(comparison: Comparison, a: str = "", b: str = "") -> Table:
+    """The comparison for the terminal; the caption says why nothing is ranked, if so.
+
+    ``a`` and ``b``: what to call the two reports, beside these letters.
+    """
+    from rich.markup import escape
+    from rich.table import Table
+
+    caption = None
+    if comparison.differences:
+        caption = escape("not ranked, conditions differ: " + "; ".join(comparison.differences))
+    out = Table(caption=caption, caption_justify="left", box=None, pad_edge=False)
+    for heading in ("system", "figure"):
+        out.add_column(heading)
+    for heading in (escape(f"a {a}".strip()), escape(f"b {b}".strip()), "b / a", "better"):
+        out.add_column(heading, justify="right")
+    for row in comparison.rows:
+        one, other = told(row.a, row.unit), told(row.b, row.unit)
+        ratio = "-" if row.ratio is None else f"{row.ratio:.3f}"
+        figure = escape(f"{row.figure} [{row.unit}]") if row.unit else row.figure
+        out.add_row(escape(row.system), figure, one, other, ratio, row.better or "")
+    return out

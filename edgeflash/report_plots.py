@@ -1,0 +1,100 @@
+"""Which plots a report shows: latency, quality against time, stages, size, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from edgeflash.report import System, told
+from edgeflash.report_svg import Bar, Dot, Part, bars, scatter, shade
+
+
+def plots(systems: Sequence[System]) -> str:
+    """The plots for which there are figures, each in a card of the page's grid."""
+    cards = [_latency(systems), _quality(systems), _stages(systems), _sizes(systems)]
+    cards.append(_memory(systems))
+    return f"<section class='plots'>{''.join(cards)}</section>"
+
+
+def _card(heading: str, hint: str, plot: str) -> str:
+    return f"<article><h2>{heading}</h2><p class='hint'>{hint}</p>{plot}</article>"
+
+
+def _legend(rows: Iterable[Bar]) -> str:
+    """The names of the bars' parts, in the shades they have."""
+    names = dict.fromkeys(part.name for bar in rows for part in bar.parts)
+    return "".join(
+        f"<s style='opacity:{shade(j):.2f}'></s>{escape(name)}" for j, name in enumerate(names)
+    )
+
+
+def _latency(systems: Sequence[System]) -> str:
+    rows = []
+    for i, s in enumerate(systems):
+        text = f"{told(s.latency_ms_p50)} ms"
+        tip = f"{s.name}: p50 {text}, p90 {told(s.latency_ms_p90)} ms"
+        part = Part("median", s.latency_ms_p50, tip)
+        rows.append(Bar(s.name, (part,), text, i, s.latency_ms_p90))
+    batches = {system.conditions.batch for system in systems}
+    of = "an image" if batches == {1} else "a batch"
+    return _card("Latency", f"{of}, median; the thin line reaches to p90", bars("latency", rows))
+
+
+def _quality(systems: Sequence[System]) -> str:
+    for field, heading, percent, better in (
+        ("prompt_accuracy", "Prompt accuracy", True, "up"),
+        ("fd", "FD", False, "down"),
+    ):
+        dots = [
+            Dot(s.name, s.latency_ms_p50, getattr(s, field), i)
+            for i, s in enumerate(systems)
+            if getattr(s, field) is not None
+        ]
+        if len(dots) > 1:
+            plot = scatter(f"{heading} against latency", "latency, ms", dots, percent=percent)
+            return _card("Quality against time", f"{heading}; {better} and left is better", plot)
+    return ""
+
+
+def _stages(systems: Sequence[System]) -> str:
+    rows = []
+    for i, system in enumerate(systems):
+        calls = {stage: system.steps if stage == "unet" else 1 for stage in system.stages}
+        times_ms = {stage: t.p50_ms * calls[stage] for stage, t in system.stages.items()}
+        total = sum(times_ms.values())
+        if not total:
+            continue
+        parts = []
+        for stage, ms in times_ms.items():
+            many = f" ({calls[stage]} steps)" if calls[stage] > 1 else ""
+            parts.append(Part(stage, ms / total, f"{system.name}, {stage}{many}: {told(ms)} ms"))
+        text = " / ".join(f"{part.value:.0%}" for part in parts)
+        rows.append(Bar(system.name, tuple(parts), text, i))
+    if not rows:
+        return ""
+    return _card("Where the time goes", f"share of{_legend(rows)}", bars("time by stage", rows))
+
+
+def _sizes(systems: Sequence[System]) -> str:
+    rows = []
+    for i, system in enumerate(systems):
+        sizes = dict(system.sizes_mib)
+        sizes["other files" if sizes else "all"] = system.size_mib - sum(sizes.values())
+        parts = tuple(
+            Part(what, max(mib, 0), f"{system.name}, {what}: {told(mib)} MiB")
+            for what, mib in sizes.items()
+        )
+        rows.append(Bar(system.name, parts, f"{told(system.size_mib)} MiB", i))
+    many = any(len(bar.parts) > 1 for bar in rows)
+    return _card("Size", f"on disk{_legend(rows) if many else ''}", bars("size on disk", rows))
+
+
+def _memory(systems: Sequence[System]) -> str:
+    rows = []
+    for i, s in enumerate(systems):
+        if s.peak_rss_mib is not None:
+            text = f"{told(s.peak_rss_mib)} MiB"
+            rows.append(Bar(s.name, (Part("peak", s.peak_rss_mib, f"{s.name}: {text}"),), text, i))
+    if not rows:
+        return ""
+    return _card("Memory", "peak resident size of the process", bars("peak memory", rows))

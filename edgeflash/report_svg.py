@@ -1,0 +1,180 @@
+"""The plots of a report, as inline SVG that takes its colours from the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 520  # of every plot, in px of its own coordinate system
+LETTER = 6.8  # px, of a letter on average
+COLOURS = 8  # the style sheet has .c0 to .c7
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a bar; ``tip`` shows under the pointer."""
+
+    name: str
+    value: float
+    tip: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its parts end to end, a text at its end, a whisker beyond it, up to p90 say."""
+
+    label: str
+    parts: tuple[Part, ...]
+    text: str
+    colour: int
+    whisker: float | None = None
+
+    @property
+    def value(self) -> float:
+        return sum(part.value for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One point of a scatter plot."""
+
+    label: str
+    x: float
+    y: float
+    colour: int
+
+
+def bars(heading: str, rows: Sequence[Bar]) -> str:
+    """Horizontal bars from zero, one below the other, each with its label above it."""
+    pitch, thick = 46, 14  # px: from bar to bar, of a bar
+    room = 10 + LETTER * max(len(bar.text) for bar in rows)  # for the text at its end
+    longest = max([bar.value for bar in rows] + [bar.whisker or 0 for bar in rows]) or 1
+    px = (WIDTH - room) / longest
+    body = []
+    for i, bar in enumerate(rows):
+        y = i * pitch + 22
+        body.append(f'<text class="label" x="0" y="{y - 7}">{escape(bar.label)}</text>')
+        body += _parts(bar, y, thick, px)
+        end = bar.value * px
+        if bar.whisker is not None and bar.whisker > bar.value:
+            tip, middle = bar.whisker * px, y + thick / 2
+            body.append(
+                f'<path class="whisker" d="M{end:.1f} {middle}H{tip:.1f}'
+                f'M{tip:.1f} {middle - 4}v8"/>'
+            )
+            end = tip
+        body.append(
+            f'<text class="value" x="{end + 7:.1f}" y="{y + 11.5}">{escape(bar.text)}</text>'
+        )
+    return _svg(heading, len(rows) * pitch, body)
+
+
+def _parts(bar: Bar, y: float, thick: float, px: float) -> list[str]:
+    drawn, x = [], 0.0
+    for j, part in enumerate(bar.parts):
+        width = max(part.value * px - (1 if j < len(bar.parts) - 1 else 0), 0.75)
+        drawn.append(
+            f'<rect class="c{bar.colour % COLOURS}" x="{x:.1f}" y="{y}" width="{width:.1f}" '
+            f'height="{thick}" rx="2" fill-opacity="{shade(j):.2f}">'
+            f"<title>{escape(part.tip)}</title></rect>"
+        )
+        x += part.value * px
+    return drawn
+
+
+def shade(j: int) -> float:
+    """Opacity of the j-th part of a bar.
+
+    >>> [round(shade(j), 2) for j in range(3)]
+    [1.0, 0.55, 0.3]
+    """
+    return float(0.55**j)
+
+
+def scatter(heading: str, x_label: str, dots: Sequence[Dot], *, percent: bool) -> str:
+    """Points over a logarithmic x axis, named where they stand.
+
+    ``percent``: y runs from 0 to 100 %; else from 0 to a little above the largest.
+    """
+    height, left, right, top, bottom = 320, 44, 16, 14, 46
+    x_ticks, y_ticks = _log_ticks([d.x for d in dots]), _ticks(dots, percent)
+    low, high = math.log(x_ticks[0]), math.log(x_ticks[-1])
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (math.log(x) - low) / (high - low)
+        up = y / y_ticks[-1]
+        return left + across * (WIDTH - left - right), height - bottom - up * (
+            height - top - bottom
+        )
+
+    body = []
+    for y in y_ticks:
+        _, py = at(x_ticks[0], y)
+        body.append(f'<path class="grid" d="M{left} {py:.1f}H{WIDTH - right}"/>')
+        told = f"{y * 100:.0f} %" if percent else f"{y:g}"
+        body.append(f'<text class="tick end" x="{left - 7}" y="{py + 4:.1f}">{told}</text>')
+    for x in x_ticks:
+        px, _ = at(x, 0)
+        body.append(f'<path class="grid" d="M{px:.1f} {top}V{height - bottom}"/>')
+        body.append(f'<text class="tick mid" x="{px:.1f}" y="{height - bottom + 17}">{x:g}</text>')
+    body.append(f'<text class="tick mid" x="{WIDTH / 2}" y="{height - 8}">{escape(x_label)}</text>')
+    body += _named([(dot, *at(dot.x, dot.y)) for dot in dots])
+    return _svg(heading, height, body)
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _named(points: list[tuple[Dot, float, float]]) -> list[str]:
+    """The points and their names, each name where it covers no point and no other name."""
+    taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for _, x, y in points]
+    drawn = []
+    for dot, x, y in points:
+        width = LETTER * len(dot.label)
+        places = [(x + 10, y + 4), (x - 10 - width, y + 4)]
+        places += [(x - width / 2, y + d) for d in (-11, 19, -26, 34, -41, 49)]
+        boxes = [(left, line - 11, left + width, line + 3) for left, line in places]
+        free = [box for box in boxes if 0 <= box[0] and box[2] <= WIDTH and not _hits(box, taken)]
+        box = (free or boxes)[0]
+        taken.append(box)
+        colour = f"c{dot.colour % COLOURS}"
+        drawn.append(f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>')
+        at = f'x="{box[0]:.1f}" y="{box[3] - 3:.1f}"'
+        drawn.append(f'<text class="label" {at}>{escape(dot.label)}</text>')
+    return drawn
+
+
+def _hits(box: Box, others: Sequence[Box]) -> bool:
+    left, top, right, bottom = box
+    return any(left < r and a < right and top < b and t < bottom for a, t, r, b in others)
+
+
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """1-2-5 ticks that enclose all values, at least two.
+
+    >>> _log_ticks([3.0, 40.0])
+    [2.0, 5.0, 10.0, 20.0, 50.0]
+    """
+    steps = [m * 10.0**e for e in range(-4, 8) for m in (1, 2, 5)]
+    first = max(i for i, step in enumerate(steps) if step <= min(values) or i == 0)
+    last = min(i for i, step in enumerate(steps) if step >= max(values) or i == len(steps) - 1)
+    return steps[first : max(last, first + 1) + 1]
+
+
+def _ticks(dots: Sequence[Dot], percent: bool) -> list[float]:
+    if percent:
+        return [0, 0.25, 0.5, 0.75, 1]
+    largest = max(dot.y for dot in dots) or 1.0
+    unit = 10.0 ** math.floor(math.log10(largest))
+    step = next(unit * m for m in (0.2, 0.5, 1, 2) if largest <= 5.5 * unit * m)
+    return [step * i for i in range(math.ceil(largest / step) + 1)]
+
+
+def _svg(heading: str, height: float, body: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(heading)}">'
+        + "".join(body)
+        + "</svg>"
+    )

@@ -1,0 +1,323 @@
+"""The student: a plain diffusers folder, with what edgeflash adds to it in `edgeflash.json`.
+
+diffusers itself can load the folder; edgeflash reads it without torch and says at once what is
+wrong with it, file by file. Without `edgeflash.json` the folder may be anybody's: the sampler is
+then lowered from its scheduler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from edgeflash.bundle import MANIFEST, Part, parse_manifest, read_manifest, sha256_of
+from edgeflash.errors import EdgeflashError
+from edgeflash.schedule import Guidance, Schedule, lower_schedule
+
+if TYPE_CHECKING:
+    from edgeflash.families import Family
+
+INDEX = "model_index.json"
+STEMS = {"diffusers": ("diffusion_pytorch_model",), "transformers": ("model", "pytorch_model")}
+FEW_STEP_SAMPLERS = {"LCMScheduler", "TCDScheduler"}
+FEW_STEPS, MANY_STEPS = (1, 2, 4), (25,)
+CFG_SCALE, LCM_SCALE = 7.5, 8.5  # what diffusers' own pipelines default to
+
+
+class StudentLineage(Part):
+    """How a student came about."""
+
+    teacher: str | None = None
+    recipe_sha256: str | None = None
+    stages: tuple[dict[str, Any], ...] = ()  # method, options, steps and figures of each
+    seconds: float | None = None  # of training, all stages
+    tools: dict[str, str] = Field({}, description="package -> version")
+    weights_licence: str | None = None
+
+
+class StudentManifest(Part):
+    """`edgeflash.json` of a student folder."""
+
+    format_version: int = 1
+    kind: Literal["student"] = "student"
+    family: str
+    schedules: dict[int, Schedule]  # by number of steps
+    default_steps: int
+    guidance: Guidance
+    prompts: tuple[str, ...] = ()  # examples of what it draws: for capture, calibration, parity
+    lineage: StudentLineage = StudentLineage()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weight files of one component, and the variant (fp16, ...) to ask diffusers for."""
+
+    files: tuple[Path, ...]
+    variant: str | None
+
+
+class Student:
+    """An opened and checked diffusers folder.
+
+    Attributes:
+        folder: where it lies.
+        index: its `model_index.json`.
+        family: which components it has and how they play together.
+        manifest: its `edgeflash.json`; None when there is none.
+    """
+
+    def __init__(
+        self, folder: Path, index: dict[str, Any], family: Family, manifest: StudentManifest | None
+    ) -> None:
+        self.folder = folder
+        self.index = index
+        self.family = family
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Student:
+        """Opens a folder and checks that its components are all there and fit together.
+
+        Raises:
+            EdgeflashError: no diffusers folder, an unknown pipeline class, a missing or truncated
+                file, or components that do not fit together.
+        """
+        from edgeflash.families import find_family
+
+        folder = Path(folder)
+        index = _read_index(folder)
+        manifest = None
+        if (folder / MANIFEST).is_file():
+            manifest = parse_manifest(StudentManifest, read_manifest(folder, "student"), folder)
+        student = cls(folder, index, find_family(folder, str(index["_class_name"])), manifest)
+        for name in student.family.folders:
+            student._check_component(name)
+        student.family.check(student)
+        return student
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The config of ``unet``, ``vae``, ``text_encoder`` or ``scheduler``."""
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        return read_json(self.folder / component / name)
+
+    def class_of(self, component: str) -> tuple[str, str]:
+        """(library, class) of a component, as the index names them."""
+        pair = self.index.get(component)
+        if not isinstance(pair, list) or len(pair) != 2 or None in pair:
+            raise EdgeflashError(
+                f"{self.folder / INDEX}: names no {component!r}, which a "
+                f"{self.index['_class_name']} has"
+            )
+        return str(pair[0]), str(pair[1])
+
+    def weights(self, component: str) -> Weights:
+        """The weight files of a network; the plain ones before variants.
+
+        Raises:
+            EdgeflashError: there are none, or a shard is missing.
+        """
+        home = self.folder / component
+        for stem in STEMS.get(self.class_of(component)[0], ("model",)):
+            if found := _find_weights(home, stem):
+                return found
+        stem = STEMS.get(self.class_of(component)[0], ("model",))[0]
+        raise EdgeflashError(
+            f"{home}: the weights are missing (looked for {stem}.safetensors, its fp16 variant and "
+            "shards): copy or download the folder again"
+        )
+
+    def schedules(self, steps: Sequence[int] | None = None) -> dict[int, Schedule]:
+        """The sampler as tables, for these step counts, or for those the student was made for.
+
+        Tables that the manifest lacks are lowered from the folder's scheduler, with diffusers.
+        """
+        own = self.manifest.schedules if self.manifest else {}
+        wanted = sorted(set(steps or own or self._usual_steps()))
+        lacking = [n for n in wanted if n not in own]
+        scheduler = self._scheduler() if lacking else None
+        return {n: own[n] if n in own else lower_schedule(scheduler, n) for n in wanted}
+
+    def guidance(self) -> Guidance:
+        """How the prompt steers: as the manifest says, or as diffusers would do by default."""
+        if self.manifest:
+            return self.manifest.guidance
+        if channels := self.config("unet").get("time_cond_proj_dim"):
+            return Guidance(kind="embedded", scale=LCM_SCALE, channels=channels)
+        if self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS:
+            return Guidance()
+        return Guidance(kind="cfg", scale=CFG_SCALE)
+
+    def default_steps(self, schedules: Iterable[int]) -> int:
+        """The step count to run when nobody says: the manifest's, else the largest on offer."""
+        on_offer = sorted(schedules)
+        if self.manifest and self.manifest.default_steps in on_offer:
+            return self.manifest.default_steps
+        return on_offer[-1]
+
+    def _usual_steps(self) -> tuple[int, ...]:
+        few = self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS
+        return FEW_STEPS if few else MANY_STEPS
+
+    def _scheduler(self) -> Any:
+        import diffusers
+
+        name = self.class_of("scheduler")[1]
+        if name == "PNDMScheduler":  # looks four calls back, and is what most SD folders name
+            name = "DPMSolverMultistepScheduler"
+        if not hasattr(diffusers, name):
+            raise EdgeflashError(f"{self.folder / INDEX}: diffusers knows no scheduler {name!r}")
+        return getattr(diffusers, name).from_config(self.config("scheduler"))
+
+    def _check_component(self, name: str) -> None:
+        library, _ = self.class_of(name)
+        home = self.folder / name
+        if not home.is_dir():
+            raise EdgeflashError(f"{home}: missing; {INDEX} names it: copy the folder again")
+        if name == "scheduler":
+            self.config(name)
+        elif library in STEMS and not name.startswith("tokenizer"):
+            self.config(name)
+            for path in self.weights(name).files:
+                check_weights(path)
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    steps: Sequence[int],
+    default_steps: int | None = None,
+    guidance: Guidance | None = None,
+    prompts: Sequence[str] = (),
+    lineage: StudentLineage | None = None,
+) -> StudentManifest:
+    """Writes `edgeflash.json` into a finished diffusers folder, its sampler lowered to tables.
+
+    Args:
+        folder: the diffusers folder.
+        steps: step counts to write tables for.
+        default_steps: one of them; the largest when None.
+        guidance: how it is to be steered; no guidance when None.
+        prompts: some 8 examples of what it draws; exports record and calibrate with them.
+        lineage: how it came about.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)
+    student = Student.open(folder)
+    schedules = student.schedules(steps)
+    manifest = StudentManifest(
+        family=student.family.name,
+        schedules=schedules,
+        default_steps=default_steps or max(schedules),
+        guidance=guidance or Guidance(),
+        prompts=tuple(prompts),
+        lineage=lineage or StudentLineage(),
+    )
+    draft = folder / f".{MANIFEST}"
+    draft.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, folder / MANIFEST)
+    return manifest
+
+
+def folder_sha256(folder: Path) -> str:
+    """Identity of a folder: the hash of the sorted names and hashes of its files.
+
+    Hidden files and folders do not count.
+    """
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            total.update(f"{relative.as_posix()}\0{sha256_of(path)}\n".encode())
+    return total.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        EdgeflashError: missing, or no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise EdgeflashError(f"{path}: missing: copy or download the folder again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EdgeflashError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise EdgeflashError(f"{path}: holds a {type(data).__name__}, not an object")
+    return data
+
+
+def check_weights(path: Path) -> None:
+    """Whether a safetensors file is as long as its header says.
+
+    Raises:
+        EdgeflashError: missing, truncated, or no safetensors file.
+    """
+    if not path.is_file():
+        raise EdgeflashError(f"{path}: missing: copy or download the folder again")
+    if path.suffix != ".safetensors":
+        return
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(size - 8, 100_000_000):
+            raise EdgeflashError(f"{path}: no safetensors file, or truncated ({size} bytes)")
+        try:
+            tensors = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise EdgeflashError(f"{path}: no safetensors file (unreadable header)") from None
+    ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
+    if (expected := 8 + length + max(ends, default=0)) != size:
+        raise EdgeflashError(
+            f"{path}: {size} bytes where its header says {expected}: truncated or altered; copy or "
+            "download it again"
+        )
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if folder.is_file():
+        raise EdgeflashError(
+            f'{folder}: a single-file checkpoint; make a folder of it first: python -c "from '
+            f"diffusers import StableDiffusionPipeline as P; P.from_single_file('{folder}')"
+            f".save_pretrained('{folder.with_suffix('')}')\""
+        )
+    if not folder.is_dir():
+        raise EdgeflashError(f"{folder}: no such folder")
+    if not (folder / INDEX).is_file():
+        raise EdgeflashError(f"{folder}: no diffusers folder ({INDEX} is missing)")
+    index = read_json(folder / INDEX)
+    if "_class_name" not in index:
+        raise EdgeflashError(f"{folder / INDEX}: names no pipeline (_class_name is missing)")
+    return index
+
+
+def _find_weights(home: Path, stem: str) -> Weights | None:
+    """Weights called ``stem``: whole before shards, plain before variants."""
+    pattern = re.compile(
+        rf"{stem}(\.(?P<before>[\w-]+?))?\.(?P<kind>safetensors|bin)"
+        r"(?P<shards>\.index(\.(?P<after>[\w-]+))?\.json)?"
+    )
+    found = []
+    for path in sorted(home.iterdir()) if home.is_dir() else ():
+        if match := pattern.fullmatch(path.name):
+            variant = match["before"] or match["after"]
+            if not re.search(r"-\d{5}-of-\d{5}$", variant or ""):
+                rank = (variant is not None, match["kind"] == "bin", bool(match["shards"]))
+                found.append((rank, path, variant))
+    if not found:
+        return None
+    _, path, variant = min(found, key=lambda item: item[0])
+    if path.suffix == ".json":
+        shards = sorted(set(read_json(path)["weight_map"].values()))
+        return Weights(tuple(home / shard for shard in shards), variant)
+    return Weights((path,), variant)

@@ -1,0 +1,245 @@
+"""The parity ladder: a bundle, held against what the student did in torch. Needs no torch itself.
+
+====  ==========================================================================================
+L0    every component loads; tokens and starting noise are those of the goldens
+L1    each component alone, on recorded inputs
+L2    the denoiser's answer to the prompt (with - without) and to time, at every recorded step
+L3    the latent after the whole loop, from the tokens on
+L4    the image
+====  ==========================================================================================
+
+Components are opened one at a time, and each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgeflash import parity, shelf
+from edgeflash.bundle import Bundle, Component, Figure, Golden
+from edgeflash.errors import EdgeflashError
+from edgeflash.golden import Array, Sampler, Tensors, load_tensors, noise_sha256
+from edgeflash.roles import Runtime, Session
+from edgeflash.tokenizer import read_tokenizer
+
+ANSWER = {
+    "text_encoder": "conditioning",
+    "unet": "prediction",
+    "vae_decoder": "image",
+    "vae_encoder": "latent",
+}
+PRECISIONS = ("fp32", "fp16", "int8")  # finest first
+FLOORS: dict[str, dict[str, float]] = {  # by precision; a name may be one rung's: "L4.psnr_db"
+    "fp32": {"psnr_db": 80.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
+    "fp16": {"psnr_db": 45.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
+    "int8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
+}
+RATIOS = ("delta_ratio", "timestep_ratio")  # may be as far above 1 as below
+Found = Iterator[tuple[str, str, float]]  # rung, metric, value
+
+
+def verify(
+    bundle: Bundle, runtime: Runtime | None = None, floors: Mapping[str, float] | None = None
+) -> tuple[Figure, ...]:
+    """Climbs the ladder and gives every figure, the worst over all goldens.
+
+    Args:
+        bundle: what to check.
+        runtime: where to run it; None: the runtime that goes with its target, as it is by default.
+        floors: by metric, or by rung and metric ("L3.psnr_db"); None: those of the manifest, or
+            the defaults of the precision.
+
+    Raises:
+        EdgeflashError: no goldens, or a component does not load (rung L0).
+    """
+    if not bundle.manifest.goldens:
+        raise EdgeflashError(f"{bundle.folder}: has no goldens to verify against: export it again")
+    climb = _Climb(bundle, runtime or runtime_for(bundle), dict(floors or {}))
+    return tuple(climb.figures())
+
+
+def refuse_below(figures: tuple[Figure, ...], folder: object) -> None:
+    """Raises for the lowest rung that is not reached: its component, figure and limits."""
+    for figure in sorted(figures, key=lambda figure: figure.rung):
+        if not figure.passed:
+            above = figure.ceiling is not None and figure.value > figure.ceiling
+            limit = f"ceiling {figure.ceiling:g}" if above else f"floor {figure.floor:g}"
+            raise EdgeflashError(
+                f"{folder}: rung {figure.rung}, {figure.component}: {figure.metric} "
+                f"{figure.value:.4g} misses its {limit}"
+            )
+
+
+def runtime_for(bundle: Bundle) -> Runtime:
+    """The runtime that opens the bundle's components, with its default options."""
+    target = bundle.manifest.components[0].target
+    for name in shelf.names(Runtime):
+        if target in shelf.find(Runtime, name, check=False).opens:
+            return shelf.make(Runtime, name, {})
+    raise EdgeflashError(f"{bundle.folder}: no runtime here opens target {target!r}")
+
+
+class Part:
+    """A component on a runtime, called by role at batch 1."""
+
+    def __init__(self, session: Session, component: Component) -> None:
+        self.session = session
+        self.component = component
+        self.answer = component.output(ANSWER[component.name]).name
+
+    def __call__(self, **by_role: Array) -> Array:
+        inputs: Tensors = {}
+        for spec in self.component.inputs:
+            array = np.asarray(by_role[spec.role], spec.dtype)
+            fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
+            array = np.full((1,), array) if spec.shape and array.ndim == 0 else array
+            repeats = [fixed] + [1] * (array.ndim - 1) if array.ndim else 1
+            inputs[spec.name] = np.tile(array, repeats) if fixed > 1 else array
+        return self.session(inputs)[self.answer][:1].astype(np.float32)
+
+
+@dataclass
+class _Climb:
+    """One way up, with what is carried from rung to rung."""
+
+    bundle: Bundle
+    runtime: Runtime
+    floors: dict[str, float]
+    goldens: list[tuple[Golden, Tensors]] = field(default_factory=list)
+    drawn: list[Tensors] = field(default_factory=list)  # what the bundle itself made, a golden each
+
+    def figures(self) -> Iterator[Figure]:
+        manifest = self.bundle.manifest
+        for golden in manifest.goldens:
+            self.goldens.append((golden, load_tensors(self.bundle.folder / golden.tensors)))
+            self.drawn.append({})
+        yield self._figure("tokenizer", "L0", "equal", self._tokens_equal())
+        yield self._figure("noise", "L0", "equal", self._noise_equal())
+        for component in manifest.components:
+            part = Part(self._open(component), component)
+            yield self._figure(component.name, "L0", "loads", 1.0)
+            found: dict[tuple[str, str], list[float]] = {}
+            for rung, metric, value in getattr(self, f"_{component.name}")(part):
+                found.setdefault((rung, metric), []).append(value)
+            part.session.close()
+            for (rung, metric), values in found.items():
+                yield self._figure(component.name, rung, metric, _worst(metric, values))
+
+    def _open(self, component: Component) -> Session:
+        try:
+            return self.runtime.open(self.bundle.folder, component)
+        except EdgeflashError as error:
+            raise EdgeflashError(f"rung L0, {component.name}: {error}") from None
+
+    def _tokens_equal(self) -> float:
+        tokenize = read_tokenizer(self.bundle.folder, self.bundle.manifest.tokenizer)
+        return float(all(tokenize(g.prompt).ids == g.token_ids for g, _ in self.goldens))
+
+    def _noise_equal(self) -> float:
+        shape = self._sampler(self.goldens[0]).shape
+        return float(all(noise_sha256(shape, g.seed) == g.noise_sha256 for g, _ in self.goldens))
+
+    def _sampler(self, golden: tuple[Golden, Tensors]) -> Sampler:
+        manifest = self.bundle.manifest
+        schedule = manifest.schedules[golden[0].steps]
+        return Sampler(schedule, manifest.guidance, golden[1]["latent"].shape)
+
+    def _text_encoder(self, part: Part) -> Found:
+        for (_, told), drawn in zip(self.goldens, self.drawn, strict=True):
+            for suffix in ("", "_empty"):
+                reference = told[f"conditioning{suffix}"]
+                drawn[f"conditioning{suffix}"] = part(tokens=told[f"ids{suffix}"])
+                yield from _compare("L1", reference, drawn[f"conditioning{suffix}"])
+
+    def _unet(self, part: Part) -> Found:
+        for golden, drawn in zip(self.goldens, self.drawn, strict=True):
+            sampler, told = self._sampler(golden), golden[1]
+            yield from self._alone(part, sampler, told)
+            both = drawn["conditioning"], drawn["conditioning_empty"]
+            drawn["latent"] = sampler.loop(part, *both, golden[0].seed)
+            yield from _compare("L3", told["latent"], drawn["latent"])
+
+    def _alone(self, part: Part, sampler: Sampler, told: Tensors) -> Found:
+        """L1 and L2 at every recorded row."""
+        rows = [int(row) for row in told["rows"]]
+        conditioning, empty = told["conditioning"], told["conditioning_empty"]
+        times = {row: sampler.schedule.steps[row].t for row in rows}
+        answers = {
+            i: sampler.predict(part, told[f"input.{i}"], times[i], conditioning) for i in rows
+        }
+        for i in rows:
+            reference, bare = told[f"output.{i}"], told[f"output_empty.{i}"]
+            yield from _compare("L1", reference, answers[i])
+            found = answers[i] - sampler.predict(part, told[f"input.{i}"], times[i], empty)
+            yield "L2", "delta_ratio", parity.projection(reference - bare, found)
+        if len(rows) > 1:
+            first, last = rows[0], rows[-1]
+            shifted = sampler.predict(part, told[f"input.{first}"], times[last], conditioning)
+            reference = told[f"output.{first}"] - told["output_shifted"]
+            yield "L2", "timestep_ratio", parity.projection(reference, answers[first] - shifted)
+
+    def _vae_decoder(self, part: Part) -> Found:
+        space = self.bundle.manifest.latent
+        answer = part.component.output("image")
+        peak = 2.0 if answer.low is None or answer.high is None else answer.high - answer.low
+        for (_, told), drawn in zip(self.goldens, self.drawn, strict=True):
+            alone = part(latent=told["latent"] / space.scale + space.shift)
+            yield from _compare("L1", told["image"], alone, peak=peak)
+            image = part(latent=drawn["latent"] / space.scale + space.shift)
+            yield "L4", "psnr_db", parity.psnr_db(told["image"], image, peak)
+            yield "L4", "ssim", parity.ssim(told["image"], image, peak)
+
+    def _vae_encoder(self, part: Part) -> Found:
+        for _, told in self.goldens:
+            yield from _compare("L1", told["encoded"], part(image=told["image"]))
+
+    def _figure(self, name: str, rung: str, metric: str, value: float) -> Figure:
+        whole = rung in ("L3", "L4")
+        component = "pipeline" if whole else name
+        floor, ceiling = self._limits(name, rung, component, metric)
+        return Figure.model_validate(
+            {
+                "rung": rung,
+                "component": component,
+                "metric": metric,
+                "value": round(value, 6),
+                "floor": floor,
+                "ceiling": ceiling,
+            }
+        )
+
+    def _limits(
+        self, name: str, rung: str, component: str, metric: str
+    ) -> tuple[float | None, float | None]:
+        if rung == "L0":
+            return 1.0, None
+        if f"{rung}.{metric}" in self.floors or metric in self.floors:
+            table = self.floors
+        else:
+            for figure in self.bundle.manifest.parity:
+                if (figure.rung, figure.component, figure.metric) == (rung, component, metric):
+                    return figure.floor, figure.ceiling
+            table = FLOORS[self._precision(name, rung)]
+        floor = table.get(f"{rung}.{metric}", table.get(metric))
+        return floor, 2 - floor if metric in RATIOS and floor is not None else None
+
+    def _precision(self, name: str, rung: str) -> str:
+        """Of one component; of the coarsest for the rungs that all of them lead to."""
+        components = self.bundle.manifest.components
+        used = {c.precision for c in components if rung in ("L3", "L4") or c.name == name}
+        return max(used, key=PRECISIONS.index)
+
+
+def _compare(rung: str, reference: Array, found: Array, peak: float | None = None) -> Found:
+    yield rung, "psnr_db", parity.psnr_db(reference, found, peak)
+    yield rung, "cosine", parity.cosine(reference, found)
+    yield rung, "relative_l2", parity.relative_l2(reference, found)
+
+
+def _worst(metric: str, values: list[float]) -> float:
+    if metric in RATIOS:
+        return max(values, key=lambda value: abs(value - 1))
+    return max(values) if metric == "relative_l2" else min(values)

@@ -1,0 +1,177 @@
+"""One component as a `torch.export` program, with what it did in the student's real few-step loop.
+
+The same recorded calls serve as example for the capture, as data for calibration and, for some
+prompts, as goldens that ship with the bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import Dim, ExportedProgram
+
+from edgeflash.bundle import TensorSpec
+from edgeflash.golden import Array, Sampler, Tensors, rows_to_record
+from edgeflash.student import Student
+
+MOST_BATCH = 63  # diffusers' upsampling takes another path from 64 on
+NOTHING_TO_DO = {"aten.contiguous.default", "aten.dropout.default", "aten.alias.default"}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One recorded call: arrays by tensor name, batch 1."""
+
+    inputs: Tensors
+    outputs: Tensors
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One component, ready to be lowered.
+
+    Attributes:
+        component: its name: text_encoder, unet, vae_decoder or vae_encoder.
+        program: takes the inputs by position; dimensions that are strings in the specs are free.
+        inputs: what it takes.
+        outputs: what it gives.
+        samples: calls recorded in the student's own loop.
+    """
+
+    component: str
+    program: ExportedProgram
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    samples: tuple[Sample, ...]
+
+
+class Eager:
+    """A torch module called by role, as the exported component will be; remembers every call."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> None:
+        self.module = module
+        self.inputs = inputs
+        self.outputs = outputs
+        self.samples: list[Sample] = []
+
+    def __call__(self, **by_role: Array) -> Array:
+        given = {s.name: np.asarray(by_role[s.role], s.dtype, order="C") for s in self.inputs}
+        with torch.no_grad():
+            answer = self.module(*(torch.from_numpy(array) for array in given.values()))
+        answers = answer if isinstance(answer, tuple) else (answer,)
+        told = {s.name: a.numpy() for s, a in zip(self.outputs, answers, strict=True)}
+        self.samples.append(Sample(given, told))
+        return told[self.outputs[0].name]
+
+
+@dataclass
+class Tape:
+    """What the student draws from a few prompts, recorded as its components pass by in turn.
+
+    Attributes:
+        student: the student.
+        sampler: the schedule that is run.
+        prompts: one golden each.
+        size: of the images, (height, width) in px.
+        timestep: fold this one into the denoiser; None: it is an input.
+        goldens: arrays recorded so far, one table a prompt; see `edgeflash.golden`.
+    """
+
+    student: Student
+    sampler: Sampler
+    prompts: Sequence[str]
+    size: tuple[int, int]
+    timestep: float | None = None
+    goldens: list[Tensors] = field(default_factory=list)
+
+    def seed(self, number: int) -> int:
+        """Seed of a golden: they are drawn from different noise."""
+        return number
+
+    def capture(self, component: str) -> Captured:
+        """Loads a component, runs its part of every prompt, and captures it as a program."""
+        family = self.student.family
+        module = family.load(self.student, component, timestep=self.timestep)
+        specs = family.signature(
+            self.student, component, self.size, folded=self.timestep is not None
+        )
+        network = Eager(module, *specs)
+        getattr(self, f"_run_{component}")(network)
+        program = to_program(module, specs[0], network.samples[0])
+        return Captured(component, program, *specs, tuple(network.samples))
+
+    def _run_text_encoder(self, network: Eager) -> None:
+        folder = self.student.folder / "tokenizer"
+        ids = self.student.family.tokenize(folder, [*self.prompts, ""])[:, None]
+        *conditioning, empty = (network(tokens=tokens) for tokens in ids)
+        self.goldens = [
+            {"ids": i, "ids_empty": ids[-1], "conditioning": c, "conditioning_empty": empty}
+            for i, c in zip(ids, conditioning, strict=False)
+        ]
+
+    def _run_unet(self, network: Eager) -> None:
+        rows = rows_to_record(len(self.sampler.schedule.steps))
+        for number, golden in enumerate(self.goldens):
+            both = golden["conditioning"], golden["conditioning_empty"]
+            golden |= self.sampler.record(network, *both, self.seed(number), rows)
+
+    def _run_vae_decoder(self, network: Eager) -> None:
+        space = self.student.family.latent(self.student)
+        for golden in self.goldens:
+            golden["image"] = network(latent=golden["latent"] / space.scale + space.shift)
+
+    def _run_vae_encoder(self, network: Eager) -> None:
+        for golden in self.goldens:
+            golden["encoded"] = network(image=golden["image"])
+
+
+def to_program(
+    module: torch.nn.Module, inputs: Iterable[TensorSpec], sample: Sample
+) -> ExportedProgram:
+    """Captures a module on a recorded call, at batch 2 so that the batch stays free."""
+    free: dict[str, Any] = {}
+    arguments, shapes = [], []
+    for spec in inputs:
+        example = torch.from_numpy(sample.inputs[spec.name])
+        named = {i: d for i, d in enumerate(spec.shape) if isinstance(d, str)}
+        for dimension in named.values():
+            free.setdefault(dimension, Dim(dimension, min=1, max=MOST_BATCH))
+        repeats = [2 if i in named else 1 for i in range(example.ndim)]
+        arguments.append(example.repeat(repeats) if named else example)
+        shapes.append({i: free[d] for i, d in named.items()})
+    with torch.no_grad():
+        program = torch.export.export(
+            module, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False
+        )
+    _tidy(program)
+    return program
+
+
+def _tidy(program: ExportedProgram) -> None:
+    """Takes out what does nothing in a finished network: dropout, casts to the type that is there."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = str(node.target)
+        if name == "aten._assert_tensor_metadata.default":
+            graph.erase_node(node)
+        elif name in NOTHING_TO_DO or name.startswith("aten.to."):
+            source, dtype = node.args[0], node.meta["val"].dtype
+            if source.meta["val"].dtype == dtype:
+                node.replace_all_uses_with(source)
+                graph.erase_node(node)
+            else:
+                node.target = torch.ops.aten._to_copy.default
+                node.args, node.kwargs = (source,), {"dtype": dtype}
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()

@@ -1,0 +1,229 @@
+"""The whole way from a student folder to a bundle: capture, lower, pack, verify.
+
+One network is in memory at a time. The bundle takes its place only when it has passed the ladder.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from edgeflash import shelf
+from edgeflash.bundle import (
+    Bundle,
+    Component,
+    Figure,
+    File,
+    Image,
+    Manifest,
+    describe_file,
+    fresh_folder,
+)
+from edgeflash.errors import EdgeflashError
+from edgeflash.golden import Sampler
+from edgeflash.roles import Runtime, Target
+from edgeflash.schedule import Guidance, Schedule
+from edgeflash.student import Student, folder_sha256
+from edgeflash.verify import refuse_below, verify
+
+from . import pack
+from .capture import Captured, Tape
+
+PROMPTS = (  # for students that bring none of their own
+    "a photo of a red car on a mountain road",
+    "portrait of an old man with a white beard, oil painting",
+    "a cat sleeping on a blue sofa",
+    "a bowl of fruit on a wooden table, studio light",
+    "city skyline at night, reflections on the water",
+    "a small house in a snowy forest",
+    "close-up of a yellow flower with dew drops",
+    "an astronaut riding a horse on the moon, digital art",
+)
+GOLDENS = 3  # prompts that ship as goldens
+BIG_BYTES = 256 * 2**20  # denoisers of that size take seconds a call: one golden
+
+
+def export_student(
+    student: Student,
+    target: Target,
+    out: Path,
+    *,
+    steps: Sequence[int] | None = None,
+    guidance: Guidance | None = None,
+    prompts: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+    image_to_image: bool = False,
+    floors: Mapping[str, float] | None = None,
+    console: Console | None = None,
+) -> Bundle:
+    """Writes a bundle, and puts it in its place when it has passed the parity ladder.
+
+    Args:
+        student: what to export.
+        target: what to lower it to.
+        out: folder of the bundle; replaced when it exists.
+        steps: step counts to ship schedules for; None: those the student was made for.
+        guidance: how the prompt steers; None: as the student says.
+        prompts: recorded for calibration and parity; the first ones ship as goldens. Empty: the
+            student's own, or some of all kinds.
+        size: (height, width) of the images in px; None: what the denoiser was made for.
+        image_to_image: also export the encoder.
+        floors: of the ladder, instead of the defaults; see `edgeflash.verify`.
+        console: where progress is told; None: the terminal's standard error.
+
+    Raises:
+        EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
+    """
+    console = console or Console(stderr=True)
+    runtime = shelf.make(Runtime, target.runtime, {})
+    plan = _plan(student, target, steps, guidance, prompts, size, image_to_image)
+    pieces: list[_Piece] = []
+    try:
+        with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
+            student_sha256 = hashing.submit(folder_sha256, student.folder)
+            for name in plan.components:
+                with _told(console, f"capture {name}"):
+                    captured = plan.tape.capture(name)
+                with _told(console, f"lower {name} to {target.precision_of(name)}"):
+                    pieces.append(_lower(captured, target, draft, hashing))
+                del captured
+                gc.collect()
+            with _told(console, "pack"):
+                manifest = _pack(plan, target, pieces, student_sha256.result(), draft)
+            with _told(console, f"verify on {target.runtime}"):
+                figures = verify(Bundle(draft, manifest), runtime, floors)
+                manifest = manifest.model_copy(update={"parity": figures})
+                pack.write_manifest(manifest, draft)
+            _refuse(figures, plan, target, draft, out)
+    except KeyboardInterrupt:
+        raise EdgeflashError(
+            f"interrupted: {out} was not written; run the same command again"
+        ) from None
+    return Bundle.open(out)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was asked for, with the student's own settings filled in."""
+
+    student: Student
+    components: tuple[str, ...]
+    schedules: dict[int, Schedule]
+    default_steps: int
+    tape: Tape
+    goldens: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A lowered component, its files being hashed."""
+
+    captured_as: Component
+    files: Future[tuple[File, ...]]
+
+
+def _plan(
+    student: Student,
+    target: Target,
+    steps: Sequence[int] | None,
+    guidance: Guidance | None,
+    prompts: Sequence[str],
+    size: tuple[int, int] | None,
+    image_to_image: bool,
+) -> _Plan:
+    family = student.family
+    guidance = guidance or student.guidance()
+    family.check_guidance(student, guidance)
+    schedules = student.schedules(steps)
+    default_steps = student.default_steps(schedules)
+    height, width = size = size or family.size(student)
+    components = family.components(encoder=image_to_image)
+    for name in components:
+        family.signature(student, name, size)
+    space = family.latent(student)
+    shape = (1, space.channels, height // space.downsampling, width // space.downsampling)
+    times = {step.t for schedule in schedules.values() for step in schedule.steps}
+    own = student.manifest.prompts if student.manifest else ()
+    prompts = tuple(prompts) or own or PROMPTS
+    big = sum(p.stat().st_size for p in student.weights("unet").files) > BIG_BYTES
+    goldens = min(1 if big else GOLDENS, len(prompts))
+    calibrates = any(target.precision_of(name) == "int8" for name in components)
+    tape = Tape(
+        student,
+        Sampler(schedules[default_steps], guidance, shape),
+        prompts if calibrates else prompts[:goldens],
+        size,
+        timestep=times.pop() if len(times) == 1 else None,
+    )
+    return _Plan(student, components, schedules, default_steps, tape, goldens)
+
+
+def _lower(captured: Captured, target: Target, draft: Path, hashing: ThreadPoolExecutor) -> _Piece:
+    files = target.lower(captured, draft)
+    paths = [path.relative_to(draft).as_posix() for path in files]
+    described = hashing.submit(lambda: tuple(describe_file(draft, path) for path in paths))
+    component = Component(
+        name=captured.component,
+        target=type(target).__module__.rpartition(".to_")[2],
+        precision=target.precision_of(captured.component),
+        files=(),
+        inputs=captured.inputs,
+        outputs=captured.outputs,
+    )
+    return _Piece(component, described)
+
+
+def _pack(
+    plan: _Plan, target: Target, pieces: list[_Piece], student_sha256: str, draft: Path
+) -> Manifest:
+    student, family, tape = plan.student, plan.student.family, plan.tape
+    components = tuple(
+        piece.captured_as.model_copy(update={"files": piece.files.result()}) for piece in pieces
+    )
+    target.furnish(student, draft)
+    pack.copy_tokenizer(student.folder / "tokenizer", draft / "tokenizer")
+    goldens = pack.write_goldens(tape, plan.goldens, draft)
+    return Manifest(
+        family=family.name,
+        name=student.folder.resolve().name,
+        components=components,
+        tokenizer=family.tokenizer(student),
+        latent=family.latent(student),
+        image=Image(height=tape.size[0], width=tape.size[1]),
+        schedules=plan.schedules,
+        default_steps=plan.default_steps,
+        guidance=tape.sampler.guidance,
+        goldens=goldens,
+        files=pack.other_files(draft, [f for c in components for f in c.files]),
+        lineage=pack.lineage(student, student_sha256, target.needs),
+    )
+
+
+def _refuse(
+    figures: tuple[Figure, ...], plan: _Plan, target: Target, draft: Path, out: Path
+) -> None:
+    """Raises when a rung is missed, with the first operator that went astray if the target knows."""
+    try:
+        refuse_below(figures, out)
+    except EdgeflashError as error:
+        figure = next(f for f in sorted(figures, key=lambda f: f.rung) if not f.passed)
+        name = figure.component if figure.component in plan.components else "unet"
+        astray = target.diverged(plan.tape.capture(name), draft)
+        hint = f"; it begins at {astray}" if astray else ""
+        raise EdgeflashError(f"{error}{hint}; nothing was written") from None
+
+
+@contextmanager
+def _told(console: Console, stage: str) -> Iterator[None]:
+    """Shows a stage while it runs, and how long it took when it is done."""
+    start = time.perf_counter()
+    with console.status(stage):
+        yield
+    console.print(f"{stage:<36} {time.perf_counter() - start:7.1f} s", highlight=False)

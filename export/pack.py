@@ -1,0 +1,105 @@
+"""What a bundle holds beside its networks: tokenizer, goldens, hashes, manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Picture
+
+from edgeflash.bundle import MANIFEST, File, Golden, Lineage, Manifest, describe_file
+from edgeflash.golden import Tensors, noise_sha256, save_tensors
+from edgeflash.student import Student, read_json
+
+from .capture import Tape
+
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+THUMBNAIL_PX = 64
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a CLIP tokenizer; vocab.json and merges.txt are made where only tokenizer.json is."""
+    target.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if not (target / "vocab.json").is_file():
+        model = read_json(source / "tokenizer.json")["model"]
+        (target / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+        pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        text = "\n".join(["#version: 0.2", *pairs]) + "\n"
+        (target / "merges.txt").write_text(text, encoding="utf-8")
+
+
+def write_goldens(tape: Tape, count: int, folder: Path) -> tuple[Golden, ...]:
+    """Writes the first recorded prompts to `goldens/` below the bundle's folder."""
+    (folder / "goldens").mkdir()
+    return tuple(_write_golden(tape, number, folder) for number in range(count))
+
+
+def _write_golden(tape: Tape, number: int, folder: Path) -> Golden:
+    told, stem = tape.goldens[number], f"goldens/{number}"
+    save_tensors(folder / f"{stem}.safetensors", told)
+    thumbnail(told).save(folder / f"{stem}.png")
+    seed, latent = tape.seed(number), told["latent"]
+    return Golden(
+        prompt=tape.prompts[number],
+        seed=seed,
+        steps=len(tape.sampler.schedule.steps),
+        token_ids=tuple(told["ids"][0].tolist()),
+        noise_sha256=noise_sha256(tape.sampler.shape, seed),
+        latent_mean=float(latent.mean()),
+        latent_std=float(latent.std()),
+        tensors=f"{stem}.safetensors",
+        thumbnail=f"{stem}.png",
+    )
+
+
+def thumbnail(told: Tensors) -> Picture.Image:
+    """The golden's image, 64 px along its longer side."""
+    pixels = np.rint((told["image"][0].clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+    picture = Picture.fromarray(pixels.transpose(1, 2, 0))
+    scale = THUMBNAIL_PX / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Picture.Resampling.LANCZOS)
+
+
+def other_files(folder: Path, known: Iterable[File]) -> tuple[File, ...]:
+    """Every file of a bundle that is not ``known`` and not its manifest."""
+    skipped = {file.path for file in known} | {MANIFEST}
+    return tuple(describe_file(folder, path) for path in _paths(folder) if path not in skipped)
+
+
+def _paths(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix()
+
+
+def lineage(student: Student, student_sha256: str, packages: Iterable[str]) -> Lineage:
+    """Where a bundle comes from, and what made it."""
+    told = student.manifest.lineage if student.manifest else None
+    tools = {name: importlib.metadata.version(name) for name in ("edgeflash", *packages)}
+    return Lineage(
+        teacher=told.teacher if told else None,
+        recipe_sha256=told.recipe_sha256 if told else None,
+        student_sha256=student_sha256,
+        tools=tools,
+        weights_licence=told.weights_licence if told else None,
+    )
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Writes `edgeflash.json`."""
+    text = manifest.model_dump_json(indent=1, exclude_none=True)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

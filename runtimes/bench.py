@@ -1,0 +1,184 @@
+"""Bundle -> figures: every step count in a process of its own, one report of them all.
+
+What is measured, and how:
+
+- *cold load*: opening all components in a fresh process, the import of the vendor's runtime
+  included; the page cache is as it is, so a file read lately comes from memory;
+- *warm load*: closing and opening again in the same process, median of three;
+- *first image*: the first after the cold load; then the warm-up runs, not counted; then the runs;
+- *latency*: prompt to pixels of one batch; *stages*: the parts of it, for unet one step;
+- *peak RSS*: of the measured process, interpreter and vendor's runtime included, before the
+  warm loads; not the memory of a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeflash.bundle import Bundle
+from edgeflash.errors import EdgeflashError
+from edgeflash.machine import Machine
+from edgeflash.report import REPORT, Conditions, Percentiles, Report, System
+from edgeflash.report_html import write_html
+from edgeflash.runtimes.measure import Job, Measured
+
+Tell = Callable[[str, int, int], None]
+PAGE = "report.html"
+PROMPT = "a photograph of a red ball on a wooden table"  # where the bundle has no goldens
+
+
+def bench(
+    job: Job, out: Path, *, steps: Sequence[int] = (), command: str | None = None, tell: Tell
+) -> Report:
+    """Measures the bundle and writes `report.json`, `report.html` and the pictures below ``out``.
+
+    Args:
+        job: what to measure; its ``steps`` and ``images`` are set here.
+        steps: step counts, a system each; none given: the bundle's default.
+        command: that makes this report again, for the record.
+        tell: called as ``tell(system, images done, images in all)``.
+
+    Raises:
+        EdgeflashError: the bundle cannot be run like this, or the measured process was killed.
+    """
+    machine = Machine.here()  # before the work, so that the load is that of others
+    bundle = Bundle.open(job.bundle)
+    counts = steps or (bundle.manifest.default_steps,)
+    systems = [
+        _system(bundle, job.model_copy(update={"steps": count}), out, f"images/{i}", tell)
+        for i, count in enumerate(counts)
+    ]
+    report = Report(
+        title=f"{bundle.manifest.name} on {job.runtime}",
+        command=command,
+        machine=machine,
+        prompts=job.prompts,
+        systems=tuple(systems),
+        notes=_notes(machine),
+    )
+    report.save(out / REPORT)
+    write_html(report, out / PAGE)
+    return report
+
+
+def _system(bundle: Bundle, job: Job, out: Path, images: str, tell: Tell) -> System:
+    """One step count; its pictures go to the folder ``out / images``."""
+    manifest = bundle.manifest
+    precision = bundle.component("unet").precision
+    name = f"{manifest.name} {precision}, {job.steps} step{'s' * (job.steps != 1)} on {job.runtime}"
+    (out / images).mkdir(parents=True, exist_ok=True)
+    job = job.model_copy(update={"images": str(out / images)})
+    found = run_apart(job, lambda done, of: tell(name, done, of))
+    return system_of(name, bundle, job, found, tuple(f"{images}/{file}" for file in found.images))
+
+
+def default_prompts(bundle: Bundle) -> tuple[str, ...]:
+    """The prompts of the bundle's goldens, four at the most."""
+    goldens = dict.fromkeys(golden.prompt for golden in bundle.manifest.goldens)
+    return tuple(goldens)[:4] or (PROMPT,)
+
+
+def run_apart(job: Job, tell: Callable[[int, int], None]) -> Measured:
+    """`measure` in a fresh process.
+
+    Raises:
+        EdgeflashError: what went wrong there.
+    """
+    command = [sys.executable, "-m", "edgeflash.runtimes.measure"]
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as errors,  # a pipe that nobody reads would fill and block
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as child,
+    ):
+        assert child.stdin and child.stdout
+        try:
+            child.stdin.write(job.model_dump_json())
+            child.stdin.close()
+            found = _listen(child.stdout, tell)
+        except BaseException:
+            child.kill()
+            raise
+        if found is None:
+            code = child.wait()
+            errors.seek(0)
+            raise EdgeflashError(_why(code, errors.read()))
+    return found
+
+
+def _listen(lines: Any, tell: Callable[[int, int], None]) -> Measured | None:
+    for line in lines:
+        if not line.startswith("{"):  # a vendor's library may print to the same place
+            continue
+        message = json.loads(line)
+        if "error" in message:
+            raise EdgeflashError(message["error"])
+        if "measured" in message:
+            return Measured.model_validate(message["measured"])
+        tell(message["done"], message["of"])
+    return None
+
+
+def _why(code: int, complaint: str) -> str:
+    last = complaint.strip().splitlines()[-1:] or ["it said nothing"]
+    if code == -9:
+        return "bench: the measured process was killed, most likely out of memory: try --low-memory"
+    return f"bench: the measured process ended with code {code}: {last[0]}"
+
+
+def system_of(
+    name: str, bundle: Bundle, job: Job, found: Measured, images: tuple[str, ...] = ()
+) -> System:
+    """The figures of one measured process, under a name; ``images`` relative to the report."""
+    latency = Percentiles.of(found.runs_ms)
+    parts = bundle.manifest.components
+    return System(
+        name=name,
+        steps=found.steps,
+        latency_ms_p50=latency.p50_ms,
+        latency_ms_p90=latency.p90_ms,
+        images_per_s=job.batch * 1000 / latency.p50_ms,
+        cold_load_ms=found.cold_load_ms,
+        warm_load_ms=found.warm_load_ms,
+        first_image_ms=found.first_image_ms,
+        size_mib=bundle.bytes / 2**20,
+        sizes_mib={part.name: sum(f.bytes for f in part.files) / 2**20 for part in parts},
+        peak_rss_mib=found.peak_rss_mib,
+        stages={stage: Percentiles.of(samples) for stage, samples in found.stages_ms.items()},
+        conditions=_conditions(job, found),
+        images=images,
+    )
+
+
+def _conditions(job: Job, found: Measured) -> Conditions:
+    return Conditions(
+        runtime=job.runtime,
+        device=found.device,
+        options=found.options,
+        height=found.height,
+        width=found.width,
+        batch=job.batch,
+        seed=job.seed,
+        guidance_scale=found.guidance_scale,
+        low_memory=job.low_memory,
+        warmup_runs=job.warmup_runs,
+        runs=job.runs,
+    )
+
+
+def _notes(machine: Machine) -> tuple[str, ...]:
+    notes = [
+        "Cold load: a fresh process with the page cache as it was; files read lately come from it.",
+        "Peak RSS: of the measured process, interpreter included; not the memory of a GPU.",
+    ]
+    if machine.busy:
+        notes.append(
+            f"The machine was busy: load {machine.load_1min:g} on {machine.cores} cores before the "
+            "first run. These times are longer than those of an idle machine."
+        )
+    return tuple(notes)

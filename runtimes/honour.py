@@ -1,0 +1,102 @@
+"""Whether a bundle can be honoured here, asked before anything is loaded.
+
+Each refusal is one sentence that names the field of the manifest and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edgeflash.bundle import Bundle, Component
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Runtime
+from edgeflash.runtimes.feed import ANSWER
+
+FED = {  # component -> roles of the inputs that the pipeline knows how to fill
+    "text_encoder": {"tokens"},
+    "unet": {"sample", "timestep", "conditioning", "guidance"},
+    "vae_decoder": {"latent"},
+    "vae_encoder": {"image"},
+}
+OPTIONAL = {"timestep", "guidance"}
+DTYPES = {"float16", "float32", "float64", "int32", "int64"}
+LAYOUTS = {"", "NCHW", "NSC", "NS", "NC", "N"}
+
+
+def refuse(bundle: Bundle, runtime: Runtime) -> None:
+    """Raises the first reason why ``runtime`` cannot run ``bundle``, if there is one."""
+    for reason in reasons(bundle, runtime):
+        raise EdgeflashError(f"{bundle.folder}: {reason}")
+
+
+def reasons(bundle: Bundle, runtime: Runtime) -> Iterator[str]:
+    """Why not, field by field."""
+    manifest = bundle.manifest
+    have = {component.name: component for component in manifest.components}
+    for name in ("text_encoder", "unet", "vae_decoder"):
+        if name not in have:
+            yield f"components: {name} is missing; export the student again"
+            return
+    for component in manifest.components:
+        if component.name not in FED:
+            yield f"components: {component.name!r} is not known here: pip install -U edgeflash"
+        else:
+            yield from _about_component(component, runtime)
+    if manifest.default_steps not in manifest.schedules:
+        yield f"default_steps: {manifest.default_steps} has no table in schedules; export it again"
+    yield from _about_timesteps(bundle, have["unet"])
+    yield from _about_guidance(bundle, have["unet"])
+
+
+def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
+    where = f"components.{component.name}"
+    if component.target not in runtime.opens:
+        yield (
+            f"{where}.target: is {component.target!r}, which this runtime does not open; "
+            f"export --to {' or '.join(runtime.opens)}"
+        )
+    if not any(spec.role == ANSWER[component.name] for spec in component.outputs):
+        yield f"{where}.outputs: none has the role {ANSWER[component.name]!r}; export it again"
+    roles = {spec.role for spec in component.inputs}
+    for role in sorted(roles - FED[component.name]):
+        yield f"{where}.inputs: role {role!r} is not known here: pip install -U edgeflash"
+    for role in sorted(FED[component.name] - OPTIONAL - roles):
+        yield f"{where}.inputs: none has the role {role!r}; export it again"
+    for spec in (*component.inputs, *component.outputs):
+        if spec.dtype not in DTYPES:
+            known = ", ".join(sorted(DTYPES))
+            yield f"{where}.{spec.name}.dtype: {spec.dtype!r} is none of {known}; export it again"
+        if spec.layout not in LAYOUTS:
+            yield f"{where}.{spec.name}.layout: {spec.layout!r} is not NCHW; export it as NCHW"
+
+
+def _about_timesteps(bundle: Bundle, unet: Component) -> Iterator[str]:
+    times = {step.t for table in bundle.manifest.schedules.values() for step in table.steps}
+    spec = unet.input("timestep")
+    if spec is None and len(times) > 1:
+        yield (
+            f"schedules: they use {len(times)} timesteps, but components.unet has its timestep "
+            "folded in; export it again, for one step or with a timestep input"
+        )
+    if spec is not None and spec.dtype.startswith("int") and any(t % 1 for t in times):
+        odd = next(t for t in sorted(times) if t % 1)
+        yield (
+            f"components.unet.{spec.name}.dtype: {spec.dtype} cannot hold the timestep {odd:g} of "
+            "the schedules; export it with a float timestep"
+        )
+
+
+def _about_guidance(bundle: Bundle, unet: Component) -> Iterator[str]:
+    guidance = bundle.manifest.guidance
+    spec = unet.input("guidance")
+    if (guidance.kind == "embedded") != (spec is not None):
+        takes = "no input" if spec is None else "an input"
+        yield (
+            f"guidance.kind: is {guidance.kind!r}, but components.unet has {takes} of role "
+            "'guidance'; export it again"
+        )
+    elif spec is not None and spec.shape[-1] != guidance.channels:
+        yield (
+            f"guidance.channels: is {guidance.channels}, but components.unet.{spec.name} takes "
+            f"{spec.shape[-1]}; export it again"
+        )

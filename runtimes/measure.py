@@ -1,0 +1,172 @@
+"""One system measured in a process of its own: ``python -m edgeflash.runtimes.measure``.
+
+A fresh process, so that the first load is a first load and the peak of memory is the run's and not
+the tool's. Takes a `Job` as JSON on standard input; writes JSON lines: progress, then what it
+found.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from edgeflash import shelf
+from edgeflash.bundle import Bundle
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Runtime
+from edgeflash.runtimes.pipeline import Request, TextToImage
+
+WARM_LOADS = 3
+
+
+class _Json(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Job(_Json):
+    """What to measure. None leaves a setting to the bundle."""
+
+    bundle: str
+    runtime: str
+    options: dict[str, Any] = {}
+    prompts: tuple[str, ...] = Field(min_length=1)
+    steps: int | None = None
+    guidance: float | None = None
+    batch: int = Field(1, ge=1)
+    seed: int = 0
+    warmup_runs: int = Field(2, ge=0)
+    runs: int = Field(10, ge=1)
+    low_memory: bool = False
+    images: str | None = None  # folder to save one picture for each prompt in
+
+
+class Measured(_Json):
+    """What was found; times in ms. ``stages_ms``: samples of each stage, unet's by step."""
+
+    device: str
+    options: dict[str, Any]
+    steps: int
+    guidance_scale: float
+    height: int
+    width: int
+    cold_load_ms: float | None  # None with low_memory, which loads while it draws
+    first_image_ms: float
+    warm_load_ms: float | None
+    runs_ms: tuple[float, ...]
+    stages_ms: dict[str, tuple[float, ...]]
+    peak_rss_mib: float | None
+    images: tuple[str, ...]  # file names
+
+
+def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
+    """Does the job in this process; ``tell(done, of)`` after every image of ``of``."""
+    start = time.perf_counter()
+    runtime = shelf.make(Runtime, job.runtime, job.options)
+    pipeline = TextToImage(Bundle.open(job.bundle), runtime, low_memory=job.low_memory)
+    if not job.low_memory:
+        pipeline.load()
+    cold_load_ms = _since(start)
+
+    texts = tuple(job.prompts[j % len(job.prompts)] for j in range(job.batch))
+    request = Request(texts, seed=job.seed, steps=job.steps, guidance=job.guidance)
+    of = 1 + job.warmup_runs + job.runs + len(job.prompts)
+    stages_ms: dict[str, list[float]] = defaultdict(list)
+    runs_ms = []
+    for done in range(1 + job.warmup_runs + job.runs):
+        start = time.perf_counter()
+        events = [(event.stage, event.elapsed_ms) for event in pipeline.stream(request)]
+        runs_ms.append(_since(start))
+        if done > job.warmup_runs:
+            for stage, elapsed_ms in events:
+                stages_ms[stage].append(elapsed_ms)
+        tell(done + 1, of)
+    peak_rss_mib = _peak_rss_mib()
+
+    names = _draw_each(pipeline, job, lambda j: tell(of - len(job.prompts) + j + 1, of))
+    manifest = pipeline.manifest
+    scale = manifest.guidance.scale if job.guidance is None else job.guidance
+    return Measured(
+        device=pipeline.device,
+        options=runtime.model_dump(),
+        steps=job.steps or manifest.default_steps,
+        guidance_scale=scale,
+        height=manifest.image.height,
+        width=manifest.image.width,
+        cold_load_ms=None if job.low_memory else cold_load_ms,
+        first_image_ms=runs_ms[0],
+        warm_load_ms=None if job.low_memory else _warm_load_ms(pipeline),
+        runs_ms=tuple(runs_ms[1 + job.warmup_runs :]),
+        stages_ms={stage: tuple(samples) for stage, samples in stages_ms.items()},
+        peak_rss_mib=peak_rss_mib,
+        images=names,
+    )
+
+
+def _draw_each(pipeline: TextToImage, job: Job, tell: Callable[[int], None]) -> tuple[str, ...]:
+    """One picture for each prompt, all with the job's seed -> file names."""
+    if job.images is None:
+        return ()
+    names = []
+    for j, prompt in enumerate(job.prompts):
+        request = Request(prompt, seed=job.seed, steps=job.steps, guidance=job.guidance)
+        names.append(f"{j}.png")
+        Image.fromarray(pipeline.generate(request).images[0]).save(Path(job.images) / names[-1])
+        tell(j)
+    return tuple(names)
+
+
+def _warm_load_ms(pipeline: TextToImage) -> float:
+    samples = []
+    for _ in range(WARM_LOADS):
+        pipeline.close()
+        start = time.perf_counter()
+        pipeline.load()
+        samples.append(_since(start))
+    return statistics.median(samples)
+
+
+def _since(start: float) -> float:
+    return (time.perf_counter() - start) * 1000
+
+
+def _peak_rss_mib() -> float | None:
+    """Largest resident memory of this process so far; None where the system does not tell."""
+    try:  # getrusage would do, but on Linux it also counts the process that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def _say(message: dict[str, Any]) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def main() -> None:
+    job = Job.model_validate_json(sys.stdin.read())
+    try:
+        found = measure(job, lambda done, of: _say({"done": done, "of": of}))
+    except EdgeflashError as error:
+        _say({"error": str(error)})
+        raise SystemExit(2) from None
+    _say({"measured": found.model_dump(mode="json")})
+
+
+if __name__ == "__main__":
+    main()

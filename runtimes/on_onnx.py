@@ -1,0 +1,125 @@
+"""ONNX Runtime, on the CPU or a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from edgeflash.bundle import Component
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Array, Runtime, Session
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntime(Runtime):
+    """Runs what `to_onnx` writes."""
+
+    needs: ClassVar[tuple[str, ...]] = ("onnxruntime",)
+    opens: ClassVar[tuple[str, ...]] = ("onnx",)
+
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where to run; auto: cuda where this onnxruntime has it, else cpu"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads inside an operator; 0: one per core")
+
+    def open(self, folder: Path, component: Component) -> OnnxSession:
+        """Loads the component's model file.
+
+        Raises:
+            EdgeflashError: the provider is not in this onnxruntime, or the file does not load.
+        """
+        import onnxruntime as ort
+
+        providers = self._providers(ort.get_available_providers())
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3  # its warnings are about itself; errors are raised below
+        path = folder / component.files[0].path
+        try:
+            session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            said = " ".join(str(error).split())
+            raise EdgeflashError(f"{path}: ONNX Runtime does not load it: {said}") from None
+        if session.get_providers()[0] == providers[0]:
+            return OnnxSession(session, component)
+        if self.provider == "cuda":
+            raise EdgeflashError(
+                "provider cuda: ONNX Runtime fell back to the CPU, so CUDA or cuDNN is missing or "
+                "too old for it: pip install 'onnxruntime-gpu[cuda,cudnn]', or use provider=cpu"
+            )
+        return OnnxSession(session, component)
+
+    def _providers(self, have: list[str]) -> list[str]:
+        cuda, cpu = PROVIDERS["cuda"], PROVIDERS["cpu"]
+        if self.provider == "cpu":
+            return [cpu]
+        if cuda in have:
+            return [cuda, cpu]
+        if self.provider == "auto":
+            return [cpu]
+        raise EdgeflashError(
+            f"provider cuda: this onnxruntime has {', '.join(have)}: "
+            "pip uninstall onnxruntime, then pip install 'edgeflash[onnx-gpu]'"
+        )
+
+
+class OnnxSession(Session):
+    """One model, its tensors bound to the device it runs on.
+
+    Inputs are handed over by address on the CPU and copied once to a CUDA device. There, an array
+    that comes again and cannot have changed (it is read-only) is not copied again: the conditioning
+    crosses the bus once an image, not once a step.
+    """
+
+    def __init__(self, session: ort.InferenceSession, component: Component) -> None:
+        found = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
+        for spec in (*component.inputs, *component.outputs):
+            if spec.name not in found:
+                raise EdgeflashError(
+                    f"components.{component.name}: the model has no tensor {spec.name!r} "
+                    f"(has: {', '.join(sorted(found))}); export it again"
+                )
+        provider = session.get_providers()[0]
+        self.device = next(name for name, value in PROVIDERS.items() if value == provider)
+        self._bound = self.device != "cpu"
+        self._session = session
+        self._binding = session.io_binding()
+        self._outputs = [spec.name for spec in component.outputs]
+        self._held: dict[str, tuple[Array, Any]] = {}  # name -> array, its copy on the device
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if not self._bound:
+            # run() itself takes and gives arrays by address on the CPU; a binding would copy.
+            values = self._session.run(self._outputs, dict(inputs))
+            return dict(zip(self._outputs, values, strict=True))
+        for name, array in inputs.items():
+            self._binding.bind_ortvalue_input(name, self._on_device(name, array))
+        for name in self._outputs:
+            self._binding.bind_output(name, "cpu")
+        self._session.run_with_iobinding(self._binding)
+        values = self._binding.copy_outputs_to_cpu()
+        return dict(zip(self._outputs, values, strict=True))
+
+    def _on_device(self, name: str, array: Array) -> Any:
+        import onnxruntime as ort
+
+        held = self._held.get(name)
+        if held is not None and held[0] is array:
+            return held[1]
+        value = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self.device, 0)
+        if not array.flags.writeable:
+            self._held[name] = (array, value)
+        return value
+
+    def close(self) -> None:
+        self._held.clear()
+        del self._binding, self._session

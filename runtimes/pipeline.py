@@ -1,0 +1,337 @@
+"""Prompt -> image, over any runtime: tokens, conditioning, the few-step loop, pixels.
+
+The sampler is a table in the manifest, so there is no scheduler mathematics here, and no torch.
+
+>>> pipeline = TextToImage(Bundle.open("bundle"), OnnxRuntime())      # doctest: +SKIP
+>>> pipeline.generate(Request("a red star", seed=3)).images.shape     # doctest: +SKIP
+(1, 512, 512, 3)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeflash import noise
+from edgeflash.bundle import Bundle
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Runtime
+from edgeflash.runtimes.feed import Part
+from edgeflash.runtimes.honour import refuse
+from edgeflash.schedule import Entry, Guidance, Schedule, advance
+from edgeflash.tokenizer import Tokens, read_tokenizer
+
+Float32 = NDArray[np.float32]
+UInt8 = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What to draw. None leaves a setting to the bundle.
+
+    Attributes:
+        prompt: one text, or a tuple of texts, which makes a batch with one image each.
+        seed: of the first image, 0 .. 2^64 - 1; image j of the batch has ``seed + j``.
+        steps: network calls an image; one of the step counts in the manifest's schedules.
+        guidance: scale of the guidance, >= 0; 1 is the unguided network.
+        negative: text to steer away from, for bundles whose guidance kind is ``cfg``.
+        size: (height, width) in px, for bundles whose networks leave the size free.
+        image: start from this picture: uint8 [height, width, 3], of the size above.
+        strength: share of the steps to run on ``image``, 0 to 1: how much is painted anew.
+    """
+
+    prompt: str | tuple[str, ...]
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    negative: str = ""
+    size: tuple[int, int] | None = None
+    image: UInt8 | None = None
+    strength: float = 0.6
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What came out.
+
+    Attributes:
+        images: uint8 [n, height, width, 3].
+        latent: after the last step, float32 [n, c, h, w].
+        tokens: token ids of the prompts, int64 [n, s].
+        cut: per prompt, the text beyond the tokenizer's length that was not seen; "" where all was.
+    """
+
+    images: UInt8
+    latent: Float32
+    tokens: NDArray[np.int64]
+    cut: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Event:
+    """A stage has ended.
+
+    Attributes:
+        stage: the component that ran: text_encoder, vae_encoder, unet or vae_decoder.
+        step: network calls done so far, of ``steps``.
+        steps: network calls this request takes.
+        elapsed_ms: time of this stage alone, loading not counted.
+        latent: float32 [n, c, h, w] as it stands; None before the first step.
+        result: with the last event.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    elapsed_ms: float
+    latent: Float32 | None = None
+    result: Result | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A request with the bundle's settings filled in."""
+
+    schedule: Schedule
+    entry: Entry | None
+    guidance: Guidance
+    shape: tuple[int, ...]  # of the latent [n, c, h, w]
+
+    @property
+    def doubled(self) -> bool:
+        return self.guidance.kind == "cfg" and self.guidance.scale != 1
+
+
+class TextToImage:
+    """A bundle on a runtime, ready to draw.
+
+    Components are loaded when first needed and kept. With ``low_memory`` only one is loaded at a
+    time: each is closed when its stage ends.
+
+    Raises:
+        EdgeflashError: the bundle asks for something that is not on offer here.
+    """
+
+    def __init__(self, bundle: Bundle, runtime: Runtime, *, low_memory: bool = False) -> None:
+        refuse(bundle, runtime)
+        self.bundle = bundle
+        self.manifest = bundle.manifest
+        self.low_memory = low_memory
+        self.tokenizer = read_tokenizer(bundle.folder, self.manifest.tokenizer)
+        self.parts = {c.name: Part(bundle, runtime, c.name) for c in self.manifest.components}
+
+    def load(self) -> None:
+        """Loads every component that a text-to-image request needs."""
+        for name in ("text_encoder", "unet", "vae_decoder"):
+            self.parts[name].open()
+
+    def close(self) -> None:
+        """Gives all memory back; a later request loads again."""
+        for part in self.parts.values():
+            part.close()
+
+    @property
+    def device(self) -> str:
+        """What the denoiser runs on, in its vendor's words; loads it if need be."""
+        return self.parts["unet"].open().device
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def generate(self, request: Request) -> Result:
+        """Draws, without telling of the stages in between."""
+        for event in self.stream(request):
+            if event.result is not None:
+                return event.result
+        raise AssertionError("the last event has no result")
+
+    def stream(self, request: Request) -> Generator[Event, None, None]:
+        """Draws, with an event after every stage. Close the generator to cancel between two.
+
+        Raises:
+            EdgeflashError: a request that this bundle cannot fulfil, before anything is loaded; or
+                a network that returns NaN or infinity.
+        """
+        plan = self._plan(request)
+        rows = plan.schedule.rows(plan.entry)
+        steps = len(rows)
+        seeds = range(request.seed, request.seed + plan.shape[0])
+        fresh = _draw(plan.shape, seeds, 0)
+
+        with self._stage("text_encoder") as (part, clock):
+            tokens, conditioning = self._condition(part, request, plan)
+            told = clock.ms()
+        yield Event("text_encoder", 0, steps, told)
+
+        latent = None
+        if request.image is not None:
+            with self._stage("vae_encoder") as (part, clock):
+                latent = self._encode(part, request.image, plan)
+                told = clock.ms()
+            yield Event("vae_encoder", 0, steps, told)
+
+        x, previous = plan.schedule.begin(fresh, latent, plan.entry), None
+        with self._stage("unet") as (part, clock):
+            for i, step in enumerate(rows):
+                clock.start()
+                output = self._predict(part, step.in_scale * x, step.t, conditioning, plan)
+                if step.needs_noise:
+                    fresh = _draw(plan.shape, seeds, i + 1)
+                following = advance(step, x, output, noise=fresh, previous=previous)
+                x, previous = _finite(following, "unet", f"at step {i + 1} of {steps}"), (x, output)
+                yield Event("unet", i + 1, steps, clock.ms(), x)
+
+        with self._stage("vae_decoder") as (part, clock):
+            images = self._decode(part, x)
+            told = clock.ms()
+        ids = np.array([token.ids for token in tokens], np.int64)
+        result = Result(images, x, ids, tuple(token.cut for token in tokens))
+        yield Event("vae_decoder", steps, steps, told, x, result)
+
+    def _plan(self, request: Request) -> _Plan:
+        assert request.prompts, "no prompt"
+        schedule = self._schedule(request)
+        entry = None
+        if request.image is not None:
+            if "vae_encoder" not in self.parts:
+                raise self._cannot("start from an image", "it has no vae_encoder")
+            entry = schedule.entry(request.strength)
+        return _Plan(schedule, entry, self._guidance(request), self._shape(request))
+
+    def _schedule(self, request: Request) -> Schedule:
+        tables = self.manifest.schedules
+        steps = self.manifest.default_steps if request.steps is None else request.steps
+        if steps not in tables:
+            have = ", ".join(map(str, sorted(tables)))
+            raise self._cannot(f"draw in {steps} steps", f"its schedules are for {have}")
+        return tables[steps]
+
+    def _guidance(self, request: Request) -> Guidance:
+        own = self.manifest.guidance
+        scale = own.scale if request.guidance is None else request.guidance
+        if request.negative and own.kind != "cfg":
+            raise self._cannot("take a negative prompt", f"its guidance kind is {own.kind!r}")
+        if own.kind == "none" and scale != 1:
+            raise self._cannot(f"take the guidance scale {scale:g}", "its guidance kind is 'none'")
+        if not scale >= 0:
+            raise self._cannot(f"take the guidance scale {scale:g}", "scales are 0 or more")
+        return Guidance(kind=own.kind, scale=scale, channels=own.channels)
+
+    def _shape(self, request: Request) -> tuple[int, ...]:
+        latent, default = self.manifest.latent, self.manifest.image
+        height, width = request.size or (default.height, default.width)
+        unit = latent.downsampling
+        if min(height, width) < unit or height % unit or width % unit:
+            raise self._cannot(f"draw {height}x{width} px", f"sides must be multiples of {unit}")
+        shape = (len(request.prompts), latent.channels, height // unit, width // unit)
+        sample = self.parts["unet"].component.input("sample")
+        assert sample is not None
+        fixed = zip(sample.shape[1:], shape[1:], strict=True)
+        if any(isinstance(a, int) and a != b for a, b in fixed):
+            raise self._cannot(
+                f"draw {height}x{width} px", f"it was exported for {default.height}x{default.width}"
+            )
+        if request.image is not None and request.image.shape != (height, width, 3):
+            raise self._cannot(
+                f"start from an image {request.image.shape}", f"it takes ({height}, {width}, 3)"
+            )
+        return shape
+
+    def _cannot(self, what: str, why: str) -> EdgeflashError:
+        return EdgeflashError(f"{self.bundle.folder}: this bundle cannot {what}: {why}")
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[tuple[Part, _Clock]]:
+        part = self.parts[name]
+        part.open()
+        try:
+            yield part, _Clock()
+        finally:
+            if self.low_memory:
+                part.close()
+
+    def _condition(self, part: Part, request: Request, plan: _Plan) -> tuple[list[Tokens], Any]:
+        """Tokens of the prompts; conditioning [n, s, d], or [2n, s, d] for cfg, negatives first."""
+        tokens = [self.tokenizer(prompt) for prompt in request.prompts]
+        wanted = [token.ids for token in tokens]
+        if plan.doubled:
+            wanted = [self.tokenizer(request.negative).ids] * len(tokens) + wanted
+        distinct = list(dict.fromkeys(wanted))
+        encoded = part(tokens=np.array(distinct))
+        conditioning = encoded[[distinct.index(ids) for ids in wanted]]
+        conditioning.flags.writeable = False  # a session may keep its copy on the device
+        return tokens, conditioning
+
+    def _encode(self, part: Part, image: UInt8, plan: _Plan) -> Float32:
+        """Latent [n, c, h, w] of one picture, the same for the whole batch."""
+        spec = part.component.input("image")
+        assert spec is not None
+        low, high = _range(spec.low, spec.high)
+        pixels = image.astype(np.float32).transpose(2, 0, 1)[None] * ((high - low) / 255) + low
+        # Encoders of the KL kind give mean and log-variance, in this order; the mean is the latent.
+        mean = part(image=pixels)[:, : plan.shape[1]].astype(np.float32)
+        latent = (mean - self.manifest.latent.shift) * self.manifest.latent.scale
+        return np.broadcast_to(_finite(latent, "vae_encoder"), plan.shape)
+
+    def _predict(self, part: Part, x: Float32, t: float, conditioning: Any, plan: _Plan) -> Float32:
+        """The network output for x [n, c, h, w], guided."""
+        roles = {"sample": x, "timestep": np.array(t), "conditioning": conditioning}
+        if plan.doubled:
+            both = part(**roles | {"sample": np.concatenate([x, x])}).astype(np.float32, copy=False)
+            return plan.guidance.guide(*np.split(both, 2)).astype(np.float32, copy=False)
+        if plan.guidance.kind == "embedded":
+            roles["guidance"] = np.repeat(plan.guidance.embedding(), len(x), axis=0)
+        return part(**roles).astype(np.float32, copy=False)
+
+    def _decode(self, part: Part, x: Float32) -> UInt8:
+        """Images uint8 [n, height, width, 3] of latents [n, c, h, w]."""
+        latent = self.manifest.latent
+        z = x if (latent.scale, latent.shift) == (1, 0) else x / latent.scale + latent.shift
+        image = _finite(part(latent=z), "vae_decoder")
+        low, high = _range(part.answer.low, part.answer.high)
+        pixels = np.rint((image.astype(np.float32) - low) * (255 / (high - low)))
+        return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self._start = time.perf_counter()
+
+    def ms(self) -> float:
+        return (time.perf_counter() - self._start) * 1000
+
+
+def _range(low: float | None, high: float | None) -> tuple[float, float]:
+    """The value range of a picture; -1 to 1 where the manifest is silent."""
+    return -1.0 if low is None else low, 1.0 if high is None else high
+
+
+def _draw(shape: tuple[int, ...], seeds: range, k: int) -> Float32:
+    """Draw ``k`` of each seed -> [n, c, h, w]."""
+    return np.concatenate([noise.randn((1, *shape[1:]), seed, k) for seed in seeds])
+
+
+def _finite(array: Any, stage: str, when: str = "") -> Any:
+    """``array`` itself, if it holds numbers: an overflow would pass as a black picture."""
+    if not np.isfinite(array).all():
+        raise EdgeflashError(
+            f"{stage} gave NaN or infinity{' ' * bool(when)}{when}: its precision overflows here; "
+            "export it with --precision fp32"
+        )
+    return array

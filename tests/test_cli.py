@@ -1,0 +1,128 @@
+"""The command line: every mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_bundle import tiny
+
+from edgeflash import cli
+
+
+class Said:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["edgeflash", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        told = capsys.readouterr()
+        return Said(int(left.value.code or 0), told.out, told.err)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["distil"], r"No such command 'distil'. Did you mean 'distill'"),
+        (["run", "b", "--promt", "x"], r"No such option: --promt"),
+        (["distill"], "say either a recipe or --by METHOD"),
+        (["distill", "shape"], r"no recipe file or shipped recipe 'shape' .*mean 'shapes'\?"),
+        (["distill", "--by", "lmc"], r"no method 'lmc' .*did you mean 'lcm'\?"),
+        (["distill", "--by", "lcm", "--set", "stps=3"], r"no option in method 'lcm': 'stps'"),
+        (["distill", "--by", "lcm", "--set", "lmc.steps=3"], r"no table or stage 'lmc'"),
+        (["distill", "--by", "lcm", "--set", "steps"], r"write it as NAME=VALUE"),
+        (["export", "nowhere", "--to", "onx"], r"no target 'onx' .*did you mean 'onnx'\?"),
+        (["export", "nowhere", "--to", "onnx"], r"nowhere: no such folder"),
+        (["export", "nowhere", "--to", "onnx", "--precision", "int7"], r"precision = 'int7'"),
+        (["export", "nowhere", "--to", "onnx", "--size", "axb"], r"--size axb: write"),
+        (["run", "nowhere", "--prompt", "x"], r"nowhere: no bundle folder"),
+        (["verify", "nowhere"], r"nowhere: no bundle folder"),
+        (["inspect", "nowhere"], r"nowhere: neither a bundle nor a diffusers folder"),
+        (["list", "lmc"], r"no plug-in 'lmc' .*did you mean 'lcm'\?"),
+        (["compare", "a.json", "b.json"], r"a\.json: no such report"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(say, words: list[str], line: str) -> None:
+    said = say(*words)
+    assert said.code == 2 and re.search(line, said.err), said.err
+    assert said.err.count("\n") == 1 and said.err.startswith("edgeflash: ")
+
+
+def test_a_dry_run_prints_the_recipe_as_it_would_run(say) -> None:
+    sets = ["--set", "lcm.steps=9", "--set", "data.samples=5"]
+    said = say("distill", "shapes", "--teacher", "my/model", *sets, "--dry-run")
+    told = tomllib.loads(said.out)
+    assert said.code == 0 and told["teacher"] == "my/model" and told["data"]["samples"] == 5
+    steps = {stage["by"]: stage["steps"] for stage in told["stage"]}
+    assert steps["lcm"] == 9 and steps["blocks"] != 9
+
+
+def test_methods_without_a_recipe(say, tmp_path: Path) -> None:
+    words = ["--by", "blocks", "--by", "lcm", "--data", tmp_path, "--set", "steps=4", "--dry-run"]
+    told = tomllib.loads(say("distill", *words).out)
+    assert [stage["by"] for stage in told["stage"]] == ["blocks", "lcm"]
+    assert {stage["steps"] for stage in told["stage"]} == {4}
+    assert told["data"]["kind"] == "folder" and told["data"]["path"] == str(tmp_path)
+
+
+def test_run_writes_the_picture_and_tells_what_was_cut(say, tmp_path: Path) -> None:
+    bundle = tiny(tmp_path / "b")
+    said = say("run", bundle, "--prompt", "red star " * 40, "--out", tmp_path / "deep/a.png")
+    assert said.code == 0, said.err
+    assert "too long" in said.err
+    picture = np.asarray(Image.open(tmp_path / "deep/a.png"))
+    assert picture.ndim == 3 and picture.dtype == np.uint8
+    refused = say("run", bundle, "--prompt", "red", "--out", tmp_path / "a.jpg")
+    assert refused.code == 2 and "name it a.png" in refused.err
+
+
+def test_two_prompts_make_two_pictures(say, tmp_path: Path) -> None:
+    bundle = tiny(tmp_path / "b")
+    said = say("run", bundle, "--prompt", "red", "--prompt", "star", "--out", tmp_path / "a.png")
+    assert said.code == 0, said.err
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["a-0.png", "a-1.png"]
+
+
+def test_an_altered_bundle_is_refused_with_both_hashes(say, tmp_path: Path) -> None:
+    bundle = tiny(tmp_path / "b")
+    told = json.loads((bundle / "edgeflash.json").read_text())
+    path = bundle / told["components"][0]["files"][0]["path"]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    said = say("verify", bundle)
+    assert said.code == 2 and re.search(r"sha256 expected \w{64}, found \w{64}", said.err)
+    path.write_bytes(data[:-5])
+    assert "truncated" in say("inspect", bundle).err
+
+
+def test_a_newer_manifest_asks_for_a_newer_edgeflash(say, tmp_path: Path) -> None:
+    bundle = tiny(tmp_path / "b")
+    manifest = bundle / "edgeflash.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 99}))
+    said = say("run", bundle, "--prompt", "x")
+    assert said.code == 2 and "format 99 is newer" in said.err and "pip install -U" in said.err
+
+
+def test_inspect_list_and_doctor_tell(say, tmp_path: Path) -> None:
+    bundle = tiny(tmp_path / "b")
+    assert "vae_decoder" in say("inspect", bundle).out
+    assert "huber_c" in say("list", "lcm").out
+    shelf = say("list").out
+    assert all(name in shelf for name in ("blocks", "decoder", "lcm", "onnx", "torch"))
+    assert "usable here" in say("doctor").out

@@ -1,0 +1,277 @@
+"""The loop, the data and whole recipes, on networks small enough for seconds."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from pydantic import Field
+from torch import nn
+
+from edgeflash.distill.data import open_store
+from edgeflash.distill.loop import Order, train
+from edgeflash.distill.run import distill
+from edgeflash.distill.stage import Batch, Player, Stage, Terms, Workshop, average
+from edgeflash.errors import EdgeflashError
+from edgeflash.recipe import Data, recipe_of
+from edgeflash.roles import Method
+
+from tiny_student import write_student
+
+
+class Toy(Method):
+    """Two players pull one number each; the second takes every other turn."""
+
+    ema: float = Field(0.9, ge=0, lt=1, description="decay")
+
+    def begin(self, shop: Workshop) -> Stage:
+        torch.manual_seed(0)
+        first, second = nn.Linear(2, 1), nn.Linear(2, 1)
+
+        def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+            noise = torch.randn(len(batch["x"]), 2, generator=generator)
+            return {"square": (network(batch["x"] + noise) - 1).square().mean()}
+
+        return Stage(
+            players={"first": Player(first, loss), "second": Player(second, loss, every=2)},
+            batch=lambda indices: {
+                "x": torch.from_numpy(indices)[:, None].float().repeat(1, 2) / 9
+            },
+            results={"first": first, "second": second},
+            averages={"first": average(first, self.ema)},
+            targets=[(average(second, 0.5), second)],
+        )
+
+
+def run_toy(folder: Path, *, stop_at: int | None = None, **options: Any) -> Stage:
+    """Trains the toy; with ``stop_at`` a Ctrl-C falls into that step."""
+    folder.mkdir(exist_ok=True)
+    toy = Toy(steps=8, batch_size=4, learning_rate=0.1, **options)
+    stage = toy.begin(None)  # type: ignore[arg-type]
+    plain, count = stage.batch, 0
+
+    def batch(indices: np.ndarray) -> Batch:
+        nonlocal count
+        count += 1
+        if count == stop_at:
+            raise KeyboardInterrupt
+        return plain(indices)
+
+    stage.batch = batch
+    accelerator = Accelerator(cpu=True)
+    try:
+        train(stage, toy, folder, accelerator, samples=10, seed=3, label="toy")
+    finally:
+        accelerator._custom_objects.clear()
+    return stage
+
+
+def weights(stage: Stage) -> list[torch.Tensor]:
+    networks = [*stage.results.values(), *stage.averages.values(), stage.targets[0][0]]
+    return [p.detach().clone() for network in networks for p in network.state_dict().values()]
+
+
+def test_a_run_that_was_stopped_and_resumed_is_bit_identical(tmp_path: Path) -> None:
+    whole = run_toy(tmp_path / "whole")
+    with pytest.raises(EdgeflashError, match=r"interrupted at step 5 of 8 .*same command again"):
+        run_toy(tmp_path / "cut", stop_at=6)
+    assert json.loads((tmp_path / "cut/checkpoint/progress.json").read_text())["step"] == 5
+    resumed = run_toy(tmp_path / "cut")
+    assert all(map(torch.equal, weights(whole), weights(resumed)))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut/metrics.jsonl").open()]
+    assert steps == [8]
+
+
+def test_averages_follow_and_are_what_is_saved(tmp_path: Path) -> None:
+    end = run_toy(tmp_path / "a")
+    assert end.final()["second"] is end.results["second"]
+    now, mean = end.results["first"].weight, end.final()["first"].weight
+    start = Toy().begin(None).results["first"].weight  # type: ignore[arg-type]
+    assert (mean - now).abs().max() > 0 < (mean - start).abs().max()
+
+
+def test_players_take_turns(tmp_path: Path) -> None:
+    turns: list[str] = []
+    nets = {"student": nn.Linear(1, 1), "critic": nn.Linear(1, 1)}
+
+    def loss(name: str) -> Any:
+        def of(net: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+            turns.append(name)
+            return {"x": net(batch["x"]).mean()}
+
+        return of
+
+    stage = Stage(
+        players={
+            "critic": Player(nets["critic"], loss("critic")),
+            "student": Player(nets["student"], loss("student"), every=2),
+        },
+        batch=lambda i: {"x": torch.ones(len(i), 1)},
+        results=dict(nets),
+    )
+    toy = Toy(steps=3, batch_size=2)
+    train(stage, toy, tmp_path, Accelerator(cpu=True), samples=4, seed=0, label="")
+    assert turns == ["critic", "student", "critic", "critic", "student"]
+
+
+def test_micro_batches_add_up_to_the_large_batch(tmp_path: Path) -> None:
+    """The mean over micro-batches is the gradient of the whole batch (same noise, cut in two)."""
+    torch.manual_seed(0)
+    network = nn.Linear(2, 1, bias=False)
+    seen: list[torch.Tensor] = []
+
+    def loss(net: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+        return {"square": (net(batch["x"]) - 1).square().mean()}
+
+    def gradient(accumulate: int) -> torch.Tensor:
+        net = nn.Linear(2, 1, bias=False)
+        net.load_state_dict(network.state_dict())
+        net.weight.register_hook(lambda g: seen.append(g.clone()))
+        stage = Stage(
+            players={"p": Player(net, loss)},
+            batch=lambda i: {"x": torch.from_numpy(i)[:, None].float().repeat(1, 2)},
+            results={"p": net},
+        )
+        folder = tmp_path / str(accumulate)
+        folder.mkdir()
+        toy = Toy(steps=1, batch_size=4, accumulate=accumulate, learning_rate=0.1)
+        train(stage, toy, folder, Accelerator(cpu=True), samples=4, seed=0, label="")
+        total = torch.stack(seen).sum(0)
+        seen.clear()
+        return total
+
+    assert torch.allclose(gradient(1), gradient(2), rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_itself(tmp_path: Path) -> None:
+    net = nn.Linear(1, 1)
+    stage = Stage(
+        players={
+            "student": Player(net, lambda n, b, g: {"good": n.bias.sum(), "bad": n.bias.sum() / 0})
+        },
+        batch=lambda i: {"x": torch.zeros(1)},
+        results={"student": net},
+    )
+    with pytest.raises(EdgeflashError, match=r"loss term 'bad' of 'student' is .* at step 0"):
+        train(stage, Toy(), tmp_path, Accelerator(cpu=True), samples=9, seed=0, label="x")
+
+
+def test_every_sample_comes_once_an_epoch() -> None:
+    order = Order(10, 4, seed=1)
+    drawn = np.concatenate([order.indices(step) for step in range(5)])
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert list(drawn[:10]) != list(drawn[10:])
+    assert list(Order(10, 4, seed=1).indices(3)) == list(drawn[12:16])
+
+
+def picture_folder(home: Path, count: int = 6, size: int = 24) -> Path:
+    home.mkdir()
+    for i in range(count):
+        pixels = np.full((size, size + 8, 3), 40 * i % 256, np.uint8)
+        Image.fromarray(pixels).save(home / f"{i}.png")
+        (home / f"{i}.txt").write_text(f"star {i}\n")
+    return home
+
+
+def test_a_folder_of_captioned_pictures(tmp_path: Path) -> None:
+    home = picture_folder(tmp_path / "in")
+    store = open_store(Data(kind="folder", path=str(home), samples=9, size_px=16), 0, tmp_path)
+    assert store.captions == [f"star {i}" for i in range(6)]
+    pixels = store.pictures(np.array([0, 5]))
+    assert pixels.shape == (2, 3, 16, 16)
+    assert pixels[:, 0, 0, 0].tolist() == pytest.approx([-1, 200 / 127.5 - 1], abs=1e-6)
+
+
+def test_shards_give_what_the_folder_gives(tmp_path: Path) -> None:
+    home = picture_folder(tmp_path / "in")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for path in sorted(home.iterdir()):
+            tar.add(path, path.name)
+    settings = {"samples": 9, "size_px": 16}
+    shards = open_store(Data(kind="shards", path=str(tmp_path / "a.tar"), **settings), 0, tmp_path)
+    folder = open_store(Data(kind="folder", path=str(home), **settings), 0, tmp_path)
+    assert shards.captions == folder.captions
+    assert torch.equal(shards.pictures(np.arange(6)), folder.pictures(np.arange(6)))
+
+
+def test_bad_samples_are_skipped_and_too_many_stop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = picture_folder(tmp_path / "in")
+    (home / "6.png").write_bytes(b"no picture")
+    (home / "6.txt").write_text("x")
+    data = Data(kind="folder", path=str(home), samples=9, size_px=16)
+    assert len(open_store(data, 0, tmp_path)) == 6
+    assert "1 of 7 samples skipped, first 6.png: unreadable picture" in capsys.readouterr().err
+    (home / "0.txt").unlink()
+    with pytest.raises(EdgeflashError, match=r"2 of 7 .*0\.png: no caption.*more than 1 %"):
+        open_store(data, 1, tmp_path)
+
+
+def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(EdgeflashError, match="is no folder"):
+        open_store(Data(kind="folder", path=str(tmp_path / "nowhere")), 0, tmp_path)
+    with pytest.raises(EdgeflashError, match=r"no captioned pictures|nowhere"):
+        open_store(Data(kind="shards", path=str(tmp_path / "nowhere.tar")), 0, tmp_path)
+
+
+def small_recipe(tmp_path: Path, **changes: Any) -> Any:
+    teacher = tmp_path / "teacher"
+    if not teacher.exists():
+        write_student(teacher, tiny_decoder=False, widths=(16, 32), scheduler="DDIMScheduler")
+        picture_folder(tmp_path / "in", 8, 16)
+    common = {"steps": 2, "batch_size": 2}
+    stages = [
+        {"by": "decoder", "width": 8, "blocks": [1, 1], "adversarial_weight": 0.1, **common},
+        {"by": "blocks", "rule": "small", **common},
+        {"by": "lcm", "w_min": 1, "w_max": 2, **common},
+    ]
+    return recipe_of(
+        {
+            "name": "small",
+            "teacher": str(teacher),
+            "data": {"kind": "folder", "path": str(tmp_path / "in"), "samples": 8, "size_px": 16},
+            "stage": stages,
+            "sampling": {"steps": [1, 2], "default_steps": 2},
+            **changes,
+        },
+        "test",
+    )
+
+
+def test_a_whole_recipe_gives_a_student_that_diffusers_loads(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    out = distill(small_recipe(tmp_path), tmp_path / "student")
+    told = json.loads((out / "edgeflash.json").read_text())
+    assert sorted(told["schedules"]) == ["1", "2"] and told["default_steps"] == 2
+    assert [stage["by"] for stage in told["lineage"]["stages"]] == ["decoder", "blocks", "lcm"]
+    pipeline = StableDiffusionPipeline.from_pretrained(str(out), safety_checker=None)
+    names = [type(part).__name__ for part in (pipeline.vae, pipeline.scheduler)]
+    assert names == ["AutoencoderTiny", "LCMScheduler"] and pipeline.unet.mid_block is None
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("star", num_inference_steps=1, guidance_scale=0, output_type="np").images
+    assert image.shape == (1, 16, 16, 3) and np.isfinite(image).all()
+    assert not list((tmp_path / "student.run").glob("*/checkpoint"))
+
+
+def test_a_finished_run_is_not_run_again_and_a_changed_recipe_is_refused(tmp_path: Path) -> None:
+    distill(small_recipe(tmp_path), tmp_path / "student")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "student.run").rglob("outcome.json")}
+    distill(small_recipe(tmp_path), tmp_path / "student")
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    with pytest.raises(EdgeflashError, match=r"another recipe \(changed: seed\)"):
+        distill(small_recipe(tmp_path, seed=4), tmp_path / "student")
+
+
+def test_an_unknown_teacher_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EdgeflashError, match=r"empty: no diffusers folder"):
+        distill(small_recipe(tmp_path, teacher=str(tmp_path / "empty")), tmp_path / "s")

@@ -1,0 +1,104 @@
+"""The models inside the package: small enough, loadable by diffusers alone, and drawing the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgeflash import shapes
+from edgeflash.demo import embedded
+from edgeflash.distill.judge import HELD_OUT_SEED, frechet_distance, load_judge, look, verdict
+from edgeflash.noise import randn
+from edgeflash.student import Student
+
+PROMPT = "a large red circle on the left on a white background"
+
+
+def mib(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("shapes-teacher", 19.07), ("shapes-student", 11.44), ("shapes-judge", 1.9)]
+)
+def test_the_models_are_as_small_as_promised(name: str, most: float) -> None:
+    assert mib(embedded() / name) <= most  # 20, 12 and 2 MB
+
+
+@pytest.mark.parametrize("name", ["shapes-teacher", "shapes-student"])
+def test_the_folders_are_sound_and_say_where_they_come_from(name: str) -> None:
+    student = Student.open(embedded() / name)
+    assert student.manifest and student.manifest.lineage.recipe_sha256
+    assert student.manifest.lineage.weights_licence == "apache-2.0"
+    card = (embedded() / name / "README.md").read_text()
+    assert "edgeflash score" in card and student.manifest.lineage.recipe_sha256[:12] in card
+
+
+def diffusers_picture(folder: Path, steps: int, guidance: float) -> np.ndarray:
+    """What diffusers alone draws from edgeflash's noise, uint8 [64, 64, 3]."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        str(folder), torch_dtype=torch.float32, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
+    noise = torch.from_numpy(randn((1, channels, size, size), 5))
+    drawn: Any = pipeline(
+        PROMPT,
+        latents=noise,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="np",
+    )
+    return np.rint(drawn.images[0] * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("shapes-student", 1), ("shapes-teacher", 4)])
+def test_diffusers_alone_draws_the_same_picture(tmp_path: Path, name: str, steps: int) -> None:
+    from edgeflash.export.line import export_student
+    from edgeflash.roles import Runtime, Target
+    from edgeflash.runtimes.pipeline import Request, TextToImage
+    from edgeflash.shelf import make
+
+    folder = embedded() / name
+    student = Student.open(folder)
+    bundle = export_student(student, make(Target, "torch", {}), tmp_path / "b", steps=[steps])
+    with TextToImage(bundle, make(Runtime, "torch", {})) as pipeline:
+        ours = pipeline.generate(Request(prompt=PROMPT, seed=5)).images[0]
+    scale = student.guidance().scale if student.guidance().kind == "cfg" else 0.0
+    theirs = diffusers_picture(folder, steps, scale)
+    assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 2
+
+
+def test_the_judge_reads_every_attribute() -> None:
+    pictures, captions, known = shapes.batch(HELD_OUT_SEED + 2, range(600))
+    found, _ = look(load_judge(), pictures)
+    for column, name in enumerate(shapes.HEADS):
+        there = known[:, column] >= 0
+        assert (found == known)[there, column].mean() >= 0.985, name
+    said = verdict(load_judge(), pictures, captions)
+    assert said.prompt_accuracy > 0.95 and said.fd is not None and said.fd < 3
+    wrong = verdict(load_judge(), pictures, captions[::-1])
+    assert wrong.prompt_accuracy < 0.05
+
+
+def test_the_frechet_distance_of_gaussians() -> None:
+    """|m1 - m2|^2 + d (s1 - s2)^2 for isotropic ones."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0, 1, (20_000, 4)), rng.normal(0.5, 2, (20_000, 4))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-8)
+    assert frechet_distance(a, b) == pytest.approx(4 * 0.25 + 4 * 1, rel=0.05)
+
+
+def test_the_students_recipe_is_the_one_in_the_package() -> None:
+    from edgeflash.recipe import find_recipe, read_recipe
+
+    for recipe, name in (("shapes", "shapes-student"), ("shapes-teacher", "shapes-teacher")):
+        told = json.loads((embedded() / name / "edgeflash.json").read_text())
+        assert told["lineage"]["recipe_sha256"] == read_recipe(find_recipe(recipe)).sha256

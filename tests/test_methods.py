@@ -1,0 +1,206 @@
+"""The formulas of the methods, against closed forms."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from edgeflash.distill.by_blocks import Taps, feature_pairs, prune, pruned_config, teacher_name
+from edgeflash.distill.by_lcm import LCM
+from edgeflash.distill.discriminators import hinge_critic
+from edgeflash.distill.process import Process
+from edgeflash.distill.teacher import guided
+from edgeflash.errors import EdgeflashError
+
+SD15 = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD21 = SD15 | {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
+SMALL = SD15 | {
+    "sample_size": 16,
+    "block_out_channels": [8, 16, 24, 24],
+    "norm_num_groups": 4,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+}
+
+
+def process(predicts: Any = "epsilon") -> Process:
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return Process(DDPMScheduler(**betas).alphas_cumprod, predicts)
+
+
+def test_the_process_has_stable_diffusions_numbers() -> None:
+    t = torch.tensor([0, 499, 999])
+    assert process().abar[t].tolist() == pytest.approx([0.999150, 0.277670, 0.004660], rel=1e-3)
+    assert process().sigma(t).flatten().tolist() == pytest.approx([0.02915, 0.84990, 0.99767], 1e-3)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_output_gives_back_sample_and_noise(predicts: str) -> None:
+    torch.manual_seed(0)
+    x_0, eps, t = (
+        torch.randn(5, 4, 2, 2),
+        torch.randn(5, 4, 2, 2),
+        torch.tensor([1, 9, 99, 500, 999]),
+    )
+    it = process(predicts)
+    x_t, output = it.noised(x_0, eps, t), it.target(x_0, eps, t)
+    assert torch.allclose(it.x_0(output, x_t, t), x_0, atol=2e-4)
+    assert torch.allclose(it.eps(output, x_t, t), eps, atol=2e-4)
+    assert torch.allclose(it.ddim(x_0, eps, t), x_t, atol=1e-6)
+
+
+def test_v_is_the_velocity_diffusers_computes() -> None:
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    x_0, eps, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([3, 400, 950])
+    theirs = DDPMScheduler(**betas).get_velocity(x_0, eps, t)
+    assert torch.allclose(process("v_prediction").target(x_0, eps, t), theirs, atol=1e-5)
+
+
+def test_guidance_follows_lcms_convention_and_makes_one_call() -> None:
+    """w = 0 is the conditional branch; CFG with scale s is w = s - 1."""
+    calls = []
+
+    def unet(x: Tensor, t: Tensor, c: Tensor) -> Any:
+        calls.append(len(x))
+        return SimpleNamespace(sample=x * 0 + c.mean((1, 2))[:, None, None, None])
+
+    x, t = torch.zeros(2, 4, 2, 2), torch.tensor([500, 500])
+    c, nothing = torch.full((2, 3, 5), 3.0), torch.ones(1, 3, 5)
+    w = torch.tensor([0.0, 6.5])
+    _, eps = guided(unet, process(), x, t, c, nothing, w)
+    assert calls == [4]
+    assert eps[:, 0, 0, 0].tolist() == pytest.approx([3.0, 1 + 7.5 * (3 - 1)])
+
+
+def test_lcms_boundary_scalings_and_grid() -> None:
+    lcm = LCM()
+    c_skip, c_out = lcm.scalings(torch.tensor([0, 19, 999]))
+    assert c_skip.flatten().tolist() == pytest.approx([1, 6.925e-6, 2.5e-9], rel=1e-2)
+    assert c_out.flatten().tolist() == pytest.approx([0, 1, 1], abs=1e-5)
+    t, s = lcm.times(torch.arange(50), 1000)
+    assert t.tolist() == list(range(19, 1000, 20)) and s.tolist() == [0, *range(19, 980, 20)]
+    theirs = LCMScheduler().get_scalings_for_boundary_condition_discrete(torch.tensor(19))
+    assert [float(v) for v in theirs] == pytest.approx([float(c_skip[1]), float(c_out[1])])
+
+
+def test_the_huber_distance_is_zero_at_zero_and_l1_far_away() -> None:
+    lcm, a = LCM(), torch.randn(4, 4)
+    assert float(lcm.huber(a, a)) == pytest.approx(0, abs=1e-9)
+    assert float(lcm.huber(a, a + 5)) == pytest.approx(5, rel=1e-3)
+
+
+def test_the_exact_consistency_map_of_a_gaussian_has_no_lcm_loss() -> None:
+    """x_0 ~ N(m, s^2): teacher E[x_0|x_t], student f* = m + s (x - alpha m) / sqrt(V)."""
+    m, s, it, lcm = 0.7, 0.5, process("sample"), LCM(huber_c=1e-6)
+
+    def parts(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, variance = it.alpha(t), it.alpha(t) ** 2 * s**2 + it.sigma(t) ** 2
+        return alpha, variance, x - alpha * m
+
+    def posterior(x: Tensor, t: Tensor, c: Tensor) -> Any:
+        alpha, variance, gap = parts(x, t)
+        return SimpleNamespace(sample=m + alpha * s**2 / variance * gap)
+
+    def exact(x: Tensor, t: Tensor, c: Tensor) -> Any:
+        _, variance, gap = parts(x, t)
+        return SimpleNamespace(sample=m + s * gap / variance.sqrt())
+
+    def loss(student: Any) -> float:
+        torch.manual_seed(0)
+        x_0, eps = m + s * torch.randn(500, 1, 2, 2), torch.randn(500, 1, 2, 2)
+        t, below = lcm.times(torch.randint(2, 50, (500,)), 1000)
+        x_t, c = it.noised(x_0, eps, t), torch.zeros(500, 1, 1)
+        clean, noise = guided(posterior, it, x_t, t, c, c[:1], torch.zeros(500))
+        x_s = it.ddim(clean, noise, below)
+        ours = lcm.consistency(student, it, x_t, t, c)
+        return float(lcm.huber(ours, lcm.consistency(student, it, x_s, below, c)))
+
+    assert loss(exact) < 0.002  # the solver's own error at 50 steps
+    assert loss(posterior) > 5 * loss(exact)
+
+
+def test_the_critics_margin() -> None:
+    assert float(hinge_critic(torch.ones(3), -torch.ones(3))) == 0
+    assert float(hinge_critic(torch.zeros(3), torch.zeros(3))) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "rule", "count"),
+    [
+        (SD15, "base", 579_384_964),
+        (SD15, "small", 482_346_884),
+        (SD15, "tiny", 323_384_964),
+        (SD21, "base", 583_480_964),
+        (SD21, "small", 485_787_524),
+        (SD21, "tiny", 326_825_604),
+        (SD21, "sdxs", 318_695_364),
+    ],
+)
+def test_rules_reproduce_the_published_parameter_counts(
+    config: dict[str, Any], rule: Any, count: int
+) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(pruned_config(config, rule))
+    assert sum(p.numel() for p in unet.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped", "source"),
+    [
+        ("up_blocks.1.resnets.0.conv1.weight", 0, "up_blocks.1.resnets.0.conv1.weight"),
+        ("up_blocks.1.resnets.1.conv1.weight", 0, "up_blocks.1.resnets.2.conv1.weight"),
+        ("up_blocks.1.attentions.1.norm.bias", 0, "up_blocks.1.attentions.2.norm.bias"),
+        ("up_blocks.0.resnets.1.conv1.bias", 1, "up_blocks.1.resnets.2.conv1.bias"),
+        ("up_blocks.0.upsamplers.0.conv.bias", 1, "up_blocks.1.upsamplers.0.conv.bias"),
+        ("down_blocks.1.resnets.0.conv1.bias", 1, "down_blocks.1.resnets.0.conv1.bias"),
+        ("conv_in.weight", 1, "conv_in.weight"),
+    ],
+)
+def test_weights_come_from_where_bk_sdm_takes_them(name: str, dropped: int, source: str) -> None:
+    assert teacher_name(name, dropped, 2) == source
+
+
+@pytest.mark.parametrize("rule", ["base", "small", "tiny", "sdxs"])
+def test_a_pruned_unet_copies_what_it_keeps_and_its_features_line_up(rule: Any) -> None:
+    torch.manual_seed(0)
+    teacher = UNet2DConditionModel.from_config(SMALL)
+    student, copied = prune(teacher, rule)
+    assert copied > 0.99  # all that remains has a source when the two innermost widths agree
+    last = student.up_blocks[0].resnets[1].conv1.weight
+    dropped = len(teacher.up_blocks) - len(student.up_blocks)
+    assert torch.equal(last, teacher.up_blocks[dropped].resnets[2].conv1.weight)
+    pairs = feature_pairs(teacher, student)
+    taught, learnt = Taps([t for t, _ in pairs]), Taps([s for _, s in pairs])
+    x, t, c = torch.randn(1, 4, 16, 16), torch.tensor([7]), torch.randn(1, 3, 12)
+    teacher(x, t, c), student(x, t, c)
+    assert [o.shape for o in taught.outputs] == [o.shape for o in learnt.outputs]
+    assert len(pairs) == 2 * len(student.up_blocks)
+
+
+def test_nothing_left_to_prune_is_said() -> None:
+    base = pruned_config(SMALL, "base")
+    with pytest.raises(EdgeflashError, match="nothing to remove"):
+        pruned_config(base, "base")
+    one = {k: v[:1] if isinstance(v, list) else v for k, v in SMALL.items()}
+    with pytest.raises(EdgeflashError, match="one stage"):
+        pruned_config(one, "tiny")

@@ -1,0 +1,67 @@
+"""Recipes: what is written is what runs, and a mistake is one line with the nearest name."""
+
+from pathlib import Path
+
+import pytest
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.recipe import find_recipe, read_recipe, recipe_of, recipes_folder
+
+SMALL = {"name": "r", "teacher": "embedded", "stage": [{"by": "lcm", "steps": 7}]}
+
+
+@pytest.mark.parametrize("path", sorted(recipes_folder().glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_resolves_and_is_found_by_name(path: Path) -> None:
+    recipe = read_recipe(find_recipe(path.stem))
+    resolved = recipe.resolved()
+    assert recipe_of(resolved, "resolved").resolved() == resolved
+    assert all("steps" in stage for stage in resolved["stage"])
+
+
+def test_resolving_fills_in_the_methods_own_defaults() -> None:
+    (stage,) = recipe_of(SMALL, "here").resolved()["stage"]
+    assert (stage["steps"], stage["ddim_steps"], stage["huber_c"]) == (7, 50, 1e-3)
+
+
+def test_the_hash_follows_what_is_asked_not_how_it_is_written() -> None:
+    same = recipe_of(SMALL | {"seed": 0}, "here")
+    other = recipe_of(SMALL | {"seed": 1}, "here")
+    assert recipe_of(SMALL, "here").sha256 == same.sha256 != other.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"teachr": "x"}, r"no key in here: 'teachr' .*did you mean 'teacher'\?"),
+        ({"data": {"sampls": 3}}, r"no key in here \[data\]: 'sampls' .*did you mean 'samples'\?"),
+        ({"data": {"samples": 0}}, r"here: data\.samples: .*greater than or equal to 1"),
+        ({"stage": []}, r"here: stage: .*at least 1 item"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_line(change: dict[str, object], line: str) -> None:
+    with pytest.raises(EdgeflashError, match=line) as caught:
+        recipe_of(SMALL | change, "here")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "line"),
+    [
+        ({"by": "lmc"}, r"no method 'lmc' .*did you mean 'lcm'\?"),
+        ({"by": "lcm", "hubr_c": 1}, r"no option in method 'lcm': 'hubr_c' .*mean 'huber_c'\?"),
+        ({"by": "lcm", "ema": 1.5}, r"method 'lcm': ema = 1\.5: .*less than 1"),
+        ({"by": "lcm", "w_min": 9, "w_max": 2}, r"method 'lcm': .*w_min 9\.0 is greater"),
+    ],
+)
+def test_a_mistake_in_a_stage_names_the_method(stage: dict[str, object], line: str) -> None:
+    with pytest.raises(EdgeflashError, match=line) as caught:
+        recipe_of(SMALL | {"stage": [stage]}, "here").methods()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_missing_or_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(EdgeflashError, match=r"did you mean 'shapes'\?"):
+        find_recipe("shape")
+    (tmp_path / "a.toml").write_text("name = = 3")
+    with pytest.raises(EdgeflashError, match=r"a\.toml: not TOML"):
+        read_recipe(tmp_path / "a.toml")

@@ -1,0 +1,321 @@
+"""Reports: figures, comparisons and the page."""
+
+from __future__ import annotations
+
+import base64
+import doctest
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from edgeflash import machine, report, report_svg
+from edgeflash.errors import EdgeflashError
+from edgeflash.machine import Machine
+from edgeflash.report import Percentiles, Report, System, compare, read_report
+from edgeflash.report_html import Cell, Grid, write_html
+from edgeflash.report_svg import Bar, Dot, Part, bars, scatter
+
+MACHINE = Machine(cpu="Imaginary 9", cores=4, ram_mib=8192, os="Linux", python="3.11")
+
+
+def system(name: str = "student", **changes: Any) -> System:
+    conditions = {"runtime": "onnx", "height": 64, "width": 64, "options": {"threads": 2}}
+    fields: dict[str, Any] = {
+        "steps": 4,
+        "latency_ms_p50": 60.0,
+        "latency_ms_p90": 66.0,
+        "size_mib": 12.0,
+        "conditions": conditions | changes.pop("conditions", {}),
+    }
+    return System.model_validate({"name": name} | fields | changes)
+
+
+def report_of(*systems: System, **changes: Any) -> Report:
+    return Report(**{"title": "test", "machine": MACHINE, "systems": systems} | changes)
+
+
+def png(colour: int = 0, side: int = 8) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((side, side, 3), colour, np.uint8)).save(stream, "png")
+    return stream.getvalue()
+
+
+def shown(table: Any) -> str:
+    console = Console(width=250, file=io.StringIO(), record=True)
+    console.print(table)
+    return console.export_text()
+
+
+# --- figures and files ------------------------------------------------------------------------
+
+
+def test_examples_in_the_docstrings() -> None:
+    for module in (report, report_svg, machine):
+        assert doctest.testmod(module).failed == 0
+
+
+def test_a_report_survives_its_file(tmp_path: Path) -> None:
+    stages = {"unet": Percentiles(p50_ms=1.5, p90_ms=2)}
+    whole = report_of(system(prompt_accuracy=0.9, stages=stages, extra={"per colour": 0.97}))
+    whole.save(tmp_path / "deep/report.json")
+    assert read_report(tmp_path / "deep") == whole == read_report(tmp_path / "deep/report.json")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.json"]
+    written = json.loads((tmp_path / "deep/report.json").read_text())["systems"][0]
+    promised = "name steps prompt_accuracy fd latency_ms_p50 size_mib peak_rss_mib"
+    assert set(promised.split()) <= written.keys()
+
+
+def test_what_is_no_report_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EdgeflashError, match=r"report\.json: no such report"):
+        read_report(tmp_path)
+    path = tmp_path / "report.json"
+    for text, said in (("{", "not JSON"), ('{"title": 3}', "field title"), ("[]", "not JSON")):
+        path.write_text(text)
+        with pytest.raises(EdgeflashError, match=said) as caught:
+            read_report(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_percentiles() -> None:
+    assert Percentiles.of(range(101)) == Percentiles(p50_ms=50, p90_ms=90)
+
+
+def test_the_terminal_table_shows_what_was_measured() -> None:
+    two = report_of(system(prompt_accuracy=0.914), system("[b]bold[/b]", fd=3.14159))
+    text = shown(report.table(two))
+    assert "[b]bold[/b]" in text
+    assert "prompt accuracy [%]" in text and "91.4" in text and "3.14" in text
+    assert "peak RSS" not in text  # no system has it
+
+
+def test_the_machine_tells_itself() -> None:
+    here = Machine.here()
+    assert here.cpu and here.cores >= 1 and here.ram_mib > 100 and "numpy" in here.packages
+    assert MACHINE.model_copy(update={"load_1min": 1.5}).busy
+    assert not MACHINE.model_copy(update={"load_1min": 0.5}).busy
+
+
+# --- compare ----------------------------------------------------------------------------------
+
+
+def test_compare_ranks_by_what_is_better_for_each_figure() -> None:
+    a = report_of(system("fp32", prompt_accuracy=0.8, images_per_s=16, peak_rss_mib=200))
+    faster = {"latency_ms_p50": 30.0, "latency_ms_p90": 33.0, "images_per_s": 33}
+    b = report_of(system("int8", prompt_accuracy=0.6, peak_rss_mib=200.5, **faster))
+    found = {row.figure: row for row in compare(a, b).rows}
+    assert compare(a, b).differences == ()
+    assert found["latency p50"].ratio == 0.5 and found["latency p50"].better == "b"
+    assert found["prompt accuracy"].ratio == pytest.approx(0.75)
+    assert found["prompt accuracy"].better == "a" and found["images/s"].better == "b"
+    assert found["peak RSS"].better is None  # within 1 %
+    assert "FD" not in found
+    text = shown(report.comparison_table(compare(a, b), "old.json", "new[1].json"))
+    assert "0.500" in text and "a old.json" in text and "b new[1].json" in text
+
+
+def test_latencies_within_their_own_spread_are_equal() -> None:
+    a = report_of(system(latency_ms_p50=60.0, latency_ms_p90=80.0))
+    b = report_of(system(latency_ms_p50=50.0, latency_ms_p90=52.0))
+    assert compare(a, b).rows[0].better is None
+    c = report_of(system(latency_ms_p50=39.0, latency_ms_p90=40.0))
+    assert compare(a, c).rows[0].better == "b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 1}, "steps: 4 against 1"),
+        ({"conditions": {"batch": 8}}, "batch: 1 against 8"),
+        ({"conditions": {"device": "cuda"}}, "device: cpu against cuda"),
+        ({"conditions": {"options": {"threads": 4}}}, r"options: {'threads': 2} against"),
+    ],
+)
+def test_nothing_is_ranked_under_other_conditions(changes: dict[str, Any], said: str) -> None:
+    slower = {"latency_ms_p50": 600.0, "latency_ms_p90": 601.0}
+    found = compare(report_of(system()), report_of(system(**slower, **changes)))
+    assert len(found.differences) == 1 and re.search(said, found.differences[0])
+    assert all(row.better is None for row in found.rows)
+    assert found.rows[0].ratio == 10  # shown all the same
+    text = " ".join(shown(report.comparison_table(found)).split())
+    assert "not ranked, conditions differ: " + found.differences[0] in text
+
+
+def test_another_machine_is_another_condition() -> None:
+    other = MACHINE.model_copy(update={"cpu": "Imaginary 10", "load_1min": 3.0})
+    found = compare(report_of(system()), report_of(system(), machine=other))
+    assert found.differences == ("machine cpu: Imaginary 9 against Imaginary 10",)
+
+
+def test_systems_are_paired_by_name() -> None:
+    a = report_of(system("x"), system("y", latency_ms_p50=10))
+    b = report_of(system("y", latency_ms_p50=20), system("z"))
+    rows = compare(a, b).rows
+    assert {row.system for row in rows} == {"y"} and rows[0].ratio == 2
+    with pytest.raises(
+        EdgeflashError, match=r"no system is in both reports \(a has: x, y; b has: z"
+    ):
+        compare(a, report_of(system("z"), system("w")))
+
+
+# --- the page ---------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced; collects attributes, texts and plots."""
+
+    VOID = frozenset({"meta", "img", "br", "link"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert not self.open, self.open
+        plots = re.findall(r"<svg.*?</svg>", self.source, re.S)
+        self.plots = {p.get("aria-label"): p for p in map(ElementTree.fromstring, plots)}
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def pictures(self) -> list[bytes]:
+        sources = [attrs["src"] or "" for tag, attrs in self.tags if tag == "img"]
+        return [
+            base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources
+        ]
+
+
+def several() -> Report:
+    stages = {name: Percentiles(p50_ms=5, p90_ms=6) for name in ("text_encoder", "unet")}
+    fast = {"latency_ms_p50": 6.0, "latency_ms_p90": 7.0, "prompt_accuracy": 0.4, "fd": 12.0}
+    slow = {"prompt_accuracy": 0.9, "fd": 3.0, "peak_rss_mib": 300.0, "stages": stages}
+    return report_of(
+        system("slow", **slow, sizes_mib={"unet": 9.0}),
+        system("fast", steps=1, **fast),
+        prompts=("a red star", "a <b>blue</b> ring"),
+        command="make demo",
+        notes=("said once",),
+    )
+
+
+def test_the_page_stands_alone(tmp_path: Path) -> None:
+    cells = {name: [Cell(png(i), "5 of 5"), Cell(png(i + 9))] for i, name in enumerate("ab")}
+    write_html(several(), tmp_path / "report.html", Grid(("p", "q"), cells))
+    page = Page(tmp_path / "report.html")
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"}
+    assert not re.search(r"https?:|url\(|@import", page.source)
+    assert all(not key.startswith("on") for _, attrs in page.tags for key in attrs)
+    assert page.pictures == [png(0), png(1), png(9), png(10)]  # row by row: prompt, then system
+    assert (
+        page.texts.count("5 of 5") == 2 and "said once" in page.texts and "make demo" in page.texts
+    )
+    assert [t for t in page.texts if t in "abpq"] == ["a", "b", "p", "q"]
+    assert "prefers-color-scheme: dark" in page.source
+
+
+def test_names_are_text_and_not_markup(tmp_path: Path) -> None:
+    bad = "\"'><script>alert('1')</script>&\""
+    path = tmp_path / "report.html"
+    hostile = system(bad, images=("0.png",), extra={bad: bad})
+    (tmp_path / "0.png").write_bytes(png())
+    many = report_of(
+        hostile, system(bad + "2"), title=bad, prompts=(bad,), notes=(bad,), command=bad
+    )
+    write_html(many, path)
+    page = Page(path)
+    assert "script" not in {tag for tag, _ in page.tags} and "script" in page.source
+    assert sum(text == bad for text in page.texts) >= 6
+
+
+def test_the_page_finds_the_report_s_own_pictures(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes(png(7, side=256))
+    one = report_of(system(images=("images/0.png",)), prompts=("a red star",))
+    write_html(one, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page.pictures == [png(7, side=256)] and "pixels" not in page.open
+    assert 'class="pixels"' not in page.source  # only small pictures are enlarged with hard edges
+    (tmp_path / "images/0.png").unlink()
+    with pytest.raises(EdgeflashError, match=r"0\.png: the report names this picture, but it is"):
+        write_html(one, tmp_path / "report.html")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_plots_show_what_there_is(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_html(report_of(system()), path)
+    assert set(Page(path).plots) == {"latency", "size on disk"}
+    write_html(several(), path)
+    quality = "Prompt accuracy against latency"
+    every = {"latency", "size on disk", "peak memory", "time by stage", quality}
+    assert set(Page(path).plots) == every
+    no_accuracy = [s.model_copy(update={"prompt_accuracy": None}) for s in several().systems]
+    write_html(report_of(*no_accuracy), path)
+    assert "FD against latency" in Page(path).plots
+
+
+def test_the_steps_of_the_denoiser_are_added_up(tmp_path: Path) -> None:
+    write_html(several(), tmp_path / "report.html")
+    plot = Page(tmp_path / "report.html").plots["time by stage"]
+    (x, first), (next_x, second) = [
+        (float(rect.get("x", 0)), float(rect.get("width", 0))) for rect in plot.iter("rect")
+    ]
+    assert second / first == pytest.approx(4, rel=0.02)  # 4 steps of 5 ms after 5 ms
+    assert x == 0 and first < next_x < first + 2
+
+
+def test_bars_are_in_proportion() -> None:
+    rows = [Bar(str(v), (Part("all", v, ""),), "text", 0, whisker=w) for v, w in ((10, 20), (5, 5))]
+    plot = ElementTree.fromstring(bars("plot", rows))
+    first, second = [float(rect.get("width", 0)) for rect in plot.iter("rect")]
+    assert first / second == pytest.approx(2, rel=0.01) and first < report_svg.WIDTH / 2
+    (whisker,) = [p for p in plot.iter("path") if p.get("class") == "whisker"]
+    (end,) = re.findall(r"H([\d.]+)", whisker.get("d", ""))
+    assert float(end) == pytest.approx(2 * first, abs=0.2)
+
+
+def test_points_lie_where_their_figures_say() -> None:
+    dots = [Dot("a", 10, 0.0, 0), Dot("b", 100, 1.0, 1), Dot("c", 1000, 0.5, 2)]
+    plot = ElementTree.fromstring(scatter("plot", "ms", dots, percent=True))
+    x, y = ([float(c.get(key, 0)) for c in plot.iter("circle")] for key in ("cx", "cy"))
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)  # logarithmic
+    assert y[0] - y[2] == pytest.approx(y[2] - y[1], abs=0.2) and y[1] < y[0]
+
+
+def test_names_of_near_points_do_not_cover_each_other() -> None:
+    dots = [Dot(f"system {i}", 50 + i, 0.85 + 0.003 * i, i) for i in range(5)]
+    plot = ElementTree.fromstring(scatter("plot", "ms", dots, percent=True))
+    labels = [t for t in plot.iter("text") if t.get("class") == "label"]
+    places = [(float(t.get("x", 0)), float(t.get("y", 0))) for t in labels]
+    width = 7 * len("system 0")
+    for i, (x, y) in enumerate(places):
+        for other_x, other_y in places[:i]:
+            assert abs(x - other_x) > width - 8 or abs(y - other_y) >= 12
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.3, 1.0, 7.9, 21, 99.9, 1234])
+def test_the_axis_holds_the_largest_figure(largest: float) -> None:
+    ticks = report_svg._ticks([Dot("a", 1, largest, 0)], percent=False)
+    assert ticks[0] == 0 and ticks[-1] >= largest and 2 <= len(ticks) <= 8

@@ -1,0 +1,126 @@
+"""Small diffusers folders with random weights, written as diffusers itself writes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+PAIRS = ["r e", "re d</w>", "s t", "st a", "sta r</w>", "b l", "bl u", "blu e</w>", "r i", "ri n"]
+PAIRS += ["rin g</w>"]
+WIDTH, LENGTH = 32, 16
+
+
+def write_student(
+    folder: Path,
+    *,
+    tiny_decoder: bool = True,
+    mid_block: bool = True,
+    widths: tuple[int, ...] = (16, 32),
+    scheduler: str = "LCMScheduler",
+    guidance_channels: int | None = None,
+    seed: int = 0,
+) -> Path:
+    """A Stable Diffusion student: 16x16 px with the 2x tiny decoder, latents 8x8."""
+    import torch
+
+    torch.manual_seed(seed)
+    write_tokenizer(folder / "tokenizer")
+    _text_encoder().save_pretrained(folder / "text_encoder")
+    _unet(mid_block, widths, guidance_channels).save_pretrained(folder / "unet")
+    _vae(tiny_decoder).save_pretrained(folder / "vae")
+    _scheduler(scheduler).save_pretrained(folder / "scheduler")
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.35.0",
+        "feature_extractor": [None, None],
+        "safety_checker": [None, None],
+        "requires_safety_checker": False,
+        "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderTiny" if tiny_decoder else "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """CLIP's rules with letters and a few words."""
+    folder.mkdir(parents=True)
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = [*letters, *(c + "</w>" for c in letters), *(p.replace(" ", "") for p in PAIRS)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *PAIRS]) + "\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTH}
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    special |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | special))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+
+
+def _text_encoder() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=2 * 94 + len(PAIRS) + 2,
+            hidden_size=WIDTH,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=2 * 94 + len(PAIRS),
+            eos_token_id=2 * 94 + len(PAIRS) + 1,
+            pad_token_id=2 * 94 + len(PAIRS) + 1,
+        )
+    )
+
+
+def _unet(mid_block: bool, widths: tuple[int, ...], guidance_channels: int | None) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    crossed = len(widths) - 1
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * crossed,
+        up_block_types=("CrossAttnUpBlock2D",) * crossed + ("UpBlock2D",),
+        mid_block_type="UNetMidBlock2DCrossAttn" if mid_block else None,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        time_cond_proj_dim=guidance_channels,
+    )
+
+
+def _vae(tiny: bool) -> Any:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if tiny:
+        return AutoencoderTiny(
+            encoder_block_out_channels=(16, 16),
+            decoder_block_out_channels=(16, 16),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        )
+    return AutoencoderKL(
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+    )
+
+
+def _scheduler(name: str) -> Any:
+    import diffusers
+
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    if name in ("DDIMScheduler", "LCMScheduler"):
+        options |= {"clip_sample": False, "set_alpha_to_one": False}
+    return getattr(diffusers, name)(**options)
