@@ -10,14 +10,14 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from edgeflash.roles import Method
 
 from .encoded import cached_latents, token_ids
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
-from .vocabulary import SmallClipTokenizer
+from .vocabulary import small_clip_tokenizer
 
 
 class Denoising(Method):
@@ -47,15 +47,15 @@ class Denoising(Method):
 
     def begin(self, shop: Workshop) -> Stage:
         torch.manual_seed(0)
-        words = SmallClipTokenizer(shop.store.captions, self.max_tokens)
+        tokenizer = small_clip_tokenizer(shop.store.captions, self.max_tokens)
         scheduler = self.scheduler()
         scheduler.save_pretrained(str(shop.folder / "scheduler"))
         process = Process.of(shop.folder, shop.device)
-        text_encoder = self.text_encoder(words).to(shop.device)
+        text_encoder = self.text_encoder(tokenizer).to(shop.device)
         latents = cached_latents(shop)
         shape = latents(np.arange(1)).shape
         unet = self.unet(shape[1], shape[2]).to(shop.device, memory_format=torch.channels_last)
-        ids = token_ids(words.build(), [*shop.store.captions, ""])
+        ids = token_ids(tokenizer, [*shop.store.captions, ""])
 
         def batch(indices: np.ndarray) -> Batch:
             return {"x_0": latents(indices), "ids": ids[indices]}
@@ -75,7 +75,7 @@ class Denoising(Method):
         return Stage(
             players={"denoiser": Player(_TextDenoiser(unet, text_encoder), loss)},
             batch=batch,
-            results=networks | {"tokenizer": words, "scheduler": scheduler},
+            results=networks | {"tokenizer": tokenizer, "scheduler": scheduler},
             averages={k: average(v, self.ema) for k, v in networks.items()} if self.ema else {},
         )
 
@@ -91,11 +91,10 @@ class Denoising(Method):
             timestep_spacing="trailing",
         )
 
-    def text_encoder(self, words: SmallClipTokenizer) -> CLIPTextModel:
-        tokenizer = words.build()
+    def text_encoder(self, tokenizer: CLIPTokenizer) -> CLIPTextModel:
         return CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=len(words.vocab),
+                vocab_size=len(tokenizer),
                 hidden_size=self.text_width,
                 intermediate_size=4 * self.text_width,
                 num_hidden_layers=self.text_layers,

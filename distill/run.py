@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from edgeflash.bundle import fresh_folder
 from edgeflash.errors import EdgeflashError
@@ -23,6 +24,7 @@ from .data import open_store
 from .loop import Outcome, train
 from .stage import Stage, Workshop
 
+PROMPTS = 16  # captions that travel with the student, for calibration and parity
 EMBEDDED = Path(__file__).resolve().parent.parent / "edgeflash" / "models"
 
 
@@ -61,8 +63,10 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
         console.print(_line(label, told[-1]), highlight=False)
         student = folder / "student"
     with fresh_folder(out) as draft:
-        copy_folder(student, draft)
-        _write_manifest(recipe, teacher, told, draft)
+        copy_folder(student, draft, link=False)
+        if recipe.weights == "fp16":
+            halve(draft)
+        _write_manifest(recipe, teacher, told, store.captions[:200], draft)
     return out
 
 
@@ -76,7 +80,7 @@ def _run_stage(
     )
     if accelerator.is_main_process:
         with fresh_folder(shop.folder / "student") as draft:
-            copy_folder(shop.student, draft, leave=set(stage.final()))
+            copy_folder(shop.student, draft, leave=frozenset(stage.final()), link=True)
             _save_components(stage, draft)
         (shop.folder / "outcome.json").write_text(json.dumps(_told(outcome), indent=1))
         shutil.rmtree(shop.folder / "checkpoint", ignore_errors=True)
@@ -116,21 +120,43 @@ def _empty(folder: Path) -> Path:
     return folder
 
 
-def copy_folder(source: Path, target: Path, leave: set[str] | None = None) -> None:
-    """Copies files, as hard links where the disk can, but for components in ``leave``."""
+def copy_folder(
+    source: Path, target: Path, *, leave: frozenset[str] = frozenset(), link: bool
+) -> None:
+    """Copies files, but not those of the components in ``leave``.
+
+    ``link``: as hard links where the disk can, for folders that nobody writes into afterwards: that
+    would change the source as well.
+    """
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if path.is_dir() or relative.parts[0] in (leave or ()):
+        if path.is_dir() or relative.parts[0] in leave:
             continue
         goal = target / relative
         goal.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".json":
-            shutil.copyfile(path, goal)  # small, and rewritten by later stages
-            continue
-        try:
-            os.link(path.resolve(), goal)
-        except OSError:
-            shutil.copyfile(path, goal)
+        if link and path.suffix != ".json":  # later stages rewrite those
+            try:
+                os.link(path.resolve(), goal)
+                continue
+            except OSError:
+                pass
+        shutil.copyfile(path, goal)
+
+
+def halve(folder: Path) -> None:
+    """Rewrites every safetensors file below ``folder`` with its floats as float16.
+
+    Raises:
+        EdgeflashError: a weight beyond float16's range.
+    """
+    for path in sorted(folder.rglob("*.safetensors")):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensors[name] = tensor.half()
+                if not tensors[name].isfinite().all():
+                    raise EdgeflashError(f"{path}: {name} overflows float16; set weights = 'fp32'")
+        save_file(tensors, path, metadata={"format": "pt"})
 
 
 def locate_teacher(name: str) -> Path:
@@ -173,7 +199,11 @@ def _same_recipe(recipe: Recipe, work: Path) -> None:
 
 
 def _write_manifest(
-    recipe: Recipe, teacher: Path | None, told: list[dict[str, Any]], draft: Path
+    recipe: Recipe,
+    teacher: Path | None,
+    told: list[dict[str, Any]],
+    captions: list[str],
+    draft: Path,
 ) -> None:
     """Adds `edgeflash.json` to a finished student; folders that cannot sample get none."""
     if recipe.sampling is None:
@@ -192,5 +222,6 @@ def _write_manifest(
         steps=sampling.steps,
         default_steps=sampling.default_steps,
         guidance=Guidance(kind=sampling.guidance, scale=sampling.guidance_scale),
+        prompts=list(dict.fromkeys(captions))[:PROMPTS],
         lineage=lineage,
     )

@@ -67,6 +67,7 @@ def export(
     size: Annotated[
         str | None, typer.Option(help="Image size in px, as in 512 or 512x768.")
     ] = None,
+    image_to_image: Annotated[bool, typer.Option(help="Ship the encoder too.")] = False,
     prompt: Prompts = None,
     set_: Set = None,
 ) -> None:
@@ -77,13 +78,15 @@ def export(
     from edgeflash.student import Student
 
     target = make(Target, to, {"precision": precision} | _options(set_ or []))
+    counts, pixels = _counts(steps), _size(size)
     export_student(
         Student.open(student),
         target,
         out_dir,
-        steps=_counts(steps),
-        size=_size(size),
+        steps=counts,
+        size=pixels,
         prompts=tuple(prompt or ()),
+        image_to_image=image_to_image,
     )
     out.print(f"wrote {out_dir}")
 
@@ -290,7 +293,7 @@ def _recipe(
 
 
 def _set(recipe: dict[str, Any], key: str, value: Any) -> None:
-    """``data.samples=9`` sets a table's key, ``lcm.steps=9`` a stage's, ``steps=9`` every stage's."""
+    """``data.samples=9`` sets a table's key, ``lcm.steps=9`` a stage's, ``steps=9`` all stages'."""
     table, _, field = key.rpartition(".")
     stages = [s for s in recipe["stage"] if table in ("", s["by"])]
     if not table and key in ("name", "seed", "teacher", "base", "licence"):

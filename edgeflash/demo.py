@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +62,9 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
     else:
         shutil.rmtree(out / "student", ignore_errors=True)
         shutil.copytree(models / "shapes-student", out / "student")
-    entries = _brief(out, console) + _shipped(out, models, console)
+    entries = _brief(out, models, console) + _shipped(out, models, console)
     systems, cells = [], {}
-    for entry in entries:
+    for entry in map(_counted, entries):
         with _told(console, f"bench and judge {entry.name}"):
             system, pictures = _measure(entry, out)
         systems.append(system)
@@ -84,6 +84,10 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
     return report
 
 
+def _counted(entry: Entry) -> Entry:
+    return replace(entry, name=f"{entry.name}, {entry.steps} step{'s' * (entry.steps > 1)}")
+
+
 def embedded() -> Path:
     """The folder of the models inside the package.
 
@@ -96,18 +100,38 @@ def embedded() -> Path:
     return folder
 
 
-def _brief(out: Path, console: Console) -> list[Entry]:
-    """Distils for minutes; the pruned student as it starts, and as it ends."""
+def _brief(out: Path, models: Path, console: Console) -> list[Entry]:
+    """Prunes the teacher and distils it for minutes: how it draws before and after."""
     from edgeflash.distill.run import distill
 
-    folder = out / "student-brief"
+    recipe, folder = read_recipe(find_recipe("demo")), out / "student-brief"
     shutil.rmtree(folder.with_name("student-brief.run"), ignore_errors=True)
-    started = time.monotonic()
+    rule = next(stage.options["rule"] for stage in recipe.stage if stage.by == "blocks")
+    _prune(models / "shapes-teacher", rule, out / "student-pruned")
+    pruned = _export(out / "student-pruned", out / "bundle-pruned", "fp32", (4,), console)
     with _told(console, "distil a student in this run"):
-        distill(read_recipe(find_recipe("demo")), folder, console=console)
-    minutes = (time.monotonic() - started) / 60
+        distill(recipe, folder, console=console)
     bundle = _export(folder, out / "bundle-brief", "fp32", (4,), console)
-    return [Entry(f"student trained in this run, {minutes:.0f} min", bundle, 4)]
+    manifest = Student.open(folder).manifest
+    assert manifest is not None
+    minutes = (manifest.lineage.seconds or 0) / 60
+    return [
+        Entry("pruned teacher, before training", pruned, 4),
+        Entry(f"trained in this run, {minutes:.0f} min", bundle, 4),
+    ]
+
+
+def _prune(teacher: Path, rule: str, out: Path) -> None:
+    """The student as block distillation finds it, with the teacher's sampler and guidance."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from edgeflash.distill.by_blocks import prune
+
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(teacher, out, ignore=shutil.ignore_patterns("unet"))
+    unet = UNet2DConditionModel.from_pretrained(str(teacher / "unet"), torch_dtype=torch.float32)
+    prune(unet, rule)[0].save_pretrained(str(out / "unet"))
 
 
 def _shipped(out: Path, models: Path, console: Console) -> list[Entry]:
@@ -119,9 +143,7 @@ def _shipped(out: Path, models: Path, console: Console) -> list[Entry]:
         _export(out / "student", bundle, precision, (1, 2, 4), console)
         for steps in (1, 2, 4):
             entries.append(Entry(f"shipped student, {precision}", bundle, steps))
-    return [
-        Entry(f"{e.name}, {e.steps} step{'s' * (e.steps > 1)}", e.bundle, e.steps) for e in entries
-    ]
+    return entries
 
 
 def _export(
@@ -193,7 +215,7 @@ def _notes(out: Path) -> tuple[str, ...]:
     return (
         f"Shipped student: recipe {(lineage.recipe_sha256 or '')[:12]}, {steps}, "
         f"{(lineage.seconds or 0) / 60:.0f} min of training.",
-        f"Prompt accuracy and FD are measured on {JUDGED} held-out prompts, seeds 0 to {JUDGED - 1}.",
+        f"Prompt accuracy and FD: {JUDGED} held-out prompts, seeds 0 to {JUDGED - 1}.",
         "Latency is one picture, prompt to pixels, all components loaded.",
     )
 

@@ -64,6 +64,7 @@ class Recipe(_Table):
         None, description="folder the student starts from; default the teacher"
     )
     seed: int = Field(0, ge=0)
+    weights: Literal["fp32", "fp16"] = Field("fp32", description="how the student is stored")
     licence: str | None = Field(None, description="licence of the weights that come out")
     data: Data = Data()
     stage: tuple[StageSpec, ...] = Field(min_length=1)

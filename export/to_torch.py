@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .capture import Captured
 
 
-
 class TorchTarget(Target):
     """A `torch.export` program (.pt2) of each component: what all others are held against."""
 

@@ -1,4 +1,4 @@
-"""Run in a clean environment with only the wheel and its onnx extra: draws a picture without torch."""
+"""Run where only the wheel and its onnx extra are installed: draws a picture without torch."""
 
 import importlib.util
 import subprocess
@@ -24,7 +24,13 @@ lacking = [name for name in wanted if name not in files]
 assert not lacking, f"the wheel lacks {lacking}"
 
 command = [str(Path(sys.executable).with_name("edgeflash"))]
-for arguments in (["--help"], ["list"], ["doctor"], ["inspect", str(bundle)], ["verify", str(bundle)]):
+for arguments in (
+    ["--help"],
+    ["list"],
+    ["doctor"],
+    ["inspect", str(bundle)],
+    ["verify", str(bundle)],
+):
     subprocess.run([*command, *arguments], check=True, stdout=subprocess.DEVNULL)
 picture = Path("picture.png")
 drawing = ["run", str(bundle), "--prompt", "a red circle", "--seed", "3", "--out", str(picture)]

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from pydantic import Field
+from tiny_student import write_student
 from torch import nn
 
 from edgeflash.distill.data import open_store
@@ -22,8 +23,6 @@ from edgeflash.distill.stage import Batch, Player, Stage, Terms, Workshop, avera
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Data, recipe_of
 from edgeflash.roles import Method
-
-from tiny_student import write_student
 
 
 class Toy(Method):
@@ -275,3 +274,24 @@ def test_an_unknown_teacher_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(EdgeflashError, match=r"empty: no diffusers folder"):
         distill(small_recipe(tmp_path, teacher=str(tmp_path / "empty")), tmp_path / "s")
+
+
+def test_a_teacher_from_nothing(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    common = {"steps": 1, "batch_size": 2, "ema": 0.5}
+    stages = [
+        {"by": "autoencoder", "widths": [8, 8], **common},
+        {"by": "denoising", "widths": [16, 16], "text_width": 16, "text_layers": 1, **common},
+    ]
+    data = {"kind": "shapes", "samples": 12}
+    plain = {"name": "t", "data": data, "stage": stages, "sampling": {"steps": [2]}}
+    plain["sampling"] = {"steps": [2], "default_steps": 2, "guidance": "cfg", "guidance_scale": 3}
+    out = distill(recipe_of(plain, "test"), tmp_path / "teacher")
+    pipeline = StableDiffusionPipeline.from_pretrained(str(out), safety_checker=None)
+    assert pipeline.vae.config.scaling_factor != 0.18215
+    told = json.loads((out / "edgeflash.json").read_text())
+    assert told["guidance"] == {"kind": "cfg", "scale": 3.0, "channels": 0}
+    ids = pipeline.tokenizer("a red star", padding="max_length").input_ids
+    assert len(ids) == 24 and ids[0] == pipeline.tokenizer.bos_token_id
+    assert len(set(ids)) == 5  # start, three words that are one token each, end

@@ -1,4 +1,4 @@
-"""The models inside the package: small enough, loadable by diffusers alone, and drawing the same."""
+"""The models inside the package: small enough, and diffusers alone draws the same with them."""
 
 from __future__ import annotations
 
