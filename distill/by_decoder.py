@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +18,8 @@ from edgeflash.roles import Method
 from .discriminators import PatchCritic, hinge_critic
 from .encoded import cached_latents
 from .stage import Batch, Player, Stage, Terms, Workshop, average
+
+KL = "AutoencoderKL"
 
 
 class Decoder(Method):
@@ -38,6 +41,10 @@ class Decoder(Method):
     def begin(self, shop: Workshop) -> Stage:
         if shop.teacher is None:
             raise EdgeflashError("method 'decoder' needs a teacher in the recipe")
+        if json.loads((shop.teacher / "vae" / "config.json").read_text())["_class_name"] != KL:
+            raise EdgeflashError(
+                f"{shop.teacher / 'vae'}: method 'decoder' needs an {KL} to learn from"
+            )
         torch.manual_seed(0)
         teacher = AutoencoderKL.from_pretrained(
             str(shop.teacher / "vae"), torch_dtype=torch.float32

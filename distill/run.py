@@ -18,7 +18,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
-from edgeflash.student import StudentLineage, folder_sha256, write_manifest
+from edgeflash.student import Student, StudentLineage, folder_sha256, write_manifest
 
 from .data import open_store
 from .loop import Outcome, train
@@ -48,6 +48,8 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
     _same_recipe(recipe, work)
     teacher = locate_teacher(recipe.teacher) if recipe.teacher else None
     base = locate_teacher(recipe.base) if recipe.base else teacher
+    for folder in filter(None, (teacher, base)):
+        Student.open(folder)  # says what is wrong with it before any work is done
     accelerator = Accelerator()
     store = open_store(recipe.data, recipe.seed, work / "cache")
     student = base or _empty(work / "0-empty")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +122,7 @@ def _brief(out: Path, models: Path, console: Console) -> list[Entry]:
     ]
 
 
-def _prune(teacher: Path, rule: str, out: Path) -> None:
+def _prune(teacher: Path, rule: Any, out: Path) -> None:
     """The student as block distillation finds it, with the teacher's sampler and guidance."""
     import torch
     from diffusers import UNet2DConditionModel

@@ -72,11 +72,12 @@ class Target(Plugin, ABC):
         """The precision it lowers that component to; not every one gains from quantization."""
         return self.precision
 
-    def furnish(self, student: Student, out: Path) -> None:  # noqa: B027 - most have nothing to add
+    def furnish(self, student: Student, out: Path) -> None:
         """Adds what the ecosystem's own pipelines look for beside the components."""
+        return
 
     def diverged(self, captured: Captured, out: Path) -> str:
-        """The first operator of a lowered component below ``out`` that went astray; "" if unknown."""
+        """Where a lowered component below ``out`` first goes astray; "" where it cannot say."""
         return ""
 
 

@@ -91,14 +91,37 @@ class Part:
         self.answer = component.output(ANSWER[component.name]).name
 
     def __call__(self, **by_role: Array) -> Array:
-        inputs: Tensors = {}
-        for spec in self.component.inputs:
-            array = np.asarray(by_role[spec.role], spec.dtype)
-            fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
-            array = np.full((1,), array) if spec.shape and array.ndim == 0 else array
-            repeats = [fixed] + [1] * (array.ndim - 1) if array.ndim else 1
-            inputs[spec.name] = np.tile(array, repeats) if fixed > 1 else array
-        return self.session(inputs)[self.answer][:1].astype(np.float32)
+        return self.session(feeds(self.component, by_role))[self.answer][:1].astype(np.float32)
+
+
+def feeds(component: Component, by_role: Mapping[str, Array]) -> Tensors:
+    """Arrays of batch 1 under the component's own names, dtypes and, where it is fixed, batch."""
+    inputs: Tensors = {}
+    for spec in component.inputs:
+        array = np.asarray(by_role[spec.role], spec.dtype)
+        fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
+        array = np.full((1,), array) if spec.shape and array.ndim == 0 else array
+        inputs[spec.name] = np.repeat(array, fixed, axis=0) if fixed > 1 else array
+    return inputs
+
+
+def first_call(bundle: Bundle, component: Component) -> Tensors:
+    """The inputs of the first recorded call of a component."""
+    golden = bundle.manifest.goldens[0]
+    told = load_tensors(bundle.folder / golden.tensors)
+    row, space = int(told["rows"][0]), bundle.manifest.latent
+    roles = {
+        "tokens": told["ids"],
+        "conditioning": told["conditioning"],
+        "sample": told[f"input.{row}"],
+        "timestep": np.array(bundle.manifest.schedules[golden.steps].steps[row].t),
+        "guidance": np.zeros(0),
+        "latent": told["latent"] / space.scale + space.shift,
+        "image": told["image"],
+    }
+    if bundle.manifest.guidance.kind == "embedded":
+        roles["guidance"] = bundle.manifest.guidance.embedding()
+    return feeds(component, roles)
 
 
 @dataclass

@@ -68,7 +68,7 @@ class Eager:
         with torch.no_grad():
             answer = self.module(*(torch.from_numpy(array) for array in given.values()))
         answers = answer if isinstance(answer, tuple) else (answer,)
-        told = {s.name: a.numpy() for s, a in zip(self.outputs, answers, strict=True)}
+        told: Tensors = {s.name: a.numpy() for s, a in zip(self.outputs, answers, strict=True)}
         self.samples.append(Sample(given, told))
         return told[self.outputs[0].name]
 
@@ -157,7 +157,7 @@ def to_program(
 
 
 def _tidy(program: ExportedProgram) -> None:
-    """Takes out what does nothing in a finished network: dropout, casts to the type that is there."""
+    """Takes out what does nothing in a finished network: dropout, casts to the type it has."""
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.op != "call_function":

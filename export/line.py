@@ -209,14 +209,14 @@ def _pack(
 def _refuse(
     figures: tuple[Figure, ...], plan: _Plan, target: Target, draft: Path, out: Path
 ) -> None:
-    """Raises when a rung is missed, with the first operator that went astray if the target knows."""
+    """Raises when a rung is missed; tells where it begins, if the target knows."""
     try:
         refuse_below(figures, out)
     except EdgeflashError as error:
         figure = next(f for f in sorted(figures, key=lambda f: f.rung) if not f.passed)
         name = figure.component if figure.component in plan.components else "unet"
         astray = target.diverged(plan.tape.capture(name), draft)
-        hint = f"; it begins at {astray}" if astray else ""
+        hint = f"; first astray: {astray}" if astray else ""
         raise EdgeflashError(f"{error}{hint}; nothing was written") from None
 
 

@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -80,7 +81,7 @@ def _export_plain(captured: Captured) -> torch.onnx.ONNXProgram | None:
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     if any(getattr(call, "_schema", None) and call._schema.is_mutable for call in calls):
         return None
-    program.run_decompositions = lambda *_: program  # type: ignore[method-assign,assign]
+    program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
     try:
         return _export(dataclasses.replace(captured, program=program))
     except torch.onnx.OnnxExporterError:
@@ -110,6 +111,7 @@ def save(model: ir.Model, path: Path, external_bytes: int) -> list[Path]:
     total = 0
     for value in model.graph.initializers.values():
         tensor = value.const_value
+        assert tensor is not None, value.name
         total += tensor.nbytes
         if isinstance(tensor, ir.Tensor) and not tensor.numpy().flags.c_contiguous:
             # Constant folding left a transposed view, which numpy writes number by number.
@@ -251,7 +253,7 @@ def _later(
     return ir.LazyTensor(
         lambda: ir.tensor(change(tensor.numpy()), name=tensor.name),
         dtype=dtype,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.numpy().shape),
         name=tensor.name,
     )
 

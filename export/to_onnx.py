@@ -12,6 +12,7 @@ from pydantic import Field
 
 from edgeflash.roles import Target
 from edgeflash.student import INDEX, Student
+from edgeflash.verify import FLOORS
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -57,6 +58,7 @@ class OnnxTarget(Target):
     attention: bool = Field(
         False, description="int8: also quantize products of two activations, as in attention"
     )
+    edges: bool = Field(False, description="int8: also quantize the first and the last convolution")
     ranges: Literal["minmax", "percentile", "entropy"] = Field(
         "minmax", description="int8: how recorded values become ranges"
     )
@@ -82,6 +84,20 @@ class OnnxTarget(Target):
             found = quantize_static(whole, captured, self)
             return onnx_graph.save(onnx_graph.load(found), path, external_bytes)
 
+    def diverged(self, captured: Captured, out: Path) -> str:
+        """Lowers the component once more in float32, and compares tensor by tensor."""
+        from .bisect import first_divergence
+
+        precision = self.precision_of(captured.component)
+        if precision == "fp32":
+            return ""
+        with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
+            whole = self.model_copy(update={"precision": "fp32"}).lower(captured, Path(scratch))
+            found = out / captured.component / "model.onnx"
+            floor_db = FLOORS[precision]["psnr_db"]
+            divergence = first_divergence(whole[0], found, captured.samples[0].inputs, floor_db)
+        return str(divergence or "")
+
     def furnish(self, student: Student, out: Path) -> None:
         """Configs, scheduler and index where optimum looks for them."""
         index = {key: value for key, value in student.index.items() if key != "vae"}
@@ -104,11 +120,12 @@ def _as_kl(config: dict[str, Any]) -> dict[str, Any]:
     if config["_class_name"] != "AutoencoderTiny":
         return config
     widths = config["decoder_block_out_channels"]
-    kept = {k: config[k] for k in ("in_channels", "out_channels", "latent_channels") if k in config}
     return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": config.get("_diffusers_version", "0.35.0"),
-        **kept,
+        "in_channels": config.get("in_channels", 3),
+        "out_channels": config.get("out_channels", 3),
+        "latent_channels": config.get("latent_channels", 4),
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),

@@ -83,7 +83,10 @@ def test_the_judge_reads_every_attribute() -> None:
         there = known[:, column] >= 0
         assert (found == known)[there, column].mean() >= 0.985, name
     said = verdict(load_judge(), pictures, captions)
-    assert said.prompt_accuracy > 0.95 and said.fd is not None and said.fd < 3
+    assert said.prompt_accuracy > 0.95 and said.fd is not None
+    gray = pictures.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
+    without_colour = verdict(load_judge(), gray, captions)
+    assert without_colour.fd and without_colour.fd > 5 * said.fd
     wrong = verdict(load_judge(), pictures, captions[::-1])
     assert wrong.prompt_accuracy < 0.05
 

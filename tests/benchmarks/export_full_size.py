@@ -1,4 +1,4 @@
-"""Exports full-size models with random weights; tells seconds and peak memory of the export process.
+"""Exports full-size models with random weights; tells seconds and peak memory of the process.
 
     python tests/benchmarks/export_full_size.py sdxs-512            # also: bk-sdm-tiny, sd15
     python tests/benchmarks/export_full_size.py sd15 --precision fp16
@@ -142,8 +142,9 @@ def main() -> None:
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         print(
-            f"{options.name} to {options.to} {options.precision}: {seconds:.1f} s, "
-            f"{usage.ru_utime + usage.ru_stime:.1f} s of CPU, peak {usage.ru_maxrss / 2**20:.2f} GiB"
+            f"{options.name} to {options.to} {options.precision}: {seconds:.1f} s "
+            f"({usage.ru_utime + usage.ru_stime:.1f} s of CPU), "
+            f"peak {usage.ru_maxrss / 2**20:.2f} GiB"
         )
         sys.exit(os.waitstatus_to_exitcode(status))
 

@@ -1,0 +1,108 @@
+"""Which operator of a quantized ONNX model goes astray first: taps on every tensor of both."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from edgeflash.bundle import Bundle
+from edgeflash.errors import EdgeflashError
+from edgeflash.golden import Array, Tensors
+from edgeflash.parity import psnr_db
+from edgeflash.verify import first_call
+
+TAPS = 48  # tensors held at a time
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """An operator whose output is off, while all before it are not.
+
+    Attributes:
+        operator: its name in the model.
+        kind: its ONNX type.
+        psnr_db: of its output.
+        low: smallest value that the reference has there.
+        high: largest.
+    """
+
+    operator: str
+    kind: str
+    psnr_db: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} {self.operator} ({self.psnr_db:.1f} dB, "
+            f"values {self.low:.4g} to {self.high:.4g})"
+        )
+
+
+def first_divergence(
+    reference: Path, suspect: Path, inputs: Tensors, floor_db: float
+) -> Divergence | None:
+    """The first operator of ``suspect``, in its own order, whose output falls below the floor.
+
+    The two must be the same graph at different precisions, so that tensors share their names; what
+    only one has (the QuantizeLinear pairs) is passed over. None: all tensors reach the floor.
+    """
+    makers = _makers(suspect)
+    shared = [name for name in makers if name in _makers(reference)]
+    for start in range(0, len(shared), TAPS):
+        chunk = shared[start : start + TAPS]
+        wanted = _tapped(reference, chunk, inputs)
+        found = _tapped(suspect, chunk, inputs)
+        for name, expected, got in zip(chunk, wanted, found, strict=True):
+            if expected.dtype.kind != "f" or expected.size == 0:
+                continue
+            value = psnr_db(expected, got)
+            if value < floor_db:
+                node, low, high = makers[name], float(expected.min()), float(expected.max())
+                return Divergence(node.name, node.op_type, value, low, high)
+    return None
+
+
+def bisect_bundles(bundle: Bundle, reference: Bundle, name: str, floor_db: float) -> str:
+    """`first_divergence` of a component of two ONNX bundles of one student; "" if there is none.
+
+    Raises:
+        EdgeflashError: another target, or bundles of different students.
+    """
+    suspect, whole = bundle.component(name), reference.component(name)
+    for folder, target in ((bundle.folder, suspect.target), (reference.folder, whole.target)):
+        if target != "onnx":
+            raise EdgeflashError(f"{folder}: only ONNX bundles can be bisected, not {target}")
+    if bundle.manifest.lineage.student_sha256 != reference.manifest.lineage.student_sha256:
+        raise EdgeflashError(f"{reference.folder}: was made from another student")
+    paths = (reference.folder / whole.files[0].path, bundle.folder / suspect.files[0].path)
+    return str(first_divergence(*paths, first_call(bundle, suspect), floor_db) or "")
+
+
+def _makers(path: Path) -> dict[str, Any]:
+    """Tensor name -> the node that makes it, in the order they run."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return {name: node for node in graph.node for name in node.output if name}
+
+
+def _tapped(path: Path, names: list[str], inputs: Tensors) -> Iterator[Array]:
+    """Runs a model for some of its inner tensors, unoptimized so that they exist."""
+    model = onnx.load(str(path), load_external_data=False)
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
+        onnx.save(model, file.name)
+        session = ort.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+        answers = session.run(names, inputs)
+    for answer in answers:
+        yield answer.astype(np.float32) if answer.dtype == np.float16 else answer
