@@ -40,6 +40,10 @@ class Family(ABC):
     def check_guidance(self, student: Student, guidance: Guidance) -> None:
         """Raises ``EdgeflashError`` when the denoiser cannot be steered that way."""
 
+    def scheduler_config(self, student: Student) -> dict[str, Any]:
+        """The scheduler's config as the family's diffusers pipeline runs it."""
+        return student.config("scheduler")
+
     @abstractmethod
     def components(self, *, encoder: bool = False) -> tuple[str, ...]:
         """What gets exported, in the order a prompt passes it; ``encoder``: for image to image."""

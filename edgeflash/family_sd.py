@@ -76,6 +76,14 @@ class StableDiffusion(Family):
                 f"scale {takes}: ask for guidance {'embedded' if channels else 'none or cfg'}"
             )
 
+    def scheduler_config(self, student: Student) -> dict[str, Any]:
+        config = student.config("scheduler")
+        if student.index["_class_name"] == "StableDiffusionPipeline":
+            # Whatever the file says, this pipeline sets these two when it is built.
+            config |= {"steps_offset": 1} if "steps_offset" in config else {}
+            config |= {"clip_sample": False} if "clip_sample" in config else {}
+        return config
+
     def components(self, *, encoder: bool = False) -> tuple[str, ...]:
         return ("text_encoder", "unet", "vae_decoder") + ("vae_encoder",) * encoder
 

@@ -82,7 +82,7 @@ def fold_timestep(network: Any, t: float) -> None:
         module.register_forward_hook(keep(name)) for name, module in named if module is not None
     ]
     with torch.no_grad():
-        _emptiest_call(network, t)
+        _small_call(network, t)
     for hook in hooks:
         hook.remove()
     for name, constant in constants.items():
@@ -90,9 +90,9 @@ def fold_timestep(network: Any, t: float) -> None:
         setattr(network.get_submodule(owner), last, constant)
 
 
-def _emptiest_call(network: Any, t: float) -> None:
-    """Runs the network once on the smallest latent that its depth allows."""
-    side = 2 ** (len(network.config.block_out_channels) - 1)
+def _small_call(network: Any, t: float) -> None:
+    """Runs the network on a small latent, 2x2 at its deepest: norms want more than a cell."""
+    side = 2 ** len(network.config.block_out_channels)
     context = network.config.cross_attention_dim
     width = context if isinstance(context, int) else context[0]
     sample = torch.zeros(1, network.config.in_channels, side, side)

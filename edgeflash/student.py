@@ -175,7 +175,7 @@ class Student:
             name = "DPMSolverMultistepScheduler"
         if not hasattr(diffusers, name):
             raise EdgeflashError(f"{self.folder / INDEX}: diffusers knows no scheduler {name!r}")
-        return getattr(diffusers, name).from_config(self.config("scheduler"))
+        return getattr(diffusers, name).from_config(self.family.scheduler_config(self))
 
     def _check_component(self, name: str) -> None:
         library, _ = self.class_of(name)

@@ -124,6 +124,25 @@ def first_call(bundle: Bundle, component: Component) -> Tensors:
     return feeds(component, roles)
 
 
+class _Effect:
+    """What a change of one input does to the output: in torch, and here; over all goldens.
+
+    A single golden's effect may be smaller than the errors of int8; together they stand out.
+    """
+
+    def __init__(self) -> None:
+        self.wanted: list[Array] = []
+        self.found: list[Array] = []
+
+    def add(self, wanted: Array, found: Array) -> None:
+        self.wanted.append(wanted)
+        self.found.append(found)
+
+    def kept(self) -> float:
+        """1: all of it is there, 0: nothing."""
+        return parity.projection(np.concatenate(self.wanted), np.concatenate(self.found))
+
+
 @dataclass
 class _Climb:
     """One way up, with what is carried from rung to rung."""
@@ -178,31 +197,35 @@ class _Climb:
                 yield from _compare("L1", reference, drawn[f"conditioning{suffix}"])
 
     def _unet(self, part: Part) -> Found:
+        effects: dict[tuple[str, int], _Effect] = {}
         for golden, drawn in zip(self.goldens, self.drawn, strict=True):
             sampler, told = self._sampler(golden), golden[1]
-            yield from self._alone(part, sampler, told)
+            yield from self._alone(part, sampler, told, effects)
             both = drawn["conditioning"], drawn["conditioning_empty"]
             drawn["latent"] = sampler.loop(part, *both, golden[0].seed)
             yield from _compare("L3", told["latent"], drawn["latent"])
+        for (metric, _), effect in effects.items():
+            yield "L2", metric, effect.kept()
 
-    def _alone(self, part: Part, sampler: Sampler, told: Tensors) -> Found:
-        """L1 and L2 at every recorded row."""
+    def _alone(
+        self, part: Part, sampler: Sampler, told: Tensors, effects: dict[tuple[str, int], _Effect]
+    ) -> Found:
+        """L1 at every recorded row; what prompt and time do there is added to ``effects``."""
         rows = [int(row) for row in told["rows"]]
-        conditioning, empty = told["conditioning"], told["conditioning_empty"]
         times = {row: sampler.schedule.steps[row].t for row in rows}
-        answers = {
-            i: sampler.predict(part, told[f"input.{i}"], times[i], conditioning) for i in rows
-        }
+        prompt, empty = told["conditioning"], told["conditioning_empty"]
+        answers = {i: sampler.predict(part, told[f"input.{i}"], times[i], prompt) for i in rows}
         for i in rows:
-            reference, bare = told[f"output.{i}"], told[f"output_empty.{i}"]
-            yield from _compare("L1", reference, answers[i])
-            found = answers[i] - sampler.predict(part, told[f"input.{i}"], times[i], empty)
-            yield "L2", "delta_ratio", parity.projection(reference - bare, found)
+            yield from _compare("L1", told[f"output.{i}"], answers[i])
+            bare = sampler.predict(part, told[f"input.{i}"], times[i], empty)
+            effect = effects.setdefault(("delta_ratio", i), _Effect())
+            effect.add(told[f"output.{i}"] - told[f"output_empty.{i}"], answers[i] - bare)
         if len(rows) > 1:
             first, last = rows[0], rows[-1]
-            shifted = sampler.predict(part, told[f"input.{first}"], times[last], conditioning)
-            reference = told[f"output.{first}"] - told["output_shifted"]
-            yield "L2", "timestep_ratio", parity.projection(reference, answers[first] - shifted)
+            shifted = sampler.predict(part, told[f"input.{first}"], times[last], prompt)
+            effect = effects.setdefault(("timestep_ratio", first), _Effect())
+            wanted = told[f"output.{first}"] - told["output_shifted"]
+            effect.add(wanted, answers[first] - shifted)
 
     def _vae_decoder(self, part: Part) -> Found:
         space = self.bundle.manifest.latent

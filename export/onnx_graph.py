@@ -81,7 +81,7 @@ def _export_plain(captured: Captured) -> torch.onnx.ONNXProgram | None:
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
     if any(getattr(call, "_schema", None) and call._schema.is_mutable for call in calls):
         return None
-    program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
+    program.run_decompositions = lambda *_: program
     try:
         return _export(dataclasses.replace(captured, program=program))
     except torch.onnx.OnnxExporterError:

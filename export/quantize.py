@@ -92,17 +92,19 @@ def left_alone(path: Path, captured: Captured, options: OnnxTarget) -> list[str]
 
 def _edges(graph: Any, captured: Captured) -> set[str]:
     """Names of the convolutions next to the latents and images that go in and out."""
+    inputs = {s.name for s in captured.inputs if s.role in ("sample", "latent", "image")}
+    outputs = {s.name for s in captured.outputs}
     found: set[str] = set()
-    reached = {s.name for s in captured.inputs if s.role in ("sample", "latent", "image")}
     for node in graph.node:
-        if reached.intersection(node.input):
-            reached.update(node.output if node.op_type != "Conv" else ())
-            found.update([node.name] if node.op_type == "Conv" else ())
-    reached = {spec.name for spec in captured.outputs}
+        if inputs.intersection(node.input) and node.op_type == "Conv":
+            found.add(node.name)
+        elif inputs.intersection(node.input) and node.op_type != "Shape":
+            inputs.update(node.output)
     for node in reversed(graph.node):
-        if reached.intersection(node.output):
-            reached.update(node.input if node.op_type != "Conv" else ())
-            found.update([node.name] if node.op_type == "Conv" else ())
+        if outputs.intersection(node.output) and node.op_type == "Conv":
+            found.add(node.name)
+        elif outputs.intersection(node.output):
+            outputs.update(node.input)
     return found
 
 

@@ -282,7 +282,8 @@ def test_a_teacher_from_nothing(tmp_path: Path) -> None:
     common = {"steps": 1, "batch_size": 2, "ema": 0.5}
     stages = [
         {"by": "autoencoder", "widths": [8, 8], **common},
-        {"by": "denoising", "widths": [16, 16], "text_width": 16, "text_layers": 1, **common},
+        {"by": "reading", "text_width": 16, "text_layers": 1, **common},
+        {"by": "denoising", "widths": [16, 16], **common},
     ]
     data = {"kind": "shapes", "samples": 12}
     plain = {"name": "t", "data": data, "stage": stages, "sampling": {"steps": [2]}}

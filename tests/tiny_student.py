@@ -81,10 +81,11 @@ def _text_encoder() -> Any:
 
 
 def _unet(mid_block: bool, widths: tuple[int, ...], guidance_channels: int | None) -> Any:
+    """Listens to prompt and time, as trained ones do and fresh ones hardly."""
     from diffusers import UNet2DConditionModel
 
     crossed = len(widths) - 1
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=widths,
         layers_per_block=1,
@@ -96,6 +97,10 @@ def _unet(mid_block: bool, widths: tuple[int, ...], guidance_channels: int | Non
         norm_num_groups=8,
         time_cond_proj_dim=guidance_channels,
     )
+    for name, parameter in unet.named_parameters():
+        if name.endswith(("attn2.to_out.0.weight", "time_emb_proj.weight")):
+            parameter.data.mul_(10)
+    return unet
 
 
 def _vae(tiny: bool) -> Any:
@@ -121,6 +126,4 @@ def _scheduler(name: str) -> Any:
     import diffusers
 
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    if name in ("DDIMScheduler", "LCMScheduler"):
-        options |= {"clip_sample": False, "set_alpha_to_one": False}
     return getattr(diffusers, name)(**options)

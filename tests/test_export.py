@@ -1,0 +1,537 @@
+"""From student to bundle: every target passes the ladder, and every fault is caught by a rung."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from rich.console import Console
+
+from edgeflash import shelf
+from edgeflash.bundle import MANIFEST, Bundle, Manifest, describe_file
+from edgeflash.errors import EdgeflashError
+from edgeflash.export.capture import Captured, Tape
+from edgeflash.export.line import export_student
+from edgeflash.golden import Tensors, load_tensors
+from edgeflash.roles import Runtime, Target
+from edgeflash.runtimes.pipeline import Request, TextToImage
+from edgeflash.schedule import Guidance
+from edgeflash.student import Student
+from edgeflash.verify import refuse_below, runtime_for, verify
+
+QUIET = Console(quiet=True)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle, and what was captured on the way, to lower it again without tracing it again."""
+
+    bundle: Bundle
+    captured: dict[str, Captured]
+    goldens: list[Tensors]
+
+
+def export(
+    patch: pytest.MonkeyPatch, student: Path, out: Path, target: Target, **options: Any
+) -> Exported:
+    """A real export from end to end."""
+    captured: dict[str, Captured] = {}
+    tapes: list[Tape] = []
+    real = Tape.capture
+
+    def capture(tape: Tape, name: str) -> Captured:
+        tapes.append(tape)
+        return captured.setdefault(name, real(tape, name))
+
+    patch.setattr(Tape, "capture", capture)
+    bundle = export_student(Student.open(student), target, out, console=QUIET, **options)
+    return Exported(bundle, captured, tapes[-1].goldens)
+
+
+@pytest.fixture(scope="session")
+def guided(guided_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """fp32 ONNX of the guided student: two DDIM steps, encoder included."""
+    with pytest.MonkeyPatch.context() as patch:
+        return export(
+            patch,
+            guided_student,
+            tmp_path_factory.mktemp("bundles") / "guided",
+            shelf.make(Target, "onnx", {}),
+            steps=(2, 3),
+            guidance=Guidance(kind="cfg", scale=3.0),
+            prompts=("a red star", "blue ring"),
+            image_to_image=True,
+        )
+
+
+@pytest.fixture(scope="session")
+def one_step(one_step_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """int8 ONNX of the one-step student."""
+    with pytest.MonkeyPatch.context() as patch:
+        out = tmp_path_factory.mktemp("bundles") / "one-step"
+        target = shelf.make(Target, "onnx", {"precision": "int8"})
+        return export(patch, one_step_student, out, target)
+
+
+@pytest.fixture
+def replay(monkeypatch: pytest.MonkeyPatch, one_step: Exported) -> None:
+    """Exports of the one-step student take what was captured before."""
+
+    def capture(tape: Tape, name: str) -> Captured:
+        tape.goldens = one_step.goldens
+        return one_step.captured[name]
+
+    monkeypatch.setattr(Tape, "capture", capture)
+
+
+def figure(bundle: Bundle, rung: str, component: str, metric: str, **floors: float) -> Any:
+    found = verify(bundle, floors=floors or None)
+    key = (rung, component, metric)
+    return next(f for f in found if (f.rung, f.component, f.metric) == key)
+
+
+def test_every_rung_is_climbed_and_told(guided: Exported) -> None:
+    rungs = {(f.rung, f.component, f.metric) for f in guided.bundle.manifest.parity}
+    assert {
+        ("L0", "tokenizer", "equal"),
+        ("L0", "noise", "equal"),
+        ("L0", "unet", "loads"),
+        ("L1", "text_encoder", "psnr_db"),
+        ("L1", "vae_encoder", "cosine"),
+        ("L2", "unet", "delta_ratio"),
+        ("L2", "unet", "timestep_ratio"),
+        ("L3", "pipeline", "psnr_db"),
+        ("L4", "pipeline", "ssim"),
+    } <= rungs
+    assert all(f.passed for f in guided.bundle.manifest.parity)
+    assert figure(guided.bundle, "L1", "unet", "psnr_db").floor == 80
+
+
+def test_the_golden_image_is_what_diffusers_draws(guided: Exported, guided_student: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from edgeflash.noise import randn
+
+    golden = guided.bundle.manifest.goldens[0]
+    pipeline = StableDiffusionPipeline.from_pretrained(guided_student, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        golden.prompt,
+        num_inference_steps=golden.steps,
+        guidance_scale=3.0,
+        latents=torch.from_numpy(randn((1, 4, 8, 8), golden.seed)),
+        output_type="pt",
+    ).images.numpy()
+    ours = load_tensors(guided.bundle.folder / golden.tensors)["image"]
+    np.testing.assert_allclose((ours.clip(-1, 1) + 1) / 2, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["guided", "one_step"])
+def test_the_pipeline_draws_the_goldens(name: str, request: pytest.FixtureRequest) -> None:
+    bundle = request.getfixturevalue(name).bundle
+    close = 1 if name == "guided" else 60
+    with TextToImage(bundle, runtime_for(bundle)) as pipeline:
+        for golden in bundle.manifest.goldens:
+            drawn = pipeline.generate(Request(golden.prompt, seed=golden.seed, steps=golden.steps))
+            told = load_tensors(bundle.folder / golden.tensors)["image"][0].transpose(1, 2, 0)
+            pixels = np.rint((told.clip(-1, 1) + 1) * 127.5)
+            assert np.abs(drawn.images[0] - pixels).max() <= close
+            assert drawn.tokens[0].tolist() == list(golden.token_ids)
+
+
+def test_the_batch_is_free(guided: Exported) -> None:
+    bundle = guided.bundle
+    with TextToImage(bundle, runtime_for(bundle)) as pipeline:
+        many = pipeline.generate(Request(("a red star", "blue ring", "a"), seed=5)).images
+        one = pipeline.generate(Request("a", seed=7)).images
+    assert many.shape == (3, 16, 16, 3)
+    assert np.abs(many[2].astype(int) - one[0]).max() <= 1
+
+
+def test_one_step_students_lose_their_time_embedding(one_step: Exported) -> None:
+    unet = one_step.bundle.component("unet")
+    assert unet.input("timestep") is None
+    model = onnx.load(one_step.bundle.folder / unet.files[0].path)
+    assert [value.name for value in model.graph.input] == ["sample", "encoder_hidden_states"]
+    weights = " ".join(tensor.name for tensor in model.graph.initializer)
+    assert "conv1" in weights
+    assert not any(gone in weights for gone in ("time_embedding", "time_emb_proj.weight"))
+    assert not {"Sin", "Cos"} & {node.op_type for node in model.graph.node}
+
+
+def test_int8_weights_are_int8_where_it_pays(one_step: Exported) -> None:
+    bundle = one_step.bundle
+    precisions = {c.name: c.precision for c in bundle.manifest.components}
+    assert precisions == {"text_encoder": "fp16", "unet": "int8", "vae_decoder": "int8"}
+    graph = onnx.load(bundle.folder / "unet/model.onnx").graph
+    sizes = {t.name: (t.data_type, int(np.prod(t.dims))) for t in graph.initializer}
+    int8 = sum(n for kind, n in sizes.values() if kind == onnx.TensorProto.INT8)
+    rest = sum(n for kind, n in sizes.values() if kind == onnx.TensorProto.FLOAT)
+    assert int8 > 10 * rest
+    makers = {name: node for node in graph.node for name in node.output}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    floats = [node for node in convolutions if node.input[1] not in makers]
+    assert floats == [convolutions[0], convolutions[-1]], "first and last stay in float"
+
+
+def test_the_folder_is_laid_out_as_optimum_reads_it(guided: Exported) -> None:
+    folder = guided.bundle.folder
+    index = json.loads((folder / "model_index.json").read_text())
+    assert (
+        index["_class_name"] == "StableDiffusionPipeline" and index["unet"] and "vae" not in index
+    )
+    for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
+        assert (folder / name / "model.onnx").is_file() and (
+            folder / name / "config.json"
+        ).is_file()
+    names = {
+        "text_encoder": (["input_ids"], ["last_hidden_state", "pooler_output"]),
+        "unet": (["sample", "timestep", "encoder_hidden_states"], ["out_sample"]),
+        "vae_decoder": (["latent_sample"], ["sample"]),
+        "vae_encoder": (["sample"], ["latent_parameters"]),
+    }
+    for name, expected in names.items():
+        graph = onnx.load(folder / name / "model.onnx", load_external_data=False).graph
+        assert ([v.name for v in graph.input], [v.name for v in graph.output]) == expected
+        first = graph.input[0].type.tensor_type.shape.dim[0]
+        assert first.dim_param == "batch_size"
+    timestep = onnx.load(folder / "unet/model.onnx").graph.input[1]
+    assert len(timestep.type.tensor_type.shape.dim) == 0
+    assert (folder / "scheduler/scheduler_config.json").is_file()
+    assert {"vocab.json", "merges.txt"} <= {p.name for p in (folder / "tokenizer").iterdir()}
+
+
+def test_a_tiny_decoder_passes_for_a_kl_one(one_step: Exported) -> None:
+    config = json.loads((one_step.bundle.folder / "vae_decoder/config.json").read_text())
+    assert (config["_class_name"], config["scaling_factor"]) == ("AutoencoderKL", 1.0)
+    assert len(config["block_out_channels"]) == 2 and config["latent_channels"] == 4
+
+
+def test_lineage_says_where_it_comes_from(one_step: Exported) -> None:
+    lineage = one_step.bundle.manifest.lineage
+    assert len(lineage.student_sha256 or "") == 64
+    assert {"torch", "diffusers", "onnx", "onnxruntime", "edgeflash"} <= set(lineage.tools)
+    assert "/" not in one_step.bundle.manifest.name
+    text = (one_step.bundle.folder / MANIFEST).read_text()
+    assert str(one_step.bundle.folder.parent) not in text, "no absolute path"
+
+
+@pytest.mark.usefixtures("replay")
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        ("torch", {}),
+        ("onnx", {"precision": "fp32", "external_mib": 0}),
+        ("onnx", {"precision": "fp16"}),
+        (
+            "onnx",
+            {"precision": "int8", "activations": "int8", "rest": "fp32", "attention": True}
+            | {"quantized": ["unet"], "keep": ["node_conv2d_1*"]},
+        ),
+    ],
+)
+def test_every_target_and_precision_passes_the_ladder(
+    target: str, options: dict[str, Any], one_step_student: Path, tmp_path: Path
+) -> None:
+    lowered = shelf.make(Target, target, options)
+    student = Student.open(one_step_student)
+    bundle = export_student(student, lowered, tmp_path / "out", console=QUIET)
+    assert all(f.passed for f in bundle.manifest.parity) and bundle.manifest.parity
+    data = [file.path for file in bundle.files() if file.path.endswith("_data")]
+    assert len(data) == (3 if options.get("external_mib") == 0 else 0)
+    assert not list(tmp_path.rglob("*.bin"))
+    refuse_below(verify(Bundle.open(tmp_path / "out", check="sha256")), tmp_path)
+
+
+def test_verify_needs_no_torch(guided: Exported) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from edgeflash.bundle import Bundle\n"
+        "from edgeflash.verify import refuse_below, verify\n"
+        f"refuse_below(verify(Bundle.open({str(guided.bundle.folder)!r})), 'x')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- injected faults ------------------------------------------------------------------------------
+
+
+def altered(
+    exported: Exported,
+    folder: Path,
+    component: str,
+    change: Callable[[Any], None] = lambda graph: None,
+    **manifest: Any,
+) -> Bundle:
+    """A copy whose network, and hashes with it, are changed: a fault of the exporter."""
+    shutil.copytree(exported.bundle.folder, folder)
+    path = f"{component}/model.onnx"
+    model = onnx.load(folder / path)
+    change(model.graph)
+    onnx.save(model, folder / path)
+    found = exported.bundle.manifest
+    components = tuple(
+        c.model_copy(update={"files": (describe_file(folder, path),)}) if c.name == component else c
+        for c in found.components
+    )
+    changes = {"components": components, **manifest}
+    (folder / MANIFEST).write_text(found.model_copy(update=changes).model_dump_json())
+    return Bundle.open(folder)
+
+
+def swap_weights(graph: Any) -> None:
+    """Two convolutions of the same shape change places."""
+    weights = [t for t in graph.initializer if t.name.endswith("conv2.weight")]
+    first, second = next(
+        (a, b) for a in weights for b in weights if a.dims == b.dims and a.name < b.name
+    )
+    one, two = numpy_helper.to_array(first).copy(), numpy_helper.to_array(second).copy()
+    first.CopyFrom(numpy_helper.from_array(two, first.name))
+    second.CopyFrom(numpy_helper.from_array(one, second.name))
+
+
+def rewire(graph: Any, name: str, node: Any, constants: dict[str, Any]) -> None:
+    """All users of input ``name`` read the node's output instead."""
+    for user in graph.node:
+        user.input[:] = [node.output[0] if i == name else i for i in user.input]
+    graph.node.insert(0, node)
+    for key, value in constants.items():
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), key))
+
+
+def freeze_timestep(graph: Any) -> None:
+    node = onnx.helper.make_node("Identity", ["frozen"], ["timestep_used"], "freeze")
+    rewire(graph, "timestep", node, {"frozen": 500.0})
+
+
+def attenuate(graph: Any) -> None:
+    node = onnx.helper.make_node(
+        "Div", ["encoder_hidden_states", "nineteen"], ["weaker"], "attenuate"
+    )
+    rewire(graph, "encoder_hidden_states", node, {"nineteen": 19.0})
+
+
+def test_swapped_weights_are_caught(guided: Exported, tmp_path: Path) -> None:
+    bundle = altered(guided, tmp_path / "b", "unet", swap_weights)
+    with pytest.raises(EdgeflashError, match=r"rung L1, unet: psnr_db \d.* misses its floor 80"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_a_dropped_timestep_is_caught(guided: Exported, tmp_path: Path) -> None:
+    bundle = altered(guided, tmp_path / "b", "unet", freeze_timestep)
+    found = figure(bundle, "L2", "unet", "timestep_ratio")
+    assert not found.passed and abs(found.value) < 1e-6
+    with pytest.raises(EdgeflashError, match="rung L2, unet: timestep_ratio"):
+        floors = {"psnr_db": 0.0, "delta_ratio": 0.0}
+        refuse_below(verify(bundle, floors=floors), bundle.folder)
+
+
+def test_attenuated_conditioning_is_caught(guided: Exported, tmp_path: Path) -> None:
+    bundle = altered(guided, tmp_path / "b", "unet", attenuate)
+    found = figure(bundle, "L2", "unet", "delta_ratio")
+    assert not found.passed and 0.01 < found.value < 0.15
+    with pytest.raises(
+        EdgeflashError, match=r"rung L2, unet: delta_ratio 0.* misses its floor 0.9"
+    ):
+        refuse_below(verify(bundle, floors={"psnr_db": 0}), bundle.folder)
+
+
+def test_exaggerated_conditioning_is_caught_too(guided: Exported, tmp_path: Path) -> None:
+    def exaggerate(graph: Any) -> None:
+        node = onnx.helper.make_node("Mul", ["encoder_hidden_states", "two"], ["stronger"], "x")
+        rewire(graph, "encoder_hidden_states", node, {"two": 1.5})
+
+    bundle = altered(guided, tmp_path / "b", "unet", exaggerate)
+    with pytest.raises(EdgeflashError, match=r"delta_ratio 1.* misses its ceiling 1.1"):
+        refuse_below(verify(bundle, floors={"psnr_db": 0}), bundle.folder)
+
+
+def test_a_wrong_latent_scale_is_caught(guided: Exported, tmp_path: Path) -> None:
+    wrong = guided.bundle.manifest.latent.model_copy(update={"scale": 1.0})
+    bundle = altered(guided, tmp_path / "b", "vae_decoder", latent=wrong)
+    with pytest.raises(EdgeflashError, match="rung L1, vae_decoder: psnr_db"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_another_schedule_is_caught(guided: Exported, tmp_path: Path) -> None:
+    tables = guided.bundle.manifest.schedules
+    rows = tables[3].steps
+    changed = rows[1].model_copy(update={"a": 1.05 * rows[1].a})
+    wrong = tables[3].model_copy(update={"steps": (rows[0], changed, rows[2])})
+    bundle = altered(guided, tmp_path / "b", "unet", schedules={2: tables[2], 3: wrong})
+    with pytest.raises(EdgeflashError, match="rung L3, pipeline: psnr_db"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_another_tokenizer_and_other_noise_are_caught(guided: Exported, tmp_path: Path) -> None:
+    goldens = guided.bundle.manifest.goldens
+    other = tuple(g.model_copy(update={"token_ids": (1, *g.token_ids[1:])}) for g in goldens)
+    bundle = altered(guided, tmp_path / "b", "unet", goldens=other)
+    with pytest.raises(EdgeflashError, match="rung L0, tokenizer: equal 0"):
+        refuse_below(verify(bundle), bundle.folder)
+    other = tuple(g.model_copy(update={"seed": g.seed + 9}) for g in goldens)
+    bundle = altered(guided, tmp_path / "c", "unet", goldens=other)
+    with pytest.raises(EdgeflashError, match="rung L0, noise: equal 0"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_the_first_operator_that_went_astray_is_named(guided: Exported, tmp_path: Path) -> None:
+    from edgeflash.export.bisect import bisect_bundles
+
+    def scale_one(graph: Any) -> None:
+        node = next(n for n in graph.node if n.op_type == "LayerNormalization")
+        weight = next(t for t in graph.initializer if t.name == node.input[1])
+        changed = numpy_helper.from_array(numpy_helper.to_array(weight) * 1.1, "tampered")
+        graph.initializer.append(changed)
+        node.input[1] = "tampered"
+
+    bundle = altered(guided, tmp_path / "b", "unet", scale_one)
+    graph = onnx.load(bundle.folder / "unet/model.onnx").graph
+    name = next(n.name for n in graph.node if n.op_type == "LayerNormalization")
+    found = bisect_bundles(bundle, guided.bundle, "unet", 60.0)
+    assert found.startswith(f"LayerNormalization {name} (") and "values -" in found
+    assert bisect_bundles(guided.bundle, guided.bundle, "unet", 60.0) == ""
+    assert sorted(p.name for p in (bundle.folder / "unet").iterdir()) == [
+        "config.json",
+        "model.onnx",
+    ], "the taps left nothing"
+
+
+# --- what goes wrong on the way -------------------------------------------------------------------
+
+
+def attempt(student: Path, out: Path, target: Target, **options: Any) -> str:
+    """An export that fails: what is said, in one line, after which nothing is left."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(EdgeflashError) as caught:
+        export_student(Student.open(student), target, out, console=QUIET, **options)
+    assert sorted(out.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("replay")
+def test_a_missed_floor_fails_the_export(one_step_student: Path, tmp_path: Path) -> None:
+    target = shelf.make(Target, "torch", {})
+    said = attempt(one_step_student, tmp_path / "out", target, floors={"L3.psnr_db": 250.0})
+    assert "rung L3, pipeline: psnr_db" in said and "misses its floor 250" in said
+    assert "nothing was written" in said
+
+
+@pytest.mark.usefixtures("replay")
+def test_a_bad_quantization_names_the_operator(one_step_student: Path, tmp_path: Path) -> None:
+    from edgeflash.export import quantize
+
+    def crush(graph: Any) -> None:
+        scale = next(t for t in graph.initializer if t.name.endswith("conv2d_3_scale"))
+        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / 50, scale.name))
+
+    target = shelf.make(Target, "onnx", {"precision": "int8"})
+    real = quantize.quantize_static
+
+    def quantized(path: Path, captured: Captured, options: Any) -> Path:
+        found = real(path, captured, options)
+        if captured.component == "unet":
+            model = onnx.load(found)
+            crush(model.graph)
+            onnx.save(model, found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "quantize_static", quantized)
+        said = attempt(one_step_student, tmp_path / "out", target)
+    assert "rung L1, unet: psnr_db" in said
+    assert "first astray: " in said
+
+
+@pytest.mark.usefixtures("replay")
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [(KeyboardInterrupt(), "run the same command again"), (OSError(28, "No space"), "disk full")],
+)
+def test_an_export_that_breaks_off_leaves_nothing(
+    raised: BaseException, message: str, one_step_student: Path, tmp_path: Path
+) -> None:
+    from edgeflash.export.to_onnx import OnnxTarget
+
+    class Breaks(OnnxTarget):
+        def lower(self, captured: Captured, out: Path) -> list[Path]:
+            (out / "half.onnx").write_text("half a network")
+            raise raised
+
+    assert message in attempt(one_step_student, tmp_path / "out", Breaks())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/older").write_text("an older bundle")
+    attempt(one_step_student, tmp_path / "out", Breaks())
+    assert (tmp_path / "out/older").exists(), "it gives way only to a finished one"
+
+
+@pytest.mark.usefixtures("replay")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (15, 16)}, "multiples of 2 px"),
+        ({"guidance": Guidance(kind="embedded", channels=8)}, "ask for guidance none or cfg"),
+        ({"steps": (0,)}, "steps is 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_first(
+    options: dict[str, Any], message: str, one_step_student: Path, tmp_path: Path
+) -> None:
+    target = shelf.make(Target, "onnx", {})
+    assert message in attempt(one_step_student, tmp_path / "out", target, **options)
+
+
+@pytest.mark.usefixtures("replay")
+def test_a_pattern_that_fits_nothing_is_refused(one_step_student: Path, tmp_path: Path) -> None:
+    options = {"precision": "int8", "keep": ["conv_99*"], "quantized": ["text_encoder"]}
+    target = shelf.make(Target, "onnx", options)
+    said = attempt(one_step_student, tmp_path / "out", target)
+    assert "no operator of text_encoder is called 'conv_99*'" in said
+
+
+def test_damaged_bundles_are_refused(guided: Exported, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(guided.bundle.folder, tmp_path / "b"))
+    path = folder / "unet/model.onnx"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(EdgeflashError, match=r"unet/model\.onnx: .*truncated"):
+        Bundle.open(folder)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(EdgeflashError, match=r"sha256 expected .*, found"):
+        Bundle.open(folder, check="sha256")
+    path.write_bytes(b"x" * len(whole))
+    with pytest.raises(EdgeflashError, match=r"rung L0, unet: .*does not load"):
+        verify(Bundle.open(folder))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 2}))
+    with pytest.raises(EdgeflashError, match="format 2 is newer"):
+        Bundle.open(folder)
+
+
+def test_goldens_are_needed(guided: Exported, tmp_path: Path) -> None:
+    bundle = altered(guided, tmp_path / "b", "unet", goldens=())
+    with pytest.raises(EdgeflashError, match="no goldens"):
+        verify(bundle)
+    manifest = Manifest.model_validate(guided.bundle.manifest.model_dump())
+    path = bundle.folder / manifest.goldens[0].tensors
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(EdgeflashError, match="unreadable golden"):
+        verify(Bundle(bundle.folder, manifest))
+
+
+@pytest.mark.parametrize("name", shelf.names(Target))
+def test_every_target_has_a_runtime_that_opens_it(name: str) -> None:
+    target = shelf.find(Target, name, check=False)
+    assert name in shelf.find(Runtime, target.runtime, check=False).opens
