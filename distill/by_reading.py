@@ -1,4 +1,4 @@
-"""Teaches a fresh text encoder what captions say, before any picture: the start of a new teacher."""
+"""Teaches a fresh text encoder what captions say, before any picture is seen."""
 
 from __future__ import annotations
 
