@@ -3,7 +3,7 @@
 ====  ==========================================================================================
 L0    every component loads; tokens and starting noise are those of the goldens
 L1    each component alone, on recorded inputs
-L2    the denoiser's answer to the prompt (with - without) and to time, at every recorded step
+L2    the denoiser's answer to the prompt (with - without) and to time, over the recorded steps
 L3    the latent after the whole loop, from the tokens on
 L4    the image
 ====  ==========================================================================================
@@ -125,9 +125,10 @@ def first_call(bundle: Bundle, component: Component) -> Tensors:
 
 
 class _Effect:
-    """What a change of one input does to the output: in torch, and here; over all goldens.
+    """What a change of one input does to the output: in torch, and here; over all goldens and rows.
 
-    A single golden's effect may be smaller than the errors of int8; together they stand out.
+    Together they stand out from the errors of int8, which in the last steps, where the prompt has
+    little left to say, are larger than its whole effect.
     """
 
     def __init__(self) -> None:
@@ -197,18 +198,19 @@ class _Climb:
                 yield from _compare("L1", reference, drawn[f"conditioning{suffix}"])
 
     def _unet(self, part: Part) -> Found:
-        effects: dict[tuple[str, int], _Effect] = {}
+        effects = {name: _Effect() for name in RATIOS}
         for golden, drawn in zip(self.goldens, self.drawn, strict=True):
             sampler, told = self._sampler(golden), golden[1]
             yield from self._alone(part, sampler, told, effects)
             both = drawn["conditioning"], drawn["conditioning_empty"]
             drawn["latent"] = sampler.loop(part, *both, golden[0].seed)
             yield from _compare("L3", told["latent"], drawn["latent"])
-        for (metric, _), effect in effects.items():
-            yield "L2", metric, effect.kept()
+        for metric, effect in effects.items():
+            if effect.wanted:
+                yield "L2", metric, effect.kept()
 
     def _alone(
-        self, part: Part, sampler: Sampler, told: Tensors, effects: dict[tuple[str, int], _Effect]
+        self, part: Part, sampler: Sampler, told: Tensors, effects: dict[str, _Effect]
     ) -> Found:
         """L1 at every recorded row; what prompt and time do there is added to ``effects``."""
         rows = [int(row) for row in told["rows"]]
@@ -218,14 +220,13 @@ class _Climb:
         for i in rows:
             yield from _compare("L1", told[f"output.{i}"], answers[i])
             bare = sampler.predict(part, told[f"input.{i}"], times[i], empty)
-            effect = effects.setdefault(("delta_ratio", i), _Effect())
-            effect.add(told[f"output.{i}"] - told[f"output_empty.{i}"], answers[i] - bare)
+            wanted = told[f"output.{i}"] - told[f"output_empty.{i}"]
+            effects["delta_ratio"].add(wanted, answers[i] - bare)
         if len(rows) > 1:
             first, last = rows[0], rows[-1]
             shifted = sampler.predict(part, told[f"input.{first}"], times[last], prompt)
-            effect = effects.setdefault(("timestep_ratio", first), _Effect())
             wanted = told[f"output.{first}"] - told["output_shifted"]
-            effect.add(wanted, answers[first] - shifted)
+            effects["timestep_ratio"].add(wanted, answers[first] - shifted)
 
     def _vae_decoder(self, part: Part) -> Found:
         space = self.bundle.manifest.latent

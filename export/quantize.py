@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +44,7 @@ def quantize_static(path: Path, captured: Captured, options: OnnxTarget) -> Path
     symmetric = options.activations == "int8"
     kind = ort.QuantType.QInt8 if symmetric else ort.QuantType.QUInt8
     found = path.with_name("int8.onnx")
-    logging.disable(logging.WARNING)  # it asks for preparations that the graph does not need
-    try:
+    with _quiet():
         ort.quantize_static(
             path,
             found,
@@ -58,9 +59,18 @@ def quantize_static(path: Path, captured: Captured, options: OnnxTarget) -> Path
             use_external_data_format=True,
             extra_options={"ActivationSymmetric": symmetric},
         )
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the quantizer's wishes for preparations that the graph does not need to itself."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(logging.NOTSET)
-    return found
 
 
 def left_alone(path: Path, captured: Captured, options: OnnxTarget) -> list[str]:

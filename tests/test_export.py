@@ -13,21 +13,23 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 from rich.console import Console
 
 from edgeflash import shelf
-from edgeflash.bundle import MANIFEST, Bundle, Manifest, describe_file
+from edgeflash.bundle import MANIFEST, Bundle, Component, Manifest, TensorSpec, describe_file
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.capture import Captured, Tape
 from edgeflash.export.line import export_student
-from edgeflash.golden import Tensors, load_tensors
+from edgeflash.golden import Sampler, Tensors, load_tensors
+from edgeflash.parity import psnr_db
 from edgeflash.roles import Runtime, Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student
-from edgeflash.verify import refuse_below, runtime_for, verify
+from edgeflash.verify import Part, feeds, refuse_below, runtime_for, verify
 
 QUIET = Console(quiet=True)
 
@@ -262,6 +264,123 @@ def test_verify_needs_no_torch(guided: Exported) -> None:
         f"refuse_below(verify(Bundle.open({str(guided.bundle.folder)!r})), 'x')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_reference_loop_is_the_pipeline_s(tmp_path: Path) -> None:
+    """Fresh noise, memory of the step before and guidance, over the same sessions."""
+    from tiny_bundle import tiny
+
+    for kind, scale, channels in (("none", 1.0, 0), ("cfg", 2.5, 0), ("embedded", 2.5, 6)):
+        guidance = Guidance(kind=kind, scale=scale, channels=channels)
+        folder = tiny(tmp_path / kind, guidance=guidance.model_dump())
+        bundle, prompt, seed = Bundle.open(folder), "a red star", 11
+        runtime = runtime_for(bundle)
+        with TextToImage(bundle, runtime) as pipeline:
+            drawn = pipeline.generate(Request(prompt, seed=seed)).latent
+            ids = [np.array([pipeline.tokenizer(text).ids]) for text in (prompt, "")]
+        parts = {c.name: Part(runtime.open(folder, c), c) for c in bundle.manifest.components}
+        both = [parts["text_encoder"](tokens=tokens) for tokens in ids]
+        schedule = bundle.manifest.schedules[bundle.manifest.default_steps]
+        found = Sampler(schedule, guidance, drawn.shape).loop(parts["unet"], *both, seed)
+        np.testing.assert_allclose(found, drawn, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_leaves_angles_alone(guided: Exported, tmp_path: Path) -> None:
+    unet = guided.captured["unet"]
+    path = shelf.make(Target, "onnx", {"precision": "fp16"}).lower(unet, tmp_path)[0]
+    session = onnxruntime.InferenceSession(path)
+    assert {value.type for value in session.get_inputs()} == {"tensor(float)"}
+    for sample in unet.samples:
+        (found,) = session.run(None, sample.inputs)
+        assert found.dtype == np.float32
+        assert psnr_db(sample.outputs["out_sample"], found) > 60
+    weights = onnx.load(path).graph.initializer
+    halves = sum(w.data_type == onnx.TensorProto.FLOAT16 for w in weights)
+    assert halves > 100, "the weights are float16"
+
+
+def test_what_half_precision_cannot_hold() -> None:
+    from edgeflash.export.onnx_graph import clipped_half
+
+    lowest = float(np.finfo(np.float32).min)
+    found = clipped_half(np.array([lowest, -lowest, -np.inf, 0.1], np.float32))
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found[:3], [-65504, 65504, -np.inf])
+
+
+def test_what_int8_leaves_alone(guided: Exported) -> None:
+    from edgeflash.export.quantize import left_alone
+
+    path = guided.bundle.folder / "unet/model.onnx"
+    kinds = {node.name: node.op_type for node in onnx.load(path).graph.node}
+    unet = guided.captured["unet"]
+
+    def left(**options: Any) -> list[str]:
+        names = left_alone(path, unet, shelf.make(Target, "onnx", options))
+        return sorted(kinds[name] for name in names if kinds[name] in ("Conv", "MatMul", "Gemm"))
+
+    convolutions, gemms = 2, sum(kind == "Gemm" for kind in kinds.values())
+    attention = 2 * 2 * 4  # scores and sums, self and cross, in four transformers
+    assert left() == ["Conv"] * convolutions + ["Gemm"] * gemms + ["MatMul"] * attention
+    assert left(attention=True, edges=True) == ["Gemm"] * gemms
+    assert left(attention=True, edges=True, keep=["node_conv2d_5"]) == ["Conv"] + ["Gemm"] * gemms
+
+
+def test_programs_that_need_decomposing_are_translated_too(tmp_path: Path) -> None:
+    import torch
+
+    from edgeflash.export import onnx_graph
+    from edgeflash.export.capture import Sample, to_program
+
+    class WritesInPlace(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            doubled = x.clone()
+            doubled.add_(x)
+            return doubled
+
+    spec = TensorSpec(name="x", role="sample", shape=("batch_size", 3), dtype="float32")
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    program = to_program(WritesInPlace(), [spec], Sample({"x": x[:1]}, {}))
+    output = spec.model_copy(update={"name": "y", "role": "prediction"})
+    captured = Captured("unet", program, (spec,), (output,), ())
+    assert onnx_graph._export_plain(captured) is None
+    path = onnx_graph.save(onnx_graph.translate(captured), tmp_path / "m.onnx", 2**20)[0]
+    (found,) = onnxruntime.InferenceSession(path).run(["y"], {"x": x})
+    np.testing.assert_array_equal(found, 2 * x)
+
+
+def test_a_fixed_batch_and_a_timestep_per_row_are_fed() -> None:
+    specs = (
+        TensorSpec(name="z", role="sample", shape=(2, 4, 1, 1), dtype="float16"),
+        TensorSpec(name="t", role="timestep", shape=(2,), dtype="int64"),
+    )
+    component = Component(
+        name="unet", target="x", precision="fp16", files=(), inputs=specs, outputs=()
+    )
+    fed = feeds(component, {"sample": np.ones((1, 4, 1, 1)), "timestep": np.array(7.0)})
+    assert fed["z"].shape == (2, 4, 1, 1) and fed["z"].dtype == np.float16
+    assert fed["t"].tolist() == [7, 7] and fed["t"].dtype == np.int64
+
+
+def test_apps_get_vocabulary_and_merges_whatever_the_student_has(tmp_path: Path) -> None:
+    from tiny_student import write_tokenizer
+    from transformers import CLIPTokenizer
+
+    from edgeflash.export.pack import copy_tokenizer
+    from edgeflash.family_sd import tokenizer_spec
+    from edgeflash.tokenizer import read_tokenizer
+
+    write_tokenizer(tmp_path / "old")
+    CLIPTokenizer.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new/vocab.json").exists(), "what transformers 5 writes"
+    copy_tokenizer(tmp_path / "new", tmp_path / "copy")
+    (tmp_path / "copy/tokenizer.json").unlink()
+    for text in ("a red star", "blue ring?"):
+        ids = [
+            read_tokenizer(tmp_path, tokenizer_spec(tmp_path / name))(text).ids
+            for name in ("old", "new", "copy")
+        ]
+        assert ids[0] == ids[1] == ids[2]
 
 
 # --- injected faults ------------------------------------------------------------------------------
