@@ -75,12 +75,9 @@ def _clean_up() -> list[ir.passes.InPlacePass]:
 def _export_plain(captured: Captured) -> torch.onnx.ONNXProgram | None:
     """Without decomposing the program first, which traces all of it once more, mostly for nothing.
 
-    None where an operator has no ONNX form of its own, or writes to its inputs.
+    None where an operator has no ONNX form of its own, which holds for all that write in place.
     """
     program = copy.copy(captured.program)
-    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    if any(getattr(call, "_schema", None) and call._schema.is_mutable for call in calls):
-        return None
     program.run_decompositions = lambda *_: program
     try:
         return _export(dataclasses.replace(captured, program=program))
