@@ -107,9 +107,18 @@ def _save_components(stage: Stage, draft: Path) -> None:
     index = json.loads(index_path.read_text())
     for name, network in stage.final().items():
         network.save_pretrained(str(draft / name))
+        _forget_path(draft / name / "config.json")
         library = type(network).__module__.partition(".")[0]
         index[name] = [library, type(network).__name__]
     index_path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _forget_path(config: Path) -> None:
+    """diffusers notes where a network was loaded from; that is nobody else's business."""
+    if config.is_file():
+        told = json.loads(config.read_text())
+        told.pop("_name_or_path", None)
+        config.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def _empty(folder: Path) -> Path:
