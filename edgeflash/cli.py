@@ -52,6 +52,7 @@ def distill(
 
         print(tomli_w.dumps(made.resolved()), end="")
         return
+    made.methods()  # says which package is missing, before the room is imported
     from edgeflash.distill.run import distill as run
 
     out.print(f"wrote {run(made, out_dir)}")
@@ -72,13 +73,14 @@ def export(
     set_: Set = None,
 ) -> None:
     """Lower a student to a target and prove it: student folder -> bundle folder."""
-    from edgeflash.export.line import export_student
     from edgeflash.roles import Target
     from edgeflash.shelf import make
     from edgeflash.student import Student
 
     target = make(Target, to, {"precision": precision} | _options(set_ or []))
     counts, pixels = _counts(steps), _size(size)
+    from edgeflash.export.line import export_student
+
     export_student(
         Student.open(student),
         target,

@@ -36,6 +36,8 @@ picture = Path("picture.png")
 drawing = ["run", str(bundle), "--prompt", "a red circle", "--seed", "3", "--out", str(picture)]
 subprocess.run([*command, *drawing], check=True)
 assert picture.read_bytes()[:4] == b"\x89PNG"
-refused = subprocess.run([*command, "distill", "shapes"], capture_output=True, text=True)
-assert refused.returncode == 2 and "pip install 'edgeflash[distill]'" in refused.stderr, refused
+for arguments in (["distill", "shapes"], ["export", "nowhere", "--to", "onnx"]):
+    refused = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused
+    assert "pip install 'edgeflash[" in refused.stderr, refused
 print("wheel: ok, drew a picture without torch")
