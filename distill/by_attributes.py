@@ -13,7 +13,7 @@ from edgeflash import shapes
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .judge import HELD_OUT_SEED, Judge, look
+from .judge import Judge, look
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
 
@@ -67,7 +67,7 @@ def _loss(logits: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 
 def _held_out_accuracy(networks: dict[str, Any]) -> dict[str, float]:
     """Share right per attribute on 4,000 held-out renders."""
-    pictures, _, known = shapes.batch(HELD_OUT_SEED, range(4000))
+    pictures, _, known = shapes.batch(shapes.HELD_OUT_SEED, range(4000))
     found, _ = look(networks["judge"].eval(), pictures)
     told = {}
     for column, name in enumerate(shapes.HEADS):

@@ -44,8 +44,7 @@ class Autoencoder(Method):
             }
 
         def finish(networks: dict[str, AutoencoderKL]) -> dict[str, float]:
-            held = shop.store.pictures(np.arange(min(512, len(shop.store)))).to(shop.device)
-            return _measure(networks["vae"], held)
+            return _measure(networks["vae"], shop.store.held_out(500).to(shop.device))
 
         return Stage(
             players={"vae": Player(vae, loss)},

@@ -94,4 +94,7 @@ class Denoising(Method):
             cross_attention_dim=text_width,
             attention_head_dim=self.heads,  # diffusers' old name for the number of heads
             norm_num_groups=16,
+            resnet_time_scale_shift="scale_shift",
+            addition_embed_type="text",
+            addition_embed_type_num_heads=self.heads,
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,8 +52,14 @@ class Store:
 
     def pictures(self, indices: np.ndarray) -> Tensor:
         """float32 [n, 3, s, s] in [-1, 1]."""
-        picked = torch.from_numpy(self._pictures[indices]).permute(0, 3, 1, 2)
-        return picked.float() / 127.5 - 1
+        return _unit(self._pictures[indices])
+
+    def held_out(self, count: int) -> Tensor:
+        """Renders that no recipe trains on; of other data its first pictures. [n, 3, s, s]."""
+        if self.labels is None:
+            return self.pictures(np.arange(min(count, len(self))))
+        fresh, _, _ = shapes.batch(shapes.HELD_OUT_SEED, range(count))
+        return _unit(fresh)
 
     def cached(self, key: str, compute: Callable[[np.ndarray], Tensor]) -> Cached:
         """What ``compute`` makes of each sample, computed in chunks once and kept as float16.
@@ -64,6 +72,7 @@ class Store:
             first = compute(parts[0]).to(torch.float16).cpu().numpy()
             draft = path.with_suffix(".new")
             shape = (len(self), *first.shape[1:])
+            _check_space(self.folder, 2 * math.prod(shape))
             out = np.lib.format.open_memmap(draft, "w+", np.float16, shape)
             out[parts[0]] = first
             for part in parts[1:]:
@@ -71,6 +80,11 @@ class Store:
             out.flush()
             os.replace(draft, path)
         return Cached(path)
+
+
+def _unit(pictures: np.ndarray) -> Tensor:
+    """uint8 [n, s, s, 3] -> float32 [n, 3, s, s] in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Cached:
@@ -97,8 +111,19 @@ def open_store(data: Data, seed: int, folder: Path) -> Store:
     return Store(home)
 
 
+def _check_space(folder: Path, needed: int) -> None:
+    """Refuses an array that the disk cannot hold: writing into its map would kill the process."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EdgeflashError(
+            f"{folder}: the data need {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are "
+            "free; make room, or take fewer with [data] samples"
+        )
+
+
 def _pack(source: Iterator[tuple[np.ndarray, str, Any]], data: Data, home: Path) -> None:
     shape = (data.samples, data.size_px, data.size_px, 3)
+    _check_space(home, math.prod(shape))
     packed = np.lib.format.open_memmap(home / "pictures.new", "w+", np.uint8, shape)
     captions: list[str] = []
     labels: list[Any] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from edgeflash import shapes
 
 from .run import EMBEDDED
-
-HELD_OUT_SEED = 1_000_003  # no recipe trains on this stream of scenes
 
 
 class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -74,8 +72,8 @@ def load_judge() -> Judge:
 
 def held_out_captions(count: int) -> list[shapes.Caption]:
     """The benchmark's prompts: half of them ask for one object, half for two."""
-    scenes = [shapes.scene(HELD_OUT_SEED, i) for i in range(count)]
-    return [shapes.caption(s, HELD_OUT_SEED, i) for i, s in enumerate(scenes)]
+    scenes = [shapes.scene(shapes.HELD_OUT_SEED, i) for i in range(count)]
+    return [shapes.caption(s, shapes.HELD_OUT_SEED, i) for i, s in enumerate(scenes)]
 
 
 @torch.no_grad()
@@ -100,7 +98,7 @@ def verdict(judge: Judge, pictures: np.ndarray, captions: Sequence[shapes.Captio
     attributes = {n: float(np.mean([f[n] for f in found if n in f])) for n in names}
     fd = None
     if len(pictures) >= 500:
-        real, _, _ = shapes.batch(HELD_OUT_SEED + 1, range(len(pictures)))
+        real, _, _ = shapes.batch(shapes.HELD_OUT_SEED + 1, range(len(pictures)))
         fd = frechet_distance(features, look(judge, real)[1])
     by_count = {int(k): float(right[counts == k].mean()) for k in np.unique(counts)}
     return Verdict(float(right.mean()), by_count, attributes, fd)
@@ -116,13 +114,3 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     roots = np.sqrt(np.clip(np.linalg.eigvals(cov_a @ cov_b).real, 0, None))
     gap = np.square(a.mean(0) - b.mean(0)).sum()
     return float(gap + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
-
-
-def generate_all(
-    sample: Callable[[list[str], int], np.ndarray], captions: Sequence[shapes.Caption], batch: int
-) -> np.ndarray:
-    """Pictures for all captions, made ``batch`` at a time by ``sample(prompts, first_seed)``."""
-    parts = [
-        sample([c.text for c in captions[i : i + batch]], i) for i in range(0, len(captions), batch)
-    ]
-    return np.concatenate(parts)

@@ -25,6 +25,7 @@ from diffusers.optimization import get_scheduler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from edgeflash.bundle import is_disk_full
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
@@ -230,10 +231,21 @@ def _save(
     """Writes `checkpoint/` through a temporary folder, so that a kill leaves the older one."""
     draft, final, old = (folder / f"checkpoint{tail}" for tail in (".new", "", ".old"))
     shutil.rmtree(draft, ignore_errors=True)
-    accelerator.save_state(str(draft))
-    if accelerator.is_main_process:
+    try:
+        accelerator.save_state(str(draft))
         progress = {"step": step, "seconds": seconds, "terms": terms}
-        (draft / "progress.json").write_text(json.dumps(progress))
+        if accelerator.is_main_process:
+            (draft / "progress.json").write_text(json.dumps(progress))
+    except Exception as error:
+        full = is_disk_full(error, folder)
+        shutil.rmtree(draft, ignore_errors=True)
+        if not full:
+            raise
+        raise EdgeflashError(
+            f"{final}: disk full at step {step}; free some space and run the same command again: "
+            "it goes on from the checkpoint before"
+        ) from None
+    if accelerator.is_main_process:
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)

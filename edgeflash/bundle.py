@@ -24,6 +24,12 @@ from edgeflash.schedule import Guidance, Schedule
 
 MANIFEST = "edgeflash.json"
 FORMAT_VERSION = 1
+ANSWER = {  # component -> role of the output that the loop goes on with
+    "text_encoder": "conditioning",
+    "unet": "prediction",
+    "vae_decoder": "image",
+    "vae_encoder": "latent",
+}
 
 
 class Part(BaseModel):
@@ -255,6 +261,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    """Whether a full disk is behind an error; safetensors and torch raise their own kinds."""
+    told = getattr(error, "errno", None) == 28 or "No space left" in str(error)
+    return told or shutil.disk_usage(folder).free < 2**16
+
+
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside ``out`` that takes its place only when the block succeeds.
@@ -278,8 +290,8 @@ def fresh_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             draft.rename(out)
-    except OSError as error:
-        if error.errno == 28:
+    except Exception as error:
+        if is_disk_full(error, draft):
             raise EdgeflashError(f"{out}: disk full; free some space and run again") from None
         raise
     finally:

@@ -18,6 +18,7 @@ from edgeflash.errors import EdgeflashError
 if TYPE_CHECKING:
     from edgeflash.bundle import Bundle
     from edgeflash.recipe import Recipe
+    from edgeflash.roles import Runtime
     from edgeflash.runtimes.pipeline import Result
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ err = Console(stderr=True, highlight=False)
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a plug-in's option.")
 ]
+Floors = Annotated[list[str] | None, typer.Option("--floor", help="As in L4.psnr_db=30.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
 Folder = Annotated[Path, typer.Argument(help="The folder.")]
 
@@ -65,11 +67,13 @@ def export(
     out_dir: Annotated[Path, typer.Option("--out", help="Bundle folder.")] = Path("bundle"),
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
-    size: Annotated[
-        str | None, typer.Option(help="Image size in px, as in 512 or 512x768.")
-    ] = None,
+    size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
     image_to_image: Annotated[bool, typer.Option(help="Ship the encoder too.")] = False,
+    keep_timestep: Annotated[
+        bool, typer.Option(help="An input even of one-step students.")
+    ] = False,
     prompt: Prompts = None,
+    floor: Floors = None,
     set_: Set = None,
 ) -> None:
     """Lower a student to a target and prove it: student folder -> bundle folder."""
@@ -89,6 +93,8 @@ def export(
         size=pixels,
         prompts=tuple(prompt or ()),
         image_to_image=image_to_image,
+        fold_timestep=not keep_timestep,
+        floors=_floors(floor),
     )
     out.print(f"wrote {out_dir}")
 
@@ -109,12 +115,10 @@ def run(
 ) -> None:
     """Draw: bundle folder and prompt -> PNG."""
     from edgeflash.bundle import Bundle
-    from edgeflash.roles import Runtime
     from edgeflash.runtimes.pipeline import Request, TextToImage
-    from edgeflash.shelf import make
 
     opened = Bundle.open(bundle)
-    runtime = make(Runtime, on or _own_runtime(opened), _options(set_ or []))
+    runtime = _runtime(on, opened, set_)
     request = Request(
         prompt=tuple(prompt or ()),
         seed=seed,
@@ -139,6 +143,7 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before those.")] = 2,
     batch: Annotated[int, typer.Option(min=1, help="Images a run.")] = 1,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,
     prompt: Prompts = None,
@@ -158,6 +163,7 @@ def bench(
         options=_options(set_ or []),
         prompts=tuple(prompt or default_prompts(opened)),
         batch=batch,
+        guidance=guidance,
         seed=seed,
         warmup_runs=warmup,
         runs=runs,
@@ -180,18 +186,17 @@ def bench(
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
+    floor: Floors = None,
     set_: Set = None,
 ) -> None:
     """Climb the parity ladder on the files that ship. Exit code 2 below a floor."""
     from edgeflash.bundle import Bundle
     from edgeflash.inspect import ladder
-    from edgeflash.roles import Runtime
-    from edgeflash.shelf import make
     from edgeflash.verify import refuse_below
     from edgeflash.verify import verify as climb
 
     opened = Bundle.open(bundle, check="sha256")
-    figures = climb(opened, make(Runtime, on or _own_runtime(opened), _options(set_ or [])))
+    figures = climb(opened, _runtime(on, opened, set_), _floors(floor))
     out.print(ladder(figures))
     refuse_below(figures, bundle)
 
@@ -202,16 +207,15 @@ def score(
     on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
     steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
     images: Annotated[int, typer.Option(min=20, help="Prompts; FD needs 500.")] = 2000,
+    set_: Set = None,
 ) -> None:
     """Prompt accuracy and Fréchet distance of a bundle of the embedded models."""
     from edgeflash.bundle import Bundle
     from edgeflash.inspect import verdicts
-    from edgeflash.roles import Runtime
     from edgeflash.score import score as judge
-    from edgeflash.shelf import make
 
     opened = Bundle.open(bundle)
-    runtime = make(Runtime, on or _own_runtime(opened), {})
+    runtime = _runtime(on, opened, set_)
     found = {}
     with err.status("drawing") as status:
         for count in _counts(steps) or tuple(sorted(opened.manifest.schedules)):
@@ -278,38 +282,19 @@ def _recipe(
     name: str | None, by: list[str], teacher: str | None, data: Path | None, sets: list[str]
 ) -> Recipe:
     """The recipe of a file, or one made of ``--by``, with the command line's changes in it."""
-    from edgeflash.recipe import find_recipe, read_recipe, recipe_of
+    from edgeflash.recipe import changed, find_recipe, read_recipe, recipe_of
 
     if (name is None) == (not by):
         raise EdgeflashError("say either a recipe or --by METHOD: edgeflash distill shapes")
     plain: dict[str, Any] = {"name": "-".join(by), "stage": [{"by": method} for method in by]}
     made = read_recipe(find_recipe(name)) if name else recipe_of(plain, "--by")
-    changed = made.model_dump(exclude_defaults=True, mode="json") | {"name": made.name}
-    if teacher:
-        changed["teacher"] = teacher
+    given: dict[str, Any] = {"teacher": teacher} if teacher else {}
     if data:
-        changed["data"] = changed.get("data", {}) | {"kind": "folder", "path": str(data)}
-    for key, value in _options(sets).items():
-        _set(changed, key, value)
-    return recipe_of(changed, "the command line")
+        given |= {"data.kind": "folder", "data.path": str(data)}
+    return changed(made, given | _options(sets))
 
 
-def _set(recipe: dict[str, Any], key: str, value: Any) -> None:
-    """``data.samples=9`` sets a table's key, ``lcm.steps=9`` a stage's, ``steps=9`` all stages'."""
-    table, _, field = key.rpartition(".")
-    stages = [s for s in recipe["stage"] if table in ("", s["by"])]
-    if not table and key in ("name", "seed", "teacher", "base", "licence"):
-        recipe[key] = value
-    elif table in ("data", "sampling"):
-        recipe[table] = recipe.get(table, {}) | {field: value}
-    elif stages:
-        for stage in stages:
-            stage[field] = value
-    else:
-        raise EdgeflashError(f"--set {key}: the recipe has no table or stage {table!r}")
-
-
-def _options(sets: list[str]) -> dict[str, Any]:
+def _options(sets: list[str], flag: str = "--set") -> dict[str, Any]:
     """``NAME=VALUE`` pairs; values as TOML writes them, or plain text."""
     import tomllib
 
@@ -317,12 +302,20 @@ def _options(sets: list[str]) -> dict[str, Any]:
     for pair in sets:
         name, equals, text = pair.partition("=")
         if not equals:
-            raise EdgeflashError(f"--set {pair}: write it as NAME=VALUE")
+            raise EdgeflashError(f"{flag} {pair}: write it as NAME=VALUE")
         try:
             options[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             options[name] = text
     return options
+
+
+def _floors(pairs: list[str] | None) -> dict[str, float]:
+    floors = _options(pairs or [], "--floor")
+    for name, value in floors.items():
+        if not isinstance(value, int | float):
+            raise EdgeflashError(f"--floor {name}={value}: the value must be a number")
+    return floors
 
 
 def _counts(text: str | None) -> tuple[int, ...] | None:
@@ -350,6 +343,13 @@ def _own_runtime(bundle: Bundle) -> str:
     from edgeflash.shelf import opener
 
     return opener(bundle.manifest.components[0].target)
+
+
+def _runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Runtime:
+    from edgeflash.roles import Runtime
+    from edgeflash.shelf import make
+
+    return make(Runtime, name or _own_runtime(bundle), _options(sets or []))
 
 
 def _read_png(path: Path) -> Any:

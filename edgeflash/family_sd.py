@@ -62,7 +62,7 @@ class StableDiffusion(Family):
                 f"(cross_attention_dim), but the text encoder gives {width} (hidden_size)"
             )
         for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
-            if unet.get(key):
+            if unet.get(key) and (key, unet[key]) != ("addition_embed_type", "text"):
                 raise EdgeflashError(
                     f"{student.folder}: unet has {key} {unet[key]!r}, which this family cannot feed"
                 )

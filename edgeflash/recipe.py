@@ -14,6 +14,8 @@ from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.roles import Method
 from edgeflash.shelf import make
 
+OWN = ("name", "teacher", "base", "seed", "weights", "licence")  # keys outside all tables
+
 
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,13 +52,8 @@ class Sampling(_Table):
     guidance_scale: float = 1.0
 
 
-class ExportSpec(_Table):
-    to: str
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
-
-
 class Recipe(_Table):
-    """A whole recipe, frozen. ``floors`` overrides parity floors, by metric name."""
+    """A whole recipe, frozen."""
 
     name: str
     teacher: str | None = Field(None, description="diffusers folder, hub id, or 'embedded'")
@@ -69,8 +66,6 @@ class Recipe(_Table):
     data: Data = Data()
     stage: tuple[StageSpec, ...] = Field(min_length=1)
     sampling: Sampling | None = None
-    export: tuple[ExportSpec, ...] = ()
-    floors: dict[str, float] = {}
 
     def methods(self) -> list[Method]:
         """The stages as methods with every option resolved."""
@@ -125,6 +120,33 @@ def recipe_of(data: dict[str, Any], where: str) -> Recipe:
         raise EdgeflashError(f"{where}: {place}: {first['msg']}") from None
 
 
+def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
+    """A recipe with some keys set anew.
+
+    Args:
+        recipe: what to start from.
+        given: ``data.samples`` sets a table's key, ``lcm.steps`` a stage's, ``steps`` all stages',
+            and ``name``, ``teacher`` and the like the recipe's own.
+
+    Raises:
+        EdgeflashError: no such table, stage or key.
+    """
+    plain = recipe.model_dump(exclude_defaults=True, mode="json") | {"name": recipe.name}
+    for key, value in given.items():
+        table, _, field = key.rpartition(".")
+        stages = [s for s in plain["stage"] if table in ("", s["by"])]
+        if not table and key in OWN:
+            plain[key] = value
+        elif table in ("data", "sampling"):
+            plain[table] = plain.get(table, {}) | {field: value}
+        elif stages:
+            for stage in stages:
+                stage[field] = value
+        else:
+            raise EdgeflashError(f"--set {key}: the recipe has no table or stage {table!r}")
+    return recipe_of(plain, "the command line")
+
+
 def find_recipe(name: str) -> Path:
     """A recipe file by its path, or a shipped one by its name.
 
@@ -151,7 +173,6 @@ def _fields_at(table: list[Any]) -> list[str]:
     tables: dict[str, type[BaseModel]] = {
         "data": Data,
         "sampling": Sampling,
-        "export": ExportSpec,
         "stage": StageSpec,
     }
     return list(tables.get(str(table[0]) if table else "", Recipe).model_fields)

@@ -19,24 +19,20 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgeflash import parity, shelf
-from edgeflash.bundle import Bundle, Component, Figure, Golden
-from edgeflash.errors import EdgeflashError
+from edgeflash.bundle import ANSWER, Bundle, Component, Figure, Golden
+from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.golden import Array, Sampler, Tensors, load_tensors, noise_sha256
 from edgeflash.roles import Runtime, Session
 from edgeflash.tokenizer import read_tokenizer
 
-ANSWER = {
-    "text_encoder": "conditioning",
-    "unet": "prediction",
-    "vae_decoder": "image",
-    "vae_encoder": "latent",
-}
 PRECISIONS = ("fp32", "fp16", "int8")  # finest first
 FLOORS: dict[str, dict[str, float]] = {  # by precision; a name may be one rung's: "L4.psnr_db"
     "fp32": {"psnr_db": 80.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "fp16": {"psnr_db": 45.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "int8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
 }
+METRICS = ("psnr_db", "cosine", "ssim", "delta_ratio", "timestep_ratio")
+RUNGS = ("L1", "L2", "L3", "L4")
 RATIOS = ("delta_ratio", "timestep_ratio")  # may be as far above 1 as below
 Found = Iterator[tuple[str, str, float]]  # rung, metric, value
 
@@ -53,12 +49,21 @@ def verify(
             the defaults of the precision.
 
     Raises:
-        EdgeflashError: no goldens, or a component does not load (rung L0).
+        EdgeflashError: a floor of no metric, no goldens, or a component that does not load (L0).
     """
+    check_floors(floors or {})
     if not bundle.manifest.goldens:
         raise EdgeflashError(f"{bundle.folder}: has no goldens to verify against: export it again")
     climb = _Climb(bundle, runtime or runtime_for(bundle), dict(floors or {}))
     return tuple(climb.figures())
+
+
+def check_floors(floors: Mapping[str, float]) -> None:
+    """Raises where a floor's name is no metric, with or without the rung before it."""
+    names = {*METRICS, *(f"{rung}.{metric}" for rung in RUNGS for metric in METRICS)}
+    for name in floors:
+        if name not in names:
+            raise unknown("floor", name, METRICS)
 
 
 def refuse_below(figures: tuple[Figure, ...], folder: object) -> None:
@@ -75,11 +80,7 @@ def refuse_below(figures: tuple[Figure, ...], folder: object) -> None:
 
 def runtime_for(bundle: Bundle) -> Runtime:
     """The runtime that opens the bundle's components, with its default options."""
-    target = bundle.manifest.components[0].target
-    for name in shelf.names(Runtime):
-        if target in shelf.find(Runtime, name, check=False).opens:
-            return shelf.make(Runtime, name, {})
-    raise EdgeflashError(f"{bundle.folder}: no runtime here opens target {target!r}")
+    return shelf.make(Runtime, shelf.opener(bundle.manifest.components[0].target), {})
 
 
 class Part:

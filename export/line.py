@@ -31,7 +31,7 @@ from edgeflash.golden import Sampler
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Guidance, Schedule
 from edgeflash.student import Student, folder_sha256
-from edgeflash.verify import refuse_below, verify
+from edgeflash.verify import check_floors, refuse_below, verify
 
 from . import pack
 from .capture import Captured, Tape
@@ -60,6 +60,7 @@ def export_student(
     prompts: Sequence[str] = (),
     size: tuple[int, int] | None = None,
     image_to_image: bool = False,
+    fold_timestep: bool = True,
     floors: Mapping[str, float] | None = None,
     console: Console | None = None,
 ) -> Bundle:
@@ -75,6 +76,8 @@ def export_student(
             student's own, or some of all kinds.
         size: (height, width) of the images in px; None: what the denoiser was made for.
         image_to_image: also export the encoder.
+        fold_timestep: where all schedules have one and the same timestep, make it a constant; stock
+            optimum pipelines want it as an input.
         floors: of the ladder, instead of the defaults; see `edgeflash.verify`.
         console: where progress is told; None: the terminal's standard error.
 
@@ -83,7 +86,8 @@ def export_student(
     """
     console = console or Console(stderr=True)
     runtime = shelf.make(Runtime, target.runtime, {})
-    plan = _plan(student, target, steps, guidance, prompts, size, image_to_image)
+    check_floors(floors or {})
+    plan = _plan(student, target, steps, guidance, prompts, size, image_to_image, fold_timestep)
     pieces: list[_Piece] = []
     try:
         with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
@@ -137,6 +141,7 @@ def _plan(
     prompts: Sequence[str],
     size: tuple[int, int] | None,
     image_to_image: bool,
+    fold_timestep: bool,
 ) -> _Plan:
     family = student.family
     guidance = guidance or student.guidance()
@@ -160,7 +165,7 @@ def _plan(
         Sampler(schedules[default_steps], guidance, shape),
         prompts if calibrates else prompts[:goldens],
         size,
-        timestep=times.pop() if len(times) == 1 else None,
+        timestep=times.pop() if fold_timestep and len(times) == 1 else None,
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 

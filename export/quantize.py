@@ -22,6 +22,7 @@ from .capture import Captured, Sample
 if TYPE_CHECKING:
     from .to_onnx import OnnxTarget
 
+PRODUCTS = ("Conv", "MatMul", "Gemm")
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 
 
@@ -77,8 +78,9 @@ def left_alone(path: Path, captured: Captured, options: OnnxTarget) -> list[str]
     """Operators that stay in float: those asked for, and those that lose more than they gain.
 
     These are all that work on the timestep alone, since they cost next to nothing and every error
-    in them shifts the whole picture; and, unless asked for, products of two activations, and the
-    first and last convolution: on random networks the two make 5 dB.
+    in them shifts the whole picture; and, unless asked for, products of two activations, and what
+    stands next to latents, images and conditioning, whose outliers leave little of a common scale:
+    6 dB on the images of the embedded student.
 
     Raises:
         EdgeflashError: a pattern that fits no operator.
@@ -101,20 +103,21 @@ def left_alone(path: Path, captured: Captured, options: OnnxTarget) -> list[str]
 
 
 def _edges(graph: Any, captured: Captured) -> set[str]:
-    """Names of the convolutions next to the latents and images that go in and out."""
-    inputs = {s.name for s in captured.inputs if s.role in ("sample", "latent", "image")}
-    outputs = {s.name for s in captured.outputs}
+    """Names of the operators next to the latents, images and conditioning that go in and out."""
+    pixels = ("sample", "latent", "image", "prediction")
+    fed = {s.name for s in captured.inputs if s.role in (*pixels, "conditioning")}
+    given = {s.name for s in captured.outputs if s.role in pixels}
     found: set[str] = set()
     for node in graph.node:
-        if inputs.intersection(node.input) and node.op_type == "Conv":
+        if fed.intersection(node.input) and node.op_type in PRODUCTS:
             found.add(node.name)
-        elif inputs.intersection(node.input) and node.op_type != "Shape":
-            inputs.update(node.output)
+        elif fed.intersection(node.input) and node.op_type != "Shape":
+            fed.update(node.output)
     for node in reversed(graph.node):
-        if outputs.intersection(node.output) and node.op_type == "Conv":
+        if given.intersection(node.output) and node.op_type in PRODUCTS:
             found.add(node.name)
-        elif outputs.intersection(node.output):
-            outputs.update(node.input)
+        elif given.intersection(node.output):
+            given.update(node.input)
     return found
 
 

@@ -24,7 +24,9 @@ class OnnxTarget(Target):
     """One ONNX file a component, opset 20: fp32, fp16, or int8 with static QDQ quantization.
 
     Inputs and outputs are float32 in every precision. Weights above ``external_mib`` lie beside the
-    model in `model.onnx_data`, from where ONNX Runtime maps them instead of reading them.
+    model in `model.onnx_data`, from where ONNX Runtime maps them instead of reading them. Stock
+    optimum pipelines open the bundle; they want the timestep as an input, also of one-step students
+    (``--keep-timestep``).
     """
 
     needs: ClassVar[tuple[str, ...]] = (
@@ -58,7 +60,9 @@ class OnnxTarget(Target):
     attention: bool = Field(
         False, description="int8: also quantize products of two activations, as in attention"
     )
-    edges: bool = Field(False, description="int8: also quantize the first and the last convolution")
+    edges: bool = Field(
+        False, description="int8: also quantize what stands next to latents, images, conditioning"
+    )
     ranges: Literal["minmax", "percentile", "entropy"] = Field(
         "minmax", description="int8: how recorded values become ranges"
     )

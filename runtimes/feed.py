@@ -8,17 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeflash.bundle import Bundle, Component, TensorSpec
+from edgeflash.bundle import ANSWER, Bundle, Component, TensorSpec
 from edgeflash.roles import Runtime, Session
 
 Array = NDArray[Any]
-
-ANSWER = {  # component -> role of the output that the loop goes on with
-    "text_encoder": "conditioning",
-    "unet": "prediction",
-    "vae_decoder": "image",
-    "vae_encoder": "latent",
-}
 
 MOST_ROWS = 32  # a call; more takes memory and no less time, and torch's graphs hold below 64
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgeflash.bundle import Bundle, Component
+from edgeflash.bundle import ANSWER, Bundle, Component
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
-from edgeflash.runtimes.feed import ANSWER
 
 FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     "text_encoder": {"tokens"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,23 @@ def test_a_run_that_was_stopped_and_resumed_is_bit_identical(tmp_path: Path) -> 
     assert all(map(torch.equal, weights(whole), weights(resumed)))
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut/metrics.jsonl").open()]
     assert steps == [8]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EdgeflashError, match="interrupted at step 3"):
+        run_toy(tmp_path / "a", stop_at=4)
+
+    def save(accelerator: Accelerator, folder: str) -> None:
+        Path(folder).mkdir()
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(Accelerator, "save_state", save)
+    with pytest.raises(EdgeflashError, match=r"disk full at step 5.* same command again"):
+        run_toy(tmp_path / "a", stop_at=3)
+    assert json.loads((tmp_path / "a/checkpoint/progress.json").read_text())["step"] == 3
+    assert not (tmp_path / "a/checkpoint.new").exists()
 
 
 def test_averages_follow_and_are_what_is_saved(tmp_path: Path) -> None:
@@ -212,6 +230,15 @@ def test_bad_samples_are_skipped_and_too_many_stop(
     (home / "0.txt").unlink()
     with pytest.raises(EdgeflashError, match=r"2 of 7 .*0\.png: no caption.*more than 1 %"):
         open_store(data, 1, tmp_path)
+
+
+def test_data_that_the_disk_cannot_hold_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(EdgeflashError, match=r"need 1 MiB, and 1 MiB are free; make room"):
+        open_store(Data(samples=100), 0, tmp_path)
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from edgeflash import shapes
 from edgeflash.demo import embedded
-from edgeflash.distill.judge import HELD_OUT_SEED, frechet_distance, load_judge, look, verdict
+from edgeflash.distill.judge import frechet_distance, load_judge, look, verdict
 from edgeflash.noise import randn
 from edgeflash.student import Student
 
@@ -77,7 +77,7 @@ def test_diffusers_alone_draws_the_same_picture(tmp_path: Path, name: str, steps
 
 
 def test_the_judge_reads_every_attribute() -> None:
-    pictures, captions, known = shapes.batch(HELD_OUT_SEED + 2, range(600))
+    pictures, captions, known = shapes.batch(shapes.HELD_OUT_SEED + 2, range(600))
     found, _ = look(load_judge(), pictures)
     for column, name in enumerate(shapes.HEADS):
         there = known[:, column] >= 0

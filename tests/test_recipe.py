@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edgeflash.errors import EdgeflashError
-from edgeflash.recipe import find_recipe, read_recipe, recipe_of, recipes_folder
+from edgeflash.recipe import changed, find_recipe, read_recipe, recipe_of, recipes_folder
 
 SMALL = {"name": "r", "teacher": "embedded", "stage": [{"by": "lcm", "steps": 7}]}
 
@@ -27,6 +27,16 @@ def test_the_hash_follows_what_is_asked_not_how_it_is_written() -> None:
     same = recipe_of(SMALL | {"seed": 0}, "here")
     other = recipe_of(SMALL | {"seed": 1}, "here")
     assert recipe_of(SMALL, "here").sha256 == same.sha256 != other.sha256
+
+
+def test_keys_are_set_where_their_names_point() -> None:
+    two = SMALL | {"stage": [{"by": "lcm", "steps": 7}, {"by": "blocks", "steps": 7}]}
+    given = {"teacher": "x", "data.samples": 9, "steps": 5, "lcm.ddim_steps": 10}
+    made = changed(recipe_of(two, "here"), given)
+    assert (made.teacher, made.data.samples, made.name) == ("x", 9, "r")
+    assert [s.options for s in made.stage] == [{"steps": 5, "ddim_steps": 10}, {"steps": 5}]
+    with pytest.raises(EdgeflashError, match="no table or stage 'add'"):
+        changed(recipe_of(two, "here"), {"add.steps": 5})
 
 
 @pytest.mark.parametrize(

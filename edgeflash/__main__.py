@@ -1,0 +1,5 @@
+"""``python -m edgeflash``: the command line."""
+
+from edgeflash.cli import main
+
+main()
