@@ -25,12 +25,14 @@ from edgeflash.recipe import find_recipe, read_recipe
 from edgeflash.report import REPORT, Report, System, table
 from edgeflash.report_html import Cell, Grid, write_html
 from edgeflash.roles import Runtime, Target
+from edgeflash.sheet import contact_sheet
 from edgeflash.shelf import make
 from edgeflash.student import Student
 
 SHOWN = 8  # prompts in the picture grid
 JUDGED = 500  # prompts that prompt accuracy and FD are measured on
 PAGE = "report.html"
+SHEET = "pictures.png"
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,13 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
         shutil.rmtree(out / "student", ignore_errors=True)
         shutil.copytree(models / "shapes-student", out / "student")
     entries = _brief(out, models, console) + _shipped(out, models, console)
-    systems, cells = [], {}
+    systems: list[System] = []
+    drawn: dict[str, list[Path]] = {}
     for entry in map(_counted, entries):
         with _told(console, f"bench and judge {entry.name}"):
             system, pictures = _measure(entry, out)
         systems.append(system)
-        cells[entry.name] = [Cell(path) for path in pictures]
+        drawn[entry.name] = pictures
     report = Report(
         title="edgeflash demo: embedded teacher and students on ONNX Runtime",
         command="edgeflash demo",
@@ -79,9 +82,11 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
         notes=_notes(out),
     )
     report.save(out / REPORT)
+    cells = {name: [Cell(path) for path in paths] for name, paths in drawn.items()}
     write_html(report, out / PAGE, Grid(_prompts(SHOWN), cells))
+    contact_sheet(drawn, _prompts(SHOWN), out / SHEET)
     Console(highlight=False).print(table(report))
-    console.print(f"look at {out / PAGE}")
+    console.print(f"look at {out / PAGE}, or at {out / SHEET}")
     return report
 
 

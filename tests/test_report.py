@@ -23,6 +23,7 @@ from edgeflash.machine import Machine
 from edgeflash.report import Percentiles, Report, System, compare, read_report
 from edgeflash.report_html import Cell, Grid, write_html
 from edgeflash.report_svg import Bar, Dot, Part, bars, scatter
+from edgeflash.sheet import GAP, HEADER, MARGIN, SIDE, contact_sheet
 
 MACHINE = Machine(cpu="Imaginary 9", cores=4, ram_mib=8192, os="Linux", python="3.11")
 
@@ -319,3 +320,18 @@ def test_names_of_near_points_do_not_cover_each_other() -> None:
 def test_the_axis_holds_the_largest_figure(largest: float) -> None:
     ticks = report_svg._ticks([Dot("a", 1, largest, 0)], percent=False)
     assert ticks[0] == 0 and ticks[-1] >= largest and 2 <= len(ticks) <= 8
+
+
+def test_a_contact_sheet_has_a_row_a_system_and_a_column_a_prompt(tmp_path: Path) -> None:
+    colours = {"teacher": [(255, 0, 0), (0, 255, 0)], "student": [(0, 0, 255), (9, 9, 9)]}
+    rows = {}
+    for name, pair in colours.items():
+        rows[name] = [tmp_path / f"{name}-{i}.png" for i in range(2)]
+        for path, colour in zip(rows[name], pair, strict=True):
+            Image.new("RGB", (192, 192), colour).save(path)
+    contact_sheet(rows, ["a red star", "a green ring"], tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png")
+    pitch, left, top = SIDE + GAP, MARGIN + SIDE // 2, HEADER + SIDE // 2
+    for row, pair in enumerate(colours.values()):
+        centres = [(left + pitch * column, top + pitch * row) for column in range(2)]
+        assert [sheet.getpixel(centre) for centre in centres] == pair
