@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from edgeflash.roles import Method
 
+from .encoded import at_once
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
 
@@ -75,7 +76,7 @@ class Autoencoder(Method):
 @torch.no_grad()
 def _measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float]:
     """Sets the scaling factor to 1 / std of the latents, and tells the reconstruction's PSNR."""
-    chunks = torch.split(pictures, 64)
+    chunks = pictures.split(at_once(pictures.shape[-1]))
     latents = [vae.encode(x).latent_dist.mean for x in chunks]
     scale = 1 / torch.cat(latents).std().item()
     vae.register_to_config(scaling_factor=scale)

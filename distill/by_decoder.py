@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .discriminators import PatchCritic, hinge_critic
-from .encoded import cached_latents
+from .encoded import at_once, cached_latents
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
 KL = "AutoencoderKL"
@@ -92,7 +92,9 @@ class Decoder(Method):
             results={"vae": tiny},
             averages={"vae": average(tiny, self.ema)} if self.ema else {},
             finish=lambda networks: _measure(
-                networks["vae"], latents(first).to(shop.device), decoded
+                networks["vae"],
+                latents(first).to(shop.device).split(at_once(shop.store.size_px)),
+                decoded,
             ),
         )
 
@@ -121,9 +123,9 @@ class _Both(nn.Module):
 
 @torch.no_grad()
 def _measure(
-    tiny: AutoencoderTiny, z: Tensor, decoded: Callable[[Tensor], Tensor]
+    tiny: AutoencoderTiny, parts: Sequence[Tensor], decoded: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """PSNR of the tiny decoder against the teacher's own, over latents z."""
-    gaps = [tiny.decode(part).sample.clamp(-1, 1) - decoded(part) for part in torch.split(z, 32)]
-    mse = torch.cat(gaps).square().mean((1, 2, 3)) / 4  # on [0, 1]
+    """PSNR of the tiny decoder against the teacher's own, over latents."""
+    gaps = (tiny.decode(z).sample.clamp(-1, 1) - decoded(z) for z in parts)
+    mse = torch.cat([gap.square().mean((1, 2, 3)) for gap in gaps]) / 4  # on [0, 1]
     return {"psnr_db": float(-10 * mse.log10().mean())}

@@ -32,6 +32,9 @@ class Denoising(Method):
     predicts: Literal["epsilon", "v_prediction"] = Field(
         "v_prediction", description="what the UNet puts out"
     )
+    timestep_power: float = Field(
+        1.0, gt=0, description="t = T u^power, u uniform; below 1: more of the noisy ones"
+    )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions, for CFG")
 
     @model_validator(mode="after")
@@ -56,7 +59,8 @@ class Denoising(Method):
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
             eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-            t = torch.randint(process.timesteps, (count,), generator=generator).to(x_0.device)
+            u = torch.rand(count, generator=generator) ** self.timestep_power
+            t = (u * process.timesteps).long().to(x_0.device)
             empty = torch.rand(count, generator=generator) < self.caption_dropout
             c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
             output = network(process.noised(x_0, eps, t), t, c).sample

@@ -50,6 +50,10 @@ class Store:
     def __len__(self) -> int:
         return len(self.captions)
 
+    @property
+    def size_px(self) -> int:
+        return int(self._pictures.shape[1])
+
     def pictures(self, indices: np.ndarray) -> Tensor:
         """float32 [n, 3, s, s] in [-1, 1]."""
         return _unit(self._pictures[indices])

@@ -18,6 +18,11 @@ from .stage import Workshop
 Rows = Callable[[np.ndarray], Tensor]
 
 
+def at_once(size_px: int) -> int:
+    """Pictures that an autoencoder is given at once: what fits in a GiB or two."""
+    return max(1, 2**18 // size_px**2)
+
+
 def token_ids(tokenizer: Any, captions: list[str]) -> Tensor:
     """int64 [n, max_tokens], padded and cut."""
     distinct = list(dict.fromkeys(captions))
@@ -37,8 +42,8 @@ def cached_latents(shop: Workshop) -> Rows:
 
     @torch.no_grad()
     def encode(indices: np.ndarray) -> Tensor:
-        pictures = shop.store.pictures(indices).to(shop.device)
-        return torch.cat([encode_part(x) for x in torch.split(pictures, 50)])
+        parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
+        return torch.cat([encode_part(shop.store.pictures(p).to(shop.device)) for p in parts])
 
     return shop.store.cached(f"latents {_weights_key(folder)}", encode)
 
