@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,8 +28,13 @@ class Decoder(Method):
 
     L = |down8(G(z)) - down8(x)|_1 + pixel |G(z) - x|_1 + adversarial L_GAN, x the teacher's own
     decoding of z; SDXS has no pixel term. The encoder learns the teacher's scaled latents by MSE.
+    With ``target = "pictures"`` x is the picture that z was encoded from: several times as fast,
+    and no worse where the autoencoder is good.
     """
 
+    target: Literal["decodings", "pictures"] = Field(
+        "decodings", description="what a latent should become"
+    )
     width: int = Field(64, ge=8, description="channels of every layer")
     blocks: tuple[int, ...] = Field(
         (3, 3, 3, 1), description="decoder blocks per resolution, smallest first"
@@ -60,13 +66,16 @@ class Decoder(Method):
         def batch(indices: np.ndarray) -> Batch:
             return {"z": latents(indices), "pictures": shop.store.pictures(indices)}
 
+        def wanted(batch: Batch) -> Tensor:
+            return decoded(batch["z"]) if self.target == "decodings" else batch["pictures"]
+
         def decoded(z: Tensor) -> Tensor:
             with torch.no_grad():
                 x: Tensor = teacher.decode(z / teacher.config.scaling_factor).sample
             return x.float().clamp(-1, 1)
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
-            z, x = batch["z"], decoded(batch["z"])
+            z, x = batch["z"], wanted(batch)
             y, found = (out.float() for out in network(z, batch["pictures"]))
             terms = {
                 "down8": self.down_weight * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)),
@@ -80,7 +89,7 @@ class Decoder(Method):
         def critic_loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             with torch.no_grad():
                 y = tiny.decode(batch["z"]).sample.float()
-            real, fake = network(decoded(batch["z"])).float(), network(y).float()
+            real, fake = network(wanted(batch)).float(), network(y).float()
             return {"critic": hinge_critic(real, fake)}
 
         players = {"tiny": Player(_Both(tiny), loss)}

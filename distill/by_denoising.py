@@ -59,8 +59,7 @@ class Denoising(Method):
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
             eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-            u = torch.rand(count, generator=generator) ** self.timestep_power
-            t = (u * process.timesteps).long().to(x_0.device)
+            t = self.times(count, process.timesteps, generator).to(x_0.device)
             empty = torch.rand(count, generator=generator) < self.caption_dropout
             c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
             output = network(process.noised(x_0, eps, t), t, c).sample
@@ -72,6 +71,11 @@ class Denoising(Method):
             results={"unet": unet, "scheduler": scheduler},
             averages={"unet": average(unet, self.ema)} if self.ema else {},
         )
+
+    def times(self, count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
+        """Training timesteps, int64 [count], of mean ``timesteps`` / (1 + timestep_power)."""
+        u = torch.rand(count, generator=generator) ** self.timestep_power
+        return (u * timesteps).long()
 
     def scheduler(self) -> DDIMScheduler:
         """Stable Diffusion's betas, beginning at t = 999 for every number of steps."""

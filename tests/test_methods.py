@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from edgeflash.distill.by_blocks import Taps, feature_pairs, prune, pruned_config, teacher_name
+from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.discriminators import hinge_critic
 from edgeflash.distill.process import Process
@@ -139,6 +140,16 @@ def test_the_exact_consistency_map_of_a_gaussian_has_no_lcm_loss() -> None:
     assert loss(posterior) > 5 * loss(exact)
 
 
+def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
+    def mean(power: float) -> float:
+        options = Denoising(timestep_power=power)
+        t = options.times(20_000, 1000, torch.Generator().manual_seed(0))
+        assert t.min() >= 0 and t.max() == 999
+        return float(t.float().mean())
+
+    assert mean(1) == pytest.approx(499.5, abs=6) and mean(0.5) == pytest.approx(666, abs=6)
+
+
 def test_the_critics_margin() -> None:
     assert float(hinge_critic(torch.ones(3), -torch.ones(3))) == 0
     assert float(hinge_critic(torch.zeros(3), torch.zeros(3))) == 2
@@ -180,11 +191,18 @@ def test_weights_come_from_where_bk_sdm_takes_them(name: str, dropped: int, sour
     assert teacher_name(name, dropped, 2) == source
 
 
+POOLED = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}
+
+
+@pytest.mark.parametrize("extra", [{}, POOLED], ids=["plain", "pooled"])
 @pytest.mark.parametrize("rule", ["base", "small", "tiny", "sdxs"])
-def test_a_pruned_unet_copies_what_it_keeps_and_its_features_line_up(rule: Any) -> None:
+def test_a_pruned_unet_copies_what_it_keeps_and_its_features_line_up(
+    rule: Any, extra: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
-    teacher = UNet2DConditionModel.from_config(SMALL)
+    teacher = UNet2DConditionModel.from_config(SMALL | extra)
     student, copied = prune(teacher, rule)
+    assert student.config.addition_embed_type == extra.get("addition_embed_type")
     assert copied > 0.99  # all that remains has a source when the two innermost widths agree
     last = student.up_blocks[0].resnets[1].conv1.weight
     dropped = len(teacher.up_blocks) - len(student.up_blocks)
