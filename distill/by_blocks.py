@@ -43,8 +43,8 @@ class Blocks(Method):
         if shop.teacher is None:
             raise EdgeflashError("method 'blocks' needs a teacher in the recipe")
         torch.manual_seed(0)
-        teacher = _load(shop.teacher).to(shop.device, memory_format=torch.channels_last).eval()
-        student, copied = prune(teacher.requires_grad_(False), self.rule)
+        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+        student, copied = prune(teacher, self.rule)
         student.to(shop.device, memory_format=torch.channels_last)
         process = Process.of(shop.teacher, shop.device)
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
@@ -80,10 +80,6 @@ class Blocks(Method):
             averages={"unet": average(student, self.ema)} if self.ema else {},
             finish=lambda _: {"copied_share": copied},
         )
-
-
-def _load(folder: Any) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(str(folder / "unet"), torch_dtype=torch.float32)
 
 
 def pruned_config(config: dict[str, Any], rule: Rule) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,10 +52,7 @@ class Decoder(Method):
                 f"{shop.teacher / 'vae'}: method 'decoder' needs an {KL} to learn from"
             )
         torch.manual_seed(0)
-        teacher = AutoencoderKL.from_pretrained(
-            str(shop.teacher / "vae"), torch_dtype=torch.float32
-        ).to(shop.device, memory_format=torch.channels_last)
-        teacher.eval().requires_grad_(False)
+        teacher = shop.load(shop.teacher, "vae").requires_grad_(False)
         tiny = self.build(teacher.config.latent_channels).to(
             shop.device, memory_format=torch.channels_last
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from diffusers import LCMScheduler, UNet2DConditionModel
+from diffusers import LCMScheduler
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -45,13 +45,8 @@ class LCM(Method):
     def begin(self, shop: Workshop) -> Stage:
         if shop.teacher is None:
             raise EdgeflashError("method 'lcm' needs a teacher in the recipe")
-        networks = [
-            UNet2DConditionModel.from_pretrained(str(f / "unet"), torch_dtype=torch.float32).to(
-                shop.device, memory_format=torch.channels_last
-            )
-            for f in (shop.teacher, shop.student)
-        ]
-        teacher, student = networks[0].eval().requires_grad_(False), networks[1].train()
+        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+        student = shop.load(shop.student, "unet").train()
         target = average(student, self.target_ema)
         process = Process.of(shop.teacher, shop.device)
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)

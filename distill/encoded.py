@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import AutoTokenizer
 
 from .stage import Workshop
 
@@ -38,7 +38,7 @@ def cached_latents(shop: Workshop) -> Rows:
     The posterior's mean is kept: its standard deviation is a hundredth of the latents'.
     """
     folder = (shop.teacher or shop.student) / "vae"
-    encode_part = _encoder(folder, shop.device)
+    encode_part = _encoder(shop.load(folder.parent, "vae"))
 
     @torch.no_grad()
     def encode(indices: np.ndarray) -> Tensor:
@@ -48,12 +48,10 @@ def cached_latents(shop: Workshop) -> Rows:
     return shop.store.cached(f"latents {_weights_key(folder)}", encode)
 
 
-def _encoder(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Pictures -> scaled latents, by the autoencoder in a folder, of either class."""
-    if json.loads((folder / "config.json").read_text())["_class_name"] == "AutoencoderTiny":
-        tiny = AutoencoderTiny.from_pretrained(str(folder), torch_dtype=torch.float32).to(device)
-        return lambda x: tiny.encode(x).latents * tiny.config.scaling_factor
-    vae = AutoencoderKL.from_pretrained(str(folder), torch_dtype=torch.float32).to(device).eval()
+def _encoder(vae: Any) -> Callable[[Tensor], Tensor]:
+    """Pictures -> scaled latents, by an autoencoder of either class."""
+    if isinstance(vae, AutoencoderTiny):
+        return lambda x: vae.encode(x).latents * vae.config.scaling_factor
     return lambda x: vae.encode(x).latent_dist.mean * vae.config.scaling_factor
 
 
@@ -64,7 +62,7 @@ def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
     The text encoder is the student's, which is the teacher's unless a stage replaced it.
     """
     folder = shop.student / "text_encoder"
-    encoder = CLIPTextModel.from_pretrained(str(folder), dtype=torch.float32).to(shop.device).eval()
+    encoder = shop.load(shop.student, "text_encoder")
     tokenizer = AutoTokenizer.from_pretrained(str(shop.student / "tokenizer"))
     ids = token_ids(tokenizer, [*shop.store.captions, ""])
 
@@ -79,6 +77,6 @@ def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
 
 def _weights_key(folder: Path) -> str:
     """Identifies a component by its config and the size and time of its weights."""
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
     told = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
     return json.dumps([(folder / "config.json").read_text(), told])

@@ -12,8 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from edgeflash import shapes
-
-from .run import EMBEDDED
+from edgeflash.embedded import embedded
 
 
 class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -65,7 +64,7 @@ class Verdict:
 
 
 def load_judge() -> Judge:
-    judge: Judge = Judge.from_pretrained(str(EMBEDDED / "shapes-judge" / "judge"))
+    judge: Judge = Judge.from_pretrained(str(embedded("shapes-judge") / "judge"))
     judge.float().eval()
     return judge
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,19 @@ from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from edgeflash.bundle import fresh_folder
+from edgeflash.bundle import MANIFEST, check_replaceable, fresh_folder
+from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
-from edgeflash.student import Student, StudentLineage, folder_sha256, write_manifest
+from edgeflash.student import INDEX, Student, StudentLineage, folder_sha256, write_manifest
 
 from .data import open_store
 from .loop import Outcome, train
 from .stage import Stage, Workshop
 
 PROMPTS = 16  # captions that travel with the student, for calibration and parity
-EMBEDDED = Path(__file__).resolve().parent.parent / "edgeflash" / "models"
 
 
 def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Path:
@@ -43,13 +44,14 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
     """
     console = console or Console(stderr=True)
     methods = recipe.methods()
+    check_replaceable(out)
     work = out.parent / f"{out.name}.run"
     work.mkdir(parents=True, exist_ok=True)
     _same_recipe(recipe, work)
     teacher = locate_teacher(recipe.teacher) if recipe.teacher else None
     base = locate_teacher(recipe.base) if recipe.base else teacher
     for folder in filter(None, (teacher, base)):
-        Student.open(folder)  # says what is wrong with it before any work is done
+        _check(Student.open(folder), recipe, out)
     accelerator = Accelerator()
     store = open_store(recipe.data, recipe.seed, work / "cache")
     student = base or _empty(work / "0-empty")
@@ -65,11 +67,21 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
         console.print(_line(label, told[-1]), highlight=False)
         student = folder / "student"
     with fresh_folder(out) as draft:
-        copy_folder(student, draft, link=False)
+        copy_folder(student, draft, leave=frozenset({MANIFEST, "README.md"}), link=False)
         if recipe.weights == "fp16":
             halve(draft)
-        _write_manifest(recipe, teacher, told, store.captions[:200], draft)
+        _write_manifest(recipe, teacher, base, told, store.captions[:200], draft)
     return out
+
+
+def _check(student: Student, recipe: Recipe, out: Path) -> None:
+    """Says what is wrong with a folder and what is asked of it before any work is done."""
+    check_replaceable(out, student.folder)
+    unit, side = student.family.latent(student).downsampling, recipe.data.size_px
+    if side % unit:
+        raise EdgeflashError(
+            f"[data] size_px = {side}: {student.folder} wants a multiple of {unit} px"
+        )
 
 
 def _run_stage(
@@ -177,7 +189,7 @@ def locate_teacher(name: str) -> Path:
         EdgeflashError: none of these.
     """
     if name == "embedded":
-        return EMBEDDED / "shapes-teacher"
+        return embedded("shapes-teacher")
     if (Path(name) / "model_index.json").is_file():
         return Path(name)
     if Path(name).exists():
@@ -212,14 +224,16 @@ def _same_recipe(recipe: Recipe, work: Path) -> None:
 def _write_manifest(
     recipe: Recipe,
     teacher: Path | None,
+    base: Path | None,
     told: list[dict[str, Any]],
     captions: list[str],
     draft: Path,
 ) -> None:
     """Adds `edgeflash.json` to a finished student; folders that cannot sample get none."""
-    if recipe.sampling is None:
+    index = json.loads((draft / INDEX).read_text())
+    if not {"unet", "scheduler", "vae", "text_encoder", "tokenizer"} <= index.keys():
         return
-    sampling = recipe.sampling
+    steps, default_steps, guidance = _sampling(recipe, base, draft)
     lineage = StudentLineage(
         teacher=folder_sha256(teacher) if teacher else None,
         recipe_sha256=recipe.sha256,
@@ -230,9 +244,26 @@ def _write_manifest(
     )
     write_manifest(
         draft,
-        steps=sampling.steps,
-        default_steps=sampling.default_steps,
-        guidance=Guidance(kind=sampling.guidance, scale=sampling.guidance_scale),
+        steps=steps,
+        default_steps=default_steps,
+        guidance=guidance,
         prompts=list(dict.fromkeys(captions))[:PROMPTS],
         lineage=lineage,
     )
+
+
+def _sampling(
+    recipe: Recipe, base: Path | None, draft: Path
+) -> tuple[Sequence[int], int, Guidance]:
+    """Step counts, the usual one, and guidance.
+
+    Where the recipe says nothing: the base's while its sampler stays, else the sampler's own.
+    """
+    if said := recipe.sampling:
+        guidance = Guidance(kind=said.guidance, scale=said.guidance_scale)
+        return said.steps, said.default_steps, guidance
+    student = Student.open(draft)
+    if base and (before := Student.open(base)).config("scheduler") == student.config("scheduler"):
+        student = before
+    schedules = student.schedules()
+    return tuple(schedules), student.default_steps(schedules), student.guidance()

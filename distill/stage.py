@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from edgeflash.networks_sd import load_network
+from edgeflash.student import Student
+
 from .data import Store
 
 Batch = dict[str, Tensor]
@@ -77,6 +80,11 @@ class Workshop:
     store: Store
     folder: Path
     device: torch.device
+
+    def load(self, folder: Path, component: str) -> Any:
+        """A network of a diffusers folder: float32, evaluating, on the device."""
+        network = load_network(Student.unfinished(folder), component).eval()
+        return network.to(self.device, memory_format=torch.channels_last)
 
 
 def average(network: nn.Module, decay: float) -> AveragedModel:

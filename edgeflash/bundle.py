@@ -23,6 +23,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import Guidance, Schedule
 
 MANIFEST = "edgeflash.json"
+OURS = (MANIFEST, "model_index.json")  # bundles and students hold one of these
 FORMAT_VERSION = 1
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
@@ -215,7 +216,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EdgeflashError(f"{path}: not readable as JSON ({error}); export it again") from None
     version = data.get("format_version", 0) if isinstance(data, dict) else 0
-    if version > FORMAT_VERSION:
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise EdgeflashError(
             f"{path}: format {version} is newer than this edgeflash reads ({FORMAT_VERSION}): "
             "pip install -U edgeflash"
@@ -247,8 +248,8 @@ def check_file(folder: Path, file: File, how: Literal["size", "sha256"]) -> None
         raise EdgeflashError(f"{path}: missing; the manifest lists it ({file.bytes} bytes)")
     if path.stat().st_size != file.bytes:
         raise EdgeflashError(
-            f"{path}: {path.stat().st_size} bytes where the manifest says {file.bytes}: "
-            "truncated or altered; copy or export it again"
+            f"{path}: {path.stat().st_size} bytes where the manifest says {file.bytes}, truncated "
+            f"or altered: sha256 expected {file.sha256}, found {sha256_of(path)}; copy it again"
         )
     if how == "sha256" and (found := sha256_of(path)) != file.sha256:
         raise EdgeflashError(
@@ -267,13 +268,31 @@ def is_disk_full(error: Exception, folder: Path) -> bool:
     return told or shutil.disk_usage(folder).free < 2**16
 
 
+def check_replaceable(out: Path, *sources: Path) -> None:
+    """Whether a finished folder may take the place of what is there.
+
+    Raises:
+        EdgeflashError: it holds something that edgeflash has not made, or is one of ``sources``.
+    """
+    held = os.listdir(out) if out.is_dir() else ["a file"] * out.exists()
+    if held and not set(OURS).intersection(held):
+        raise EdgeflashError(f"{out}: holds something else; choose another --out")
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise EdgeflashError(f"{out}: would replace {source}, which it is made from")
+
+
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside ``out`` that takes its place only when the block succeeds.
 
     Files are flushed to disk before the rename, and an older ``out`` gives way at the end, so that
     nothing half-written can be mistaken for finished.
+
+    Raises:
+        EdgeflashError: ``out`` holds something that edgeflash has not made, or the disk is full.
     """
+    check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:

@@ -26,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     help="Distil a diffusion model BY a method, export it TO a target, run it ON a runtime.",
 )
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -115,8 +116,10 @@ def run(
 ) -> None:
     """Draw: bundle folder and prompt -> PNG."""
     from edgeflash.bundle import Bundle
+    from edgeflash.png import check_png, read_picture, write_pngs
     from edgeflash.runtimes.pipeline import Request, TextToImage
 
+    check_png(out_png)
     opened = Bundle.open(bundle)
     runtime = _runtime(on, opened, set_)
     request = Request(
@@ -124,14 +127,14 @@ def run(
         seed=seed,
         steps=steps,
         guidance=guidance,
-        image=None if image is None else _read_png(image),
+        image=None if image is None else read_picture(image),
         strength=strength,
     )
     with TextToImage(opened, runtime, low_memory=low_memory) as pipeline:
         for event in pipeline.stream(request):
             err.print(f"{event.stage} {event.step}/{event.steps}  {event.elapsed_ms:.0f} ms")
     assert event.result is not None
-    _save(event.result, request.prompts, out_png)
+    _tell(event.result, request.prompts, write_pngs(event.result.images, out_png))
 
 
 @app.command()
@@ -212,6 +215,8 @@ def score(
     """Prompt accuracy and Fréchet distance of a bundle of the embedded models."""
     from edgeflash.bundle import Bundle
     from edgeflash.inspect import verdicts
+
+    _distill_installed()
     from edgeflash.score import score as judge
 
     opened = Bundle.open(bundle)
@@ -275,6 +280,7 @@ def demo(
     """Distil, export, verify and bench the embedded models, offline, with a page to look at."""
     from edgeflash.demo import run_demo
 
+    _distill_installed()
     run_demo(out_dir, full=full)
 
 
@@ -345,6 +351,14 @@ def _own_runtime(bundle: Bundle) -> str:
     return opener(bundle.manifest.components[0].target)
 
 
+def _distill_installed() -> None:
+    """Says which package is missing, before a room that needs it is imported."""
+    from edgeflash.roles import Method
+    from edgeflash.shelf import find
+
+    find(Method, "attributes")
+
+
 def _runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Runtime:
     from edgeflash.roles import Runtime
     from edgeflash.shelf import make
@@ -352,26 +366,8 @@ def _runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Runtim
     return make(Runtime, name or _own_runtime(bundle), _options(sets or []))
 
 
-def _read_png(path: Path) -> Any:
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise EdgeflashError(f"--image {path}: {error}") from None
-
-
-def _save(result: Result, prompts: tuple[str, ...], path: Path) -> None:
-    from PIL import Image
-
-    if path.suffix.lower() != ".png":
-        raise EdgeflashError(f"--out {path}: only PNG is written; name it {path.stem}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for i, (pixels, prompt, cut) in enumerate(zip(result.images, prompts, result.cut, strict=True)):
-        place = path if len(prompts) == 1 else path.with_stem(f"{path.stem}-{i}")
-        Image.fromarray(pixels).save(place)
+def _tell(result: Result, prompts: tuple[str, ...], places: list[Path]) -> None:
+    for place, prompt, cut in zip(places, prompts, result.cut, strict=True):
         out.print(f"wrote {place}  ({prompt})")
         if cut:
             err.print(f"the prompt is too long: not seen was {cut!r}")
@@ -381,10 +377,10 @@ def main() -> None:
     """Runs the command line; a person's mistake is one line on stderr and exit code 2."""
     try:
         code = get_command(app).main(standalone_mode=False)
+        if code == INTERRUPTED:
+            code = _fail("interrupted; nothing half-written was left: run the same command again")
     except EdgeflashError as error:
         code = _fail(str(error))
-    except KeyboardInterrupt:
-        code = _fail("interrupted; nothing half-written was left")
     except OSError as error:
         code = _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
     except Exception as error:

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 
 from edgeflash.bundle import Bundle
-from edgeflash.errors import EdgeflashError
+from edgeflash.embedded import embedded
 from edgeflash.machine import Machine
 from edgeflash.recipe import find_recipe, read_recipe
 from edgeflash.report import REPORT, Report, System, table
@@ -56,7 +56,6 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
     """
     console = Console(stderr=True, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
-    models = embedded()
     if full:
         from edgeflash.distill.run import distill
 
@@ -64,8 +63,8 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
             distill(read_recipe(find_recipe("shapes")), out / "student", console=console)
     else:
         shutil.rmtree(out / "student", ignore_errors=True)
-        shutil.copytree(models / "shapes-student", out / "student")
-    entries = _brief(out, models, console) + _shipped(out, models, console)
+        shutil.copytree(embedded("shapes-student"), out / "student")
+    entries = _brief(out, console) + _shipped(out, console)
     systems: list[System] = []
     drawn: dict[str, list[Path]] = {}
     for entry in map(_counted, entries):
@@ -94,26 +93,16 @@ def _counted(entry: Entry) -> Entry:
     return replace(entry, name=f"{entry.name}, {entry.steps} step{'s' * (entry.steps > 1)}")
 
 
-def embedded() -> Path:
-    """The folder of the models inside the package.
-
-    Raises:
-        EdgeflashError: the package was built without them.
-    """
-    folder = Path(__file__).parent / "models"
-    if not (folder / "shapes-student").is_dir():
-        raise EdgeflashError(f"{folder}: the embedded models are missing; install edgeflash again")
-    return folder
-
-
-def _brief(out: Path, models: Path, console: Console) -> list[Entry]:
+def _brief(out: Path, console: Console) -> list[Entry]:
     """Prunes the teacher and distils it for minutes: how it draws before and after."""
     from edgeflash.distill.run import distill
 
     recipe, folder = read_recipe(find_recipe("demo")), out / "student-brief"
-    shutil.rmtree(folder.with_name("student-brief.run"), ignore_errors=True)
+    if folder.exists():  # of a finished demo; what an interrupted one left is gone on with
+        shutil.rmtree(folder.with_name("student-brief.run"), ignore_errors=True)
+        shutil.rmtree(folder)
     rule = next(stage.options["rule"] for stage in recipe.stage if stage.by == "blocks")
-    _prune(models / "shapes-teacher", rule, out / "student-pruned")
+    _prune(embedded("shapes-teacher"), rule, out / "student-pruned")
     pruned = _export(out / "student-pruned", out / "bundle-pruned", "fp32", (4,), console)
     with _told(console, "distil a student in this run"):
         distill(recipe, folder, console=console)
@@ -140,9 +129,9 @@ def _prune(teacher: Path, rule: Any, out: Path) -> None:
     prune(unet, rule)[0].save_pretrained(str(out / "unet"))
 
 
-def _shipped(out: Path, models: Path, console: Console) -> list[Entry]:
+def _shipped(out: Path, console: Console) -> list[Entry]:
     """Teacher at 25 steps; the shipped student at 1, 2 and 4, and its int8 bundle."""
-    teacher = _export(models / "shapes-teacher", out / "bundle-teacher", "fp32", (25,), console)
+    teacher = _export(embedded("shapes-teacher"), out / "bundle-teacher", "fp32", (25,), console)
     entries = [Entry("teacher", teacher, 25)]
     for precision in ("fp32", "int8"):
         bundle = out / f"bundle-onnx-{precision}"

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.roles import Method
@@ -50,6 +50,14 @@ class Sampling(_Table):
     default_steps: int = 4
     guidance: Literal["none", "cfg"] = "none"
     guidance_scale: float = 1.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Sampling:
+        if self.default_steps not in self.steps:
+            raise ValueError(f"default_steps {self.default_steps} is not one of {self.steps}")
+        if self.guidance == "none" and self.guidance_scale != 1:
+            raise ValueError("guidance_scale needs guidance = 'cfg'")
+        return self
 
 
 class Recipe(_Table):

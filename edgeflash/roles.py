@@ -36,7 +36,14 @@ class Plugin(BaseModel):
 class Method(Plugin, ABC):
     """Trains one stage of a recipe: ``distill/by_<name>.py``."""
 
-    needs: ClassVar[tuple[str, ...]] = ("torch", "diffusers", "transformers", "accelerate")
+    needs: ClassVar[tuple[str, ...]] = (
+        "torch",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "tensorboard",
+        "webdataset",
+    )
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")

@@ -28,6 +28,11 @@ EXTRAS = {  # package -> the extra of edgeflash that brings it
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "onnx",
+    "tensorboard": "distill",
+    "webdataset": "distill",
+    "coremltools": "coreml",
+    "nncf": "openvino",
+    "tensorrt_rtx": "tensorrt-rtx",
 }
 
 

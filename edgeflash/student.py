@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from edgeflash.bundle import MANIFEST, Part, parse_manifest, read_manifest, sha256_of
+from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import Guidance, Schedule, lower_schedule
 
@@ -93,7 +94,7 @@ class Student:
         """
         from edgeflash.families import find_family
 
-        folder = Path(folder)
+        folder = located(folder)
         index = _read_index(folder)
         manifest = None
         if (folder / MANIFEST).is_file():
@@ -103,6 +104,14 @@ class Student:
             student._check_component(name)
         student.family.check(student)
         return student
+
+    @classmethod
+    def unfinished(cls, folder: Path) -> Student:
+        """A folder that may lack components still, between stages of a recipe: nothing checked."""
+        from edgeflash.families import find_family
+
+        index = _read_index(folder)
+        return cls(folder, index, find_family(folder, str(index["_class_name"])), None)
 
     def config(self, component: str) -> dict[str, Any]:
         """The config of ``unet``, ``vae``, ``text_encoder`` or ``scheduler``."""

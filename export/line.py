@@ -23,6 +23,7 @@ from edgeflash.bundle import (
     File,
     Image,
     Manifest,
+    check_replaceable,
     describe_file,
     fresh_folder,
 )
@@ -87,6 +88,7 @@ def export_student(
     console = console or Console(stderr=True)
     runtime = shelf.make(Runtime, target.runtime, {})
     check_floors(floors or {})
+    check_replaceable(out, student.folder)
     plan = _plan(student, target, steps, guidance, prompts, size, image_to_image, fold_timestep)
     pieces: list[_Piece] = []
     try:

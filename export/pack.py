@@ -89,7 +89,9 @@ def _paths(folder: Path) -> Iterator[str]:
 def lineage(student: Student, student_sha256: str, packages: Iterable[str]) -> Lineage:
     """Where a bundle comes from, and what made it."""
     told = student.manifest.lineage if student.manifest else None
-    tools = {name: importlib.metadata.version(name) for name in ("edgeflash", *packages)}
+    brought_by = importlib.metadata.packages_distributions()  # onnxruntime: perhaps by -gpu
+    names = {"edgeflash": "edgeflash"} | {p: brought_by.get(p, [p])[0] for p in packages}
+    tools = {package: importlib.metadata.version(name) for package, name in names.items()}
     return Lineage(
         teacher=told.teacher if told else None,
         recipe_sha256=told.recipe_sha256 if told else None,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from edgeflash import shapes
-from edgeflash.demo import embedded
 from edgeflash.distill.judge import frechet_distance, load_judge, look, verdict
+from edgeflash.embedded import embedded
 from edgeflash.noise import randn
 from edgeflash.student import Student
 
@@ -27,15 +27,15 @@ def mib(folder: Path) -> float:
     ("name", "most"), [("shapes-teacher", 19.07), ("shapes-student", 11.44), ("shapes-judge", 1.9)]
 )
 def test_the_models_are_as_small_as_promised(name: str, most: float) -> None:
-    assert mib(embedded() / name) <= most  # 20, 12 and 2 MB
+    assert mib(embedded(name)) <= most  # 20, 12 and 2 MB
 
 
 @pytest.mark.parametrize("name", ["shapes-teacher", "shapes-student"])
 def test_the_folders_are_sound_and_say_where_they_come_from(name: str) -> None:
-    student = Student.open(embedded() / name)
+    student = Student.open(embedded(name))
     assert student.manifest and student.manifest.lineage.recipe_sha256
     assert student.manifest.lineage.weights_licence == "apache-2.0"
-    card = (embedded() / name / "README.md").read_text()
+    card = (embedded(name) / "README.md").read_text()
     assert "edgeflash score" in card and student.manifest.lineage.recipe_sha256[:12] in card
 
 
@@ -66,7 +66,7 @@ def test_diffusers_alone_draws_the_same_picture(tmp_path: Path, name: str, steps
     from edgeflash.runtimes.pipeline import Request, TextToImage
     from edgeflash.shelf import make
 
-    folder = embedded() / name
+    folder = embedded(name)
     student = Student.open(folder)
     bundle = export_student(student, make(Target, "torch", {}), tmp_path / "b", steps=[steps])
     with TextToImage(bundle, make(Runtime, "torch", {})) as pipeline:
@@ -102,5 +102,5 @@ def test_the_frechet_distance_of_gaussians() -> None:
 def test_the_students_recipe_is_the_one_in_the_package() -> None:
     from edgeflash.recipe import find_recipe, read_recipe
 
-    told = json.loads((embedded() / "shapes-student" / "edgeflash.json").read_text())
+    told = json.loads((embedded("shapes-student") / "edgeflash.json").read_text())
     assert told["lineage"]["recipe_sha256"] == read_recipe(find_recipe("shapes")).sha256

@@ -603,9 +603,19 @@ def test_an_export_that_breaks_off_leaves_nothing(
 
     assert message in attempt(one_step_student, tmp_path / "out", Breaks())
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/older").write_text("an older bundle")
+    (tmp_path / "out/notes.txt").write_text("a person's own")
+    said = attempt(one_step_student, tmp_path / "out", shelf.make(Target, "onnx", {}))
+    assert "out: holds something else" in said
+    (tmp_path / "out/edgeflash.json").write_text("an older bundle")
     attempt(one_step_student, tmp_path / "out", Breaks())
-    assert (tmp_path / "out/older").exists(), "it gives way only to a finished one"
+    assert (tmp_path / "out/notes.txt").exists(), "it gives way only to a finished one"
+
+
+def test_an_export_does_not_replace_its_student(one_step_student: Path) -> None:
+    for out in (one_step_student, one_step_student.parent):
+        with pytest.raises(EdgeflashError, match="which it is made from|holds something else"):
+            export_student(Student.open(one_step_student), shelf.make(Target, "torch", {}), out)
+    assert (one_step_student / "unet").is_dir()
 
 
 @pytest.mark.usefixtures("replay")

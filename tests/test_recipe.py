@@ -45,6 +45,8 @@ def test_keys_are_set_where_their_names_point() -> None:
         ({"teachr": "x"}, r"no key in here: 'teachr' .*did you mean 'teacher'\?"),
         ({"data": {"sampls": 3}}, r"no key in here \[data\]: 'sampls' .*did you mean 'samples'\?"),
         ({"data": {"samples": 0}}, r"here: data\.samples: .*greater than or equal to 1"),
+        ({"sampling": {"steps": [1, 2]}}, r"sampling: .*default_steps 4 is not one of \(1, 2\)"),
+        ({"sampling": {"guidance_scale": 2}}, r"sampling: .*needs guidance = 'cfg'"),
         ({"stage": []}, r"here: stage: .*at least 1 item"),
     ],
 )

@@ -1,0 +1,27 @@
+"""The models inside the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgeflash.errors import EdgeflashError
+
+MODELS = Path(__file__).parent / "models"
+
+
+def embedded(name: str) -> Path:
+    """The folder of an embedded model: shapes-teacher, shapes-student or shapes-judge.
+
+    Raises:
+        EdgeflashError: the package was built without it.
+    """
+    if not (MODELS / name).is_dir():
+        raise EdgeflashError(f"{MODELS / name}: missing in this package; install edgeflash again")
+    return MODELS / name
+
+
+def located(folder: Path | str) -> Path:
+    """The folder itself, or the embedded model of that name where there is no such folder."""
+    folder = Path(folder)
+    named = len(folder.parts) == 1 and (MODELS / folder).is_dir()
+    return MODELS / folder if named and not folder.exists() else folder

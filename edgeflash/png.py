@@ -1,0 +1,40 @@
+"""Pictures from and to files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from edgeflash.errors import EdgeflashError
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """uint8 [h, w, 3] of any picture Pillow reads.
+
+    Raises:
+        EdgeflashError: missing, or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError) as error:
+        raise EdgeflashError(f"{path}: {error}") from None
+
+
+def check_png(path: Path) -> None:
+    """Raises where the name promises another format."""
+    if path.suffix.lower() != ".png":
+        raise EdgeflashError(f"{path}: only PNG is written; name it {path.stem}.png")
+
+
+def write_pngs(images: NDArray[np.uint8], path: Path) -> list[Path]:
+    """Writes uint8 [n, h, w, 3] as ``path``, or as path-0, path-1 … where there are several."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    alone = len(images) == 1
+    places = [path if alone else path.with_stem(f"{path.stem}-{i}") for i in range(len(images))]
+    for pixels, place in zip(images, places, strict=True):
+        Image.fromarray(pixels).save(place)
+    return places
