@@ -21,6 +21,7 @@ from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
 from edgeflash.student import INDEX, Student, StudentLineage, folder_sha256, write_manifest
+from edgeflash.tokenizer import write_vocabulary
 
 from .data import open_store
 from .loop import Outcome, train
@@ -119,6 +120,8 @@ def _save_components(stage: Stage, draft: Path) -> None:
     index = json.loads(index_path.read_text())
     for name, network in stage.final().items():
         network.save_pretrained(str(draft / name))
+        if name.startswith("tokenizer"):
+            write_vocabulary(draft / name)
         _forget_path(draft / name / "config.json")
         library = type(network).__module__.partition(".")[0]
         index[name] = [library, type(network).__name__]

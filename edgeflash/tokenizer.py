@@ -7,6 +7,7 @@ byte-pair encoding with ``</w>`` at the end of a word. Reads `tokenizer.json`, o
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,3 +96,14 @@ def _from_pair(vocab: Path, merges: Path) -> Backend:
     special = [AddedToken(token, special=True, normalized=False) for token in (START, END)]
     backend.add_special_tokens(special)
     return backend
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Adds vocab.json and merges.txt where only tokenizer.json is: older readers need the pair."""
+    if (folder / "vocab.json").is_file():
+        return
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    text = "\n".join(["#version: 0.2", *pairs]) + "\n"
+    (folder / "merges.txt").write_text(text, encoding="utf-8")

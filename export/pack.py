@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +12,8 @@ from PIL import Image as Picture
 
 from edgeflash.bundle import MANIFEST, File, Golden, Lineage, Manifest, describe_file
 from edgeflash.golden import Tensors, noise_sha256, save_tensors
-from edgeflash.student import Student, read_json
+from edgeflash.student import Student
+from edgeflash.tokenizer import write_vocabulary
 
 from .capture import Tape
 
@@ -28,17 +28,12 @@ THUMBNAIL_PX = 64
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a CLIP tokenizer; vocab.json and merges.txt are made where only tokenizer.json is."""
+    """Copies a CLIP tokenizer, and adds what older readers need."""
     target.mkdir()
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if not (target / "vocab.json").is_file():
-        model = read_json(source / "tokenizer.json")["model"]
-        (target / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-        pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-        text = "\n".join(["#version: 0.2", *pairs]) + "\n"
-        (target / "merges.txt").write_text(text, encoding="utf-8")
+    write_vocabulary(target)
 
 
 def write_goldens(tape: Tape, count: int, folder: Path) -> tuple[Golden, ...]:

@@ -19,6 +19,8 @@ wanted = (
     "edgeflash/runtimes/pipeline.py",
     "edgeflash/models/shapes-student/edgeflash.json",
     "edgeflash/models/shapes-teacher/model_index.json",
+    "edgeflash/models/shapes-teacher/unet/diffusion_pytorch_model.safetensors",
+    "edgeflash/models/shapes-judge/judge/config.json",
 )
 lacking = [name for name in wanted if name not in files]
 assert not lacking, f"the wheel lacks {lacking}"
@@ -36,7 +38,7 @@ picture = Path("picture.png")
 drawing = ["run", str(bundle), "--prompt", "a red circle", "--seed", "3", "--out", str(picture)]
 subprocess.run([*command, *drawing], check=True)
 assert picture.read_bytes()[:4] == b"\x89PNG"
-for arguments in (["distill", "shapes"], ["export", "nowhere", "--to", "onnx"]):
+for arguments in (["distill", "shapes"], ["demo"], ["export", "nowhere", "--to", "onnx"]):
     refused = subprocess.run([*command, *arguments], capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused
     assert "pip install 'edgeflash[" in refused.stderr, refused

@@ -63,6 +63,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(say, words: list[str], line: str)
     assert said.err.count("\n") == 1 and said.err.startswith("edgeflash: ")
 
 
+def test_ctrl_c_is_one_line_too(say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgeflash.inspect.tell", press)
+    said = say("inspect", tmp_path)
+    assert said.code == 2 and said.err.count("\n") == 1 and "run the same command again" in said.err
+
+
 def test_a_dry_run_prints_the_recipe_as_it_would_run(say) -> None:
     sets = ["--set", "lcm.steps=9", "--set", "data.samples=5"]
     said = say("distill", "shapes", "--teacher", "my/model", *sets, "--dry-run")

@@ -613,7 +613,7 @@ def test_an_export_that_breaks_off_leaves_nothing(
 
 def test_an_export_does_not_replace_its_student(one_step_student: Path) -> None:
     for out in (one_step_student, one_step_student.parent):
-        with pytest.raises(EdgeflashError, match="which it is made from|holds something else"):
+        with pytest.raises(EdgeflashError, match=r"which it is made from|holds something else"):
             export_student(Student.open(one_step_student), shelf.make(Target, "torch", {}), out)
     assert (one_step_student / "unet").is_dir()
 
