@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch.nn import functional as F
 
 from edgeflash import shapes
-from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .judge import Judge, look
@@ -24,14 +23,22 @@ class Attributes(Method):
     every batch is blurred by resampling.
     """
 
+    wants: ClassVar[tuple[str, ...]] = ("shapes",)
+
     widths: tuple[int, ...] = Field((32, 64, 96, 128), description="channels at each resolution")
     features: int = Field(128, ge=8, description="width of the layer FD is measured on")
     soften: float = Field(0.5, ge=0, le=1, description="share of pictures that are blurred")
 
+    @field_validator("widths")
+    @classmethod
+    def _whole_groups(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if any(width % 8 for width in widths):
+            raise ValueError("every width must be a multiple of 8")
+        return widths
+
     def begin(self, shop: Workshop) -> Stage:
         labels = shop.store.labels
-        if labels is None:
-            raise EdgeflashError("method 'attributes' needs [data] kind = 'shapes'")
+        assert labels is not None
         torch.manual_seed(0)
         judge = Judge(self.widths, self.features).to(shop.device)
 
@@ -62,7 +69,8 @@ class Attributes(Method):
 
 
 def _loss(logits: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits, known, ignore_index=-1)
+    there = (known >= 0).sum().clamp(min=1)  # of object b there may be none
+    return F.cross_entropy(logits, known, ignore_index=-1, reduction="sum") / there
 
 
 def _held_out_accuracy(networks: dict[str, Any]) -> dict[str, float]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import at_once
@@ -28,8 +29,16 @@ class Autoencoder(Method):
     l2_weight: float = Field(2.0, ge=0, description="weight of the squared error beside L1")
     kl_weight: float = Field(1e-6, ge=0, description="weight of the KL term, per sample")
 
+    @model_validator(mode="after")
+    def _whole_groups(self) -> Autoencoder:
+        if any(width % self.norm_groups for width in self.widths):
+            raise ValueError(f"every width must be a multiple of norm_groups {self.norm_groups}")
+        return self
+
     def begin(self, shop: Workshop) -> Stage:
         torch.manual_seed(0)
+        if shop.store.size_px % (unit := 2 ** (len(self.widths) - 1)):
+            raise EdgeflashError(f"[data] size_px: must be a multiple of {unit} for these widths")
         vae = self.build(shop.store.pictures(np.arange(1)).shape[-1]).to(shop.device)
         vae.to(memory_format=torch.channels_last)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ class Blocks(Method):
     conditional branch and without guidance. SDXS has no first term: ``denoising_weight = 0``.
     """
 
+    wants: ClassVar[tuple[str, ...]] = ("teacher",)
+
     rule: Rule = Field(
         "base",
         description="base: one pair per block; small: and no mid block; tiny: and no innermost "
@@ -40,11 +43,13 @@ class Blocks(Method):
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions")
 
     def begin(self, shop: Workshop) -> Stage:
-        if shop.teacher is None:
-            raise EdgeflashError("method 'blocks' needs a teacher in the recipe")
+        assert shop.teacher
         torch.manual_seed(0)
         teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
-        student, copied = prune(teacher, self.rule)
+        before = shop.load(shop.student, "unet")
+        if _plain(before.config) != _plain(teacher.config):
+            raise EdgeflashError("method 'blocks' prunes the teacher's UNet: let it come first")
+        student, copied = prune(before, self.rule)
         student.to(shop.device, memory_format=torch.channels_last)
         process = Process.of(shop.teacher, shop.device)
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
@@ -82,13 +87,18 @@ class Blocks(Method):
         )
 
 
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without diffusers' own notes, such as where the network was loaded from."""
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
 def pruned_config(config: dict[str, Any], rule: Rule) -> dict[str, Any]:
     """The config of a UNet after a rule, derived from the teacher's own config.
 
     Raises:
         EdgeflashError: a rule that would leave no stage, or nothing to remove.
     """
-    new = {k: v for k, v in config.items() if not k.startswith("_")}
+    new = _plain(config)
     new["layers_per_block"] = 1
     if rule != "base":
         new["mid_block_type"] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class Decoder(Method):
     and no worse where the autoencoder is good.
     """
 
+    wants: ClassVar[tuple[str, ...]] = ("teacher",)
+
     target: Literal["decodings", "pictures"] = Field(
         "decodings", description="what a latent should become"
     )
@@ -45,14 +47,18 @@ class Decoder(Method):
     encoder_weight: float = Field(1.0, ge=0, description="of the encoder's MSE on latents")
 
     def begin(self, shop: Workshop) -> Stage:
-        if shop.teacher is None:
-            raise EdgeflashError("method 'decoder' needs a teacher in the recipe")
+        assert shop.teacher
         if json.loads((shop.teacher / "vae" / "config.json").read_text())["_class_name"] != KL:
             raise EdgeflashError(
                 f"{shop.teacher / 'vae'}: method 'decoder' needs an {KL} to learn from"
             )
         torch.manual_seed(0)
         teacher = shop.load(shop.teacher, "vae").requires_grad_(False)
+        if len(self.blocks) != (levels := len(teacher.config.block_out_channels)):
+            raise EdgeflashError(
+                f"method 'decoder': the teacher's autoencoder has {levels} resolutions, so blocks "
+                f"must name {levels} numbers, not {len(self.blocks)}"
+            )
         tiny = self.build(teacher.config.latent_channels).to(
             shop.device, memory_format=torch.channels_last
         )

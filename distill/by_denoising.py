@@ -41,6 +41,8 @@ class Denoising(Method):
     def _one_for_each(self) -> Denoising:
         if len(self.widths) != len(self.attention):
             raise ValueError(f"{len(self.widths)} widths but {len(self.attention)} attention flags")
+        if any(width % 16 for width in self.widths):
+            raise ValueError("every width must be a multiple of 16")
         return self
 
     def begin(self, shop: Workshop) -> Stage:
@@ -75,7 +77,7 @@ class Denoising(Method):
     def times(self, count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
         """Training timesteps, int64 [count], of mean ``timesteps`` / (1 + timestep_power)."""
         u = torch.rand(count, generator=generator) ** self.timestep_power
-        return (u * timesteps).long()
+        return (u * timesteps).long().clamp(max=timesteps - 1)  # u may round to 1
 
     def scheduler(self) -> DDIMScheduler:
         """Stable Diffusion's betas, beginning at t = 999 for every number of steps."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from diffusers import LCMScheduler
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import cached_conditioning, cached_latents
@@ -25,6 +26,8 @@ class LCM(Method):
     The guidance weight w is drawn for each sample and folded in; the student takes no w-embedding
     and is sampled without guidance. The student keeps an `LCMScheduler`.
     """
+
+    wants: ClassVar[tuple[str, ...]] = ("teacher",)
 
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
     target_ema: float = Field(0.95, ge=0, lt=1, description="decay of the target network")
@@ -43,8 +46,7 @@ class LCM(Method):
         return self
 
     def begin(self, shop: Workshop) -> Stage:
-        if shop.teacher is None:
-            raise EdgeflashError("method 'lcm' needs a teacher in the recipe")
+        assert shop.teacher
         teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
         student = shop.load(shop.student, "unet").train()
         target = average(student, self.target_ema)
@@ -85,10 +87,10 @@ class LCM(Method):
 
     def scalings(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out, [n, 1, 1, 1]: f(x, 0) = x whatever the network says."""
-        scaled = self.timestep_scaling * t.double()[:, None, None, None]
+        scaled = self.timestep_scaling * t.float()[:, None, None, None]
         c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
-        return c_skip.float(), c_out.float()
+        return c_skip, c_out
 
     def consistency(
         self, unet: nn.Module, process: Process, x: Tensor, t: Tensor, c: Tensor

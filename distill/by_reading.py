@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from edgeflash import shapes
-from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import token_ids
@@ -26,14 +27,21 @@ class Reading(Method):
     leaves open teach nothing but their prior.
     """
 
+    wants: ClassVar[tuple[str, ...]] = ("shapes",)
+
     text_width: int = Field(128, ge=8, description="width of the text encoder")
     text_layers: int = Field(3, ge=1, description="layers of the text encoder")
     heads: int = Field(4, ge=1, description="attention heads of the text encoder")
     max_tokens: int = Field(24, ge=4, description="length every prompt is padded to")
 
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Reading:
+        if self.text_width % self.heads:
+            raise ValueError(f"text_width {self.text_width} is no multiple of heads {self.heads}")
+        return self
+
     def begin(self, shop: Workshop) -> Stage:
-        if shop.store.labels is None:
-            raise EdgeflashError("method 'reading' needs [data] kind = 'shapes'")
+        assert shop.store.labels is not None
         torch.manual_seed(0)
         tokenizer = small_clip_tokenizer(shop.store.captions, self.max_tokens)
         encoder = self.text_encoder(tokenizer).to(shop.device)
@@ -45,7 +53,11 @@ class Reading(Method):
             after = batch["ids"] == end  # the end token and the padding, which is the same token
             known = batch["labels"][:, None].expand(-1, after.shape[1], -1)[after]
             parts = zip(shapes.HEADS, logits[after].split(SIZES, 1), known.T, strict=True)
-            return {n: F.cross_entropy(out, k, ignore_index=-1) for n, out, k in parts}
+            return {
+                n: F.cross_entropy(out, k, ignore_index=-1, reduction="sum")
+                / (k >= 0).sum().clamp(min=1)
+                for n, out, k in parts
+            }
 
         def batch(indices: np.ndarray) -> Batch:
             return {"ids": ids[indices], "labels": labels[indices]}

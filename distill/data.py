@@ -12,23 +12,25 @@ import math
 import os
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from edgeflash import shapes
+from edgeflash.bundle import write_atomic
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Data
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CHUNK = 500
 
-Sample = tuple[np.ndarray, str]  # picture uint8 [s, s, 3], caption
+Found = tuple[str, np.ndarray | None, str | None, Any]  # name, picture [s, s, 3], caption, label
 
 
 class Store:
@@ -125,30 +127,57 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _pack(source: Iterator[tuple[np.ndarray, str, Any]], data: Data, home: Path) -> None:
-    shape = (data.samples, data.size_px, data.size_px, 3)
+def _pack(source: Iterator[Found], data: Data, home: Path) -> None:
+    shape = (_most(data), data.size_px, data.size_px, 3)
     _check_space(home, math.prod(shape))
     packed = np.lib.format.open_memmap(home / "pictures.new", "w+", np.uint8, shape)
     captions: list[str] = []
     labels: list[Any] = []
-    for picture, caption, label in source:
+    bad: list[str] = []
+    for name, picture, caption, label in source:
+        if caption is None or picture is None:
+            what = "no readable caption" if caption is None else "unreadable picture"
+            bad.append(f"{name}: {what}")
+            continue
         packed[len(captions)] = picture
         captions.append(caption)
         labels += [label] if label is not None else []
-        if len(captions) == data.samples:
+        if len(captions) == len(packed):
             break
+    _tell_skipped(bad, len(captions), data)
     if not captions:
         raise EdgeflashError(f"{data.path}: no captioned pictures found")
     packed.flush()
-    if len(captions) < data.samples:
+    if len(captions) < len(packed):
         np.save(home / "pictures.cut.npy", packed[: len(captions)])
         os.replace(home / "pictures.cut.npy", home / "pictures.new")
     os.replace(home / "pictures.new", home / "pictures.npy")
-    told = {"captions": captions, "labels": labels}
-    (home / "captions.json").write_text(json.dumps(told), encoding="utf-8")
+    write_atomic(home / "captions.json", json.dumps({"captions": captions, "labels": labels}))
 
 
-def _from_shapes(data: Data, seed: int) -> Iterator[tuple[np.ndarray, str, Any]]:
+def _most(data: Data) -> int:
+    """The most samples there can be."""
+    if data.kind != "folder":
+        return data.samples
+    return max(1, min(data.samples, sum(1 for _ in _picture_files(Path(data.path or "")))))
+
+
+def _tell_skipped(bad: list[str], good: int, data: Data) -> None:
+    """Tells how many samples were passed over, and stops when they are more than one in a hundred.
+
+    Raises:
+        EdgeflashError: more than 1 %.
+    """
+    if not bad:
+        return
+    total = good + len(bad)
+    line = f"{data.path}: {len(bad)} of {total} samples skipped, first {bad[0]}"
+    if len(bad) > max(1, total // 100):
+        raise EdgeflashError(f"{line}: more than 1 %, mend the data first")
+    print(line, file=sys.stderr)
+
+
+def _from_shapes(data: Data, seed: int) -> Iterator[Found]:
     if data.size_px != shapes.SIZE_PX:
         raise EdgeflashError(
             f"[data] size_px: the shapes are {shapes.SIZE_PX} px, not {data.size_px}"
@@ -156,89 +185,74 @@ def _from_shapes(data: Data, seed: int) -> Iterator[tuple[np.ndarray, str, Any]]
     for start in range(0, data.samples, CHUNK):
         chunk = range(start, min(start + CHUNK, data.samples))
         pictures, captions, labels = shapes.batch(seed, chunk)
-        yield from zip(pictures, (c.text for c in captions), labels.tolist(), strict=True)
+        told = zip(chunk, pictures, captions, labels.tolist(), strict=True)
+        yield from ((str(i), picture, c.text, label) for i, picture, c, label in told)
 
 
-def _from_folder(data: Data, seed: int) -> Iterator[tuple[np.ndarray, str, Any]]:
+def _from_folder(data: Data, seed: int) -> Iterator[Found]:
     """Pictures with a caption of the same name in a .txt file, or a `metadata.jsonl`."""
     home = Path(data.path or "")
     if not home.is_dir():
         raise EdgeflashError(f"[data] path: {data.path!r} is no folder")
     told = _metadata(home)
-    paths = sorted(p for p in home.rglob("*") if p.suffix.lower() in IMAGES)
-    skips = _Skips(home)
-    for path in paths:
+    for path in _picture_files(home):
         text = path.with_suffix(".txt")
         caption = told.get(path.relative_to(home).as_posix())
         if caption is None and text.is_file():
-            caption = text.read_text(encoding="utf-8").strip()
-        picture = _read_picture(path, data.size_px)
-        if caption is None or picture is None:
-            skips.add(path.name, "no caption" if caption is None else "unreadable picture")
-            continue
-        skips.good += 1
-        yield picture, caption, None
-    skips.tell()
+            caption = _decoded(text.read_bytes())
+        yield path.name, _read_picture(path, data.size_px), caption, None
+
+
+def _picture_files(home: Path) -> list[Path]:
+    return sorted(p for p in home.rglob("*") if p.suffix.lower() in IMAGES)
 
 
 def _metadata(home: Path) -> dict[str, str]:
-    path = home / "metadata.jsonl"
+    """File name -> caption, from the lines of `metadata.jsonl` where there is one."""
+    path, told = home / "metadata.jsonl", {}
     if not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return {row["file_name"]: row["text"] for row in rows}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                told[str(row["file_name"])] = str(row["text"])
+            except (ValueError, TypeError, KeyError) as error:
+                why = f"no {error}" if isinstance(error, KeyError) else str(error)
+                raise EdgeflashError(
+                    f"{path}, line {number}: {why}; a line is an object with file_name and text"
+                ) from None
+    return told
 
 
-def _from_shards(data: Data, seed: int) -> Iterator[tuple[np.ndarray, str, Any]]:
+def _from_shards(data: Data, seed: int) -> Iterator[Found]:
     """webdataset tars: a picture and a .txt (or .json with "caption") of the same key."""
     import webdataset as wds
 
-    if not data.path:
-        raise EdgeflashError("[data] path: shards need a pattern like 'data/{000..009}.tar'")
-    skips = _Skips(Path(data.path))
     try:
         for sample in wds.WebDataset(data.path, shardshuffle=False, empty_check=False):
-            caption = _shard_caption(sample)
             raw = next((sample[k] for k in sample if f".{k.lower()}" in IMAGES), None)
-            picture = _read_picture(raw, data.size_px) if raw is not None else None
-            if caption is None or picture is None:
-                skips.add(
-                    sample["__key__"], "no caption" if caption is None else "unreadable picture"
-                )
-                continue
-            skips.good += 1
-            yield picture, caption, None
-    except FileNotFoundError as error:
-        raise EdgeflashError(f"[data] path: {error}") from None
-    skips.tell()
+            picture = None if raw is None else _read_picture(raw, data.size_px)
+            yield sample["__key__"], picture, _shard_caption(sample), None
+    except (FileNotFoundError, tarfile.ReadError) as error:
+        raise EdgeflashError(f"[data] path: {data.path}: {error}") from None
 
 
 def _shard_caption(sample: dict[str, Any]) -> str | None:
     if "txt" in sample:
-        return str(sample["txt"].decode("utf-8")).strip()
-    if "json" in sample:
-        caption = json.loads(sample["json"]).get("caption")
-        return None if caption is None else str(caption)
-    return None
+        return _decoded(sample["txt"])
+    try:
+        caption = json.loads(sample.get("json", b"{}")).get("caption")
+    except (ValueError, AttributeError):
+        return None
+    return None if caption is None else str(caption)
 
 
-class _Skips:
-    """Counts samples passed over and stops when they are more than one in a hundred."""
-
-    def __init__(self, where: Path) -> None:
-        self.where, self.good, self.bad = where, 0, list[str]()
-
-    def add(self, name: str, why: str) -> None:
-        self.bad.append(f"{name}: {why}")
-
-    def tell(self) -> None:
-        if not self.bad:
-            return
-        total = self.good + len(self.bad)
-        line = f"{self.where}: {len(self.bad)} of {total} samples skipped, first {self.bad[0]}"
-        if len(self.bad) > max(1, total // 100):
-            raise EdgeflashError(f"{line}: more than 1 %, mend the data first")
-        print(line, file=sys.stderr)
+def _decoded(text: bytes) -> str | None:
+    try:
+        return text.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return None
 
 
 def _read_picture(source: Path | bytes, size_px: int) -> np.ndarray | None:
@@ -247,7 +261,7 @@ def _read_picture(source: Path | bytes, size_px: int) -> np.ndarray | None:
 
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
-            rgb = image.convert("RGB")
+            rgb = ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError):
         return None
     side = min(rgb.size)
@@ -256,7 +270,7 @@ def _read_picture(source: Path | bytes, size_px: int) -> np.ndarray | None:
     return np.asarray(square.resize((size_px, size_px), Image.Resampling.LANCZOS), np.uint8)
 
 
-_SOURCES: dict[str, Callable[[Data, int], Iterator[tuple[np.ndarray, str, Any]]]] = {
+_SOURCES: dict[str, Callable[[Data, int], Iterator[Found]]] = {
     "shapes": _from_shapes,
     "folder": _from_folder,
     "shards": _from_shards,

@@ -81,9 +81,9 @@ def look(judge: Judge, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     labels, features = [], []
     for part in np.array_split(pictures, max(1, len(pictures) // 250)):
         x = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1
-        logits, feature = judge(x)
-        labels.append(torch.stack([head.argmax(1) for head in logits], 1).numpy())
-        features.append(feature.double().numpy())
+        logits, feature = judge(x.to(judge.device))
+        labels.append(torch.stack([head.argmax(1) for head in logits], 1).cpu().numpy())
+        features.append(feature.cpu().double().numpy())
     return np.concatenate(labels), np.concatenate(features)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -98,24 +100,44 @@ def train(
     with ExitStack() as stack:
         log = stack.enter_context(_metrics(folder, step))
         advance = stack.enter_context(_progress(label, options, step))
+        stopped = stack.enter_context(_ctrl_c_waits())
         stack.callback(accelerator.free_memory)
-        try:
-            while step < options.steps and not clock.over(options.minutes):
-                terms = _step(stage, turns, options, accelerator, order.indices(step), seed, step)
-                step += 1
-                advance(step, terms, clock)
-                if step % LOG_STEPS == 0 or step == options.steps:
-                    log(step, terms, clock.seconds)
-                if clock.due(CHECKPOINT_SECONDS):
-                    _save(accelerator, folder, step, clock.seconds, terms)
-        except KeyboardInterrupt:
-            _save(accelerator, folder, step, clock.seconds, terms)
+        while step < options.steps and not (clock.over(options.minutes) or stopped()):
+            terms = _step(stage, turns, options, accelerator, order.indices(step), seed, step)
+            step += 1
+            advance(step, terms, clock)
+            if step % LOG_STEPS == 0 or step == options.steps:
+                log(step, terms, clock.seconds)
+            if clock.due(CHECKPOINT_SECONDS):
+                _save(accelerator, folder, step, clock.seconds, terms)
+        _save(accelerator, folder, step, clock.seconds, terms)
+        if stopped():
             raise EdgeflashError(
                 f"interrupted at step {step} of {options.steps} of {label}; "
                 "run the same command again to go on from there"
-            ) from None
+            )
         finished = stage.finish(stage.final())
     return Outcome(step, clock.seconds, terms, finished)
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[Callable[[], bool]]:
+    """Lets the step end that a Ctrl-C falls into; the second Ctrl-C is a hard one."""
+    pressed: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # no signal arrives here
+        return
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _step(
@@ -269,8 +291,8 @@ def _metrics(folder: Path, start: int) -> Iterator[Callable[[int, dict[str, floa
     from torch.utils.tensorboard import SummaryWriter
 
     path = folder / "metrics.jsonl"
-    kept = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in kept if json.loads(line)["step"] <= start]
+    lines = path.read_text().split("\n") if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
     path.write_text("".join(line + "\n" for line in kept))
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
     with path.open("a") as stream:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from edgeflash.bundle import MANIFEST, check_replaceable, fresh_folder
+from edgeflash.bundle import MANIFEST, check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
@@ -27,6 +27,9 @@ from .data import open_store
 from .loop import Outcome, train
 from .stage import Stage, Workshop
 
+STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
+STEERING |= {"clip_norm", "precision"}  # options that a begun stage can go on with changed
+NOT_NEEDED = ["*.ckpt", "*.onnx*", "*.msgpack", "*.h5", "*.bin", "*non_ema*", "*.png", "*.jpg"]
 PROMPTS = 16  # captions that travel with the student, for calibration and parity
 
 
@@ -53,7 +56,11 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
     base = locate_teacher(recipe.base) if recipe.base else teacher
     for folder in filter(None, (teacher, base)):
         _check(Student.open(folder), recipe, out)
+    for spec, method in zip(recipe.stage, methods, strict=True):
+        _check_wants(spec.by, method, recipe)
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise EdgeflashError("training in several processes is not there yet: start one")
     store = open_store(recipe.data, recipe.seed, work / "cache")
     student = base or _empty(work / "0-empty")
     told: list[dict[str, Any]] = []
@@ -68,7 +75,7 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
         console.print(_line(label, told[-1]), highlight=False)
         student = folder / "student"
     with fresh_folder(out) as draft:
-        copy_folder(student, draft, leave=frozenset({MANIFEST, "README.md"}), link=False)
+        copy_folder(student, draft, leave={MANIFEST, "README.md"}, link=False)
         if recipe.weights == "fp16":
             halve(draft)
         _write_manifest(recipe, teacher, base, told, store.captions[:200], draft)
@@ -85,6 +92,13 @@ def _check(student: Student, recipe: Recipe, out: Path) -> None:
         )
 
 
+def _check_wants(name: str, method: Method, recipe: Recipe) -> None:
+    if "teacher" in method.wants and not recipe.teacher:
+        raise EdgeflashError(f"method {name!r} needs a teacher in the recipe")
+    if "shapes" in method.wants and recipe.data.kind != "shapes":
+        raise EdgeflashError(f"method {name!r} needs [data] kind = 'shapes'")
+
+
 def _run_stage(
     method: Method, shop: Workshop, accelerator: Accelerator, seed: int, label: str
 ) -> None:
@@ -95,9 +109,9 @@ def _run_stage(
     )
     if accelerator.is_main_process:
         with fresh_folder(shop.folder / "student") as draft:
-            copy_folder(shop.student, draft, leave=frozenset(stage.final()), link=True)
+            copy_folder(shop.student, draft, leave={MANIFEST, *stage.final()}, link=True)
             _save_components(stage, draft)
-        (shop.folder / "outcome.json").write_text(json.dumps(_told(outcome), indent=1))
+        write_atomic(shop.folder / "outcome.json", json.dumps(_told(outcome), indent=1))
         shutil.rmtree(shop.folder / "checkpoint", ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -146,17 +160,17 @@ def _empty(folder: Path) -> Path:
     return folder
 
 
-def copy_folder(
-    source: Path, target: Path, *, leave: frozenset[str] = frozenset(), link: bool
-) -> None:
-    """Copies files, but not those of the components in ``leave``.
+def copy_folder(source: Path, target: Path, *, leave: Collection[str] = (), link: bool) -> None:
+    """Copies the index and the components it names, but not what is in ``leave``.
 
     ``link``: as hard links where the disk can, for folders that nobody writes into afterwards: that
     would change the source as well.
     """
+    index = json.loads((source / INDEX).read_text())
+    named = {INDEX, MANIFEST, "README.md"} | {k for k, v in index.items() if isinstance(v, list)}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        if path.is_dir() or relative.parts[0] in leave:
+        if path.is_dir() or relative.parts[0] not in named.difference(leave):
             continue
         goal = target / relative
         goal.parent.mkdir(parents=True, exist_ok=True)
@@ -200,28 +214,49 @@ def locate_teacher(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, ignore_patterns=NOT_NEEDED))
     except Exception as error:
-        why = str(error).splitlines()[0]
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise EdgeflashError(
             f"teacher {name!r}: no such folder, and the hub does not give it ({why})"
         ) from None
 
 
 def _same_recipe(recipe: Recipe, work: Path) -> None:
-    """Remembers the recipe of a run, and refuses to go on with another one."""
-    path = work / "recipe.json"
-    now = recipe.resolved()
-    if not path.exists():
-        path.write_text(json.dumps(now, indent=1))
-        return
-    before = json.loads(path.read_text())
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    if changed:
-        raise EdgeflashError(
-            f"{work}: was begun with another recipe (changed: {', '.join(changed)}); "
-            "choose another --out, or delete that folder to start afresh"
-        )
+    """Refuses to go on with stages that came from another recipe, and notes this one.
+
+    What later stages alone see may change, and of the stage that was begun what only steers it: a
+    failed stage can be mended.
+    """
+    path, now = work / "recipe.json", recipe.resolved()
+    if path.exists():
+        before = json.loads(path.read_text())
+        marks = [_mark(work / f"{i}-{s['by']}") for i, s in enumerate(before["stage"], 1)]
+        was, here = _bound(before, marks), _bound(now, marks)
+        changed = [key for key in was if any(marks) and was[key] != here[key]]
+        if changed:
+            raise EdgeflashError(
+                f"{work}: was begun with another recipe (changed: {', '.join(changed)}); "
+                "choose another --out, or delete that folder to start afresh"
+            )
+    write_atomic(path, json.dumps(now, indent=1))
+
+
+def _mark(stage: Path) -> str:
+    """How far a stage came: "done", "begun", or "" where it left nothing."""
+    if (stage / "outcome.json").exists():
+        return "done"
+    return "begun" if any(stage.glob("checkpoint*")) else ""
+
+
+def _bound(resolved: dict[str, Any], marks: list[str]) -> dict[str, Any]:
+    """What of a resolved recipe the marked stages were made from."""
+    stages = [
+        {k: v for k, v in stage.items() if mark == "done" or k not in STEERING}
+        for stage, mark in zip(resolved["stage"], marks, strict=False)
+        if mark
+    ]
+    return {k: resolved.get(k) for k in ("teacher", "base", "seed", "data")} | {"stage": stages}
 
 
 def _write_manifest(

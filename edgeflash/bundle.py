@@ -257,6 +257,13 @@ def check_file(folder: Path, file: File, how: Literal["size", "sha256"]) -> None
         )
 
 
+def write_atomic(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -5,6 +5,7 @@ Rooms are imported inside the commands, so that ``edgeflash --help`` loads none 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -172,7 +173,8 @@ def bench(
         runs=runs,
         low_memory=low_memory,
     )
-    command = f"edgeflash bench {bundle.name} --on {job.runtime}"
+    words = [bundle.name if word == str(bundle) else word for word in sys.argv[1:]]
+    command = shlex.join(["edgeflash", *words])
     with err.status("measuring") as status:
         report = measure(
             job,

@@ -188,7 +188,7 @@ def _measure(entry: Entry, out: Path) -> tuple[System, list[Path]]:
 
 
 def _save(pictures: NDArray[np.uint8], entry: Entry, out: Path) -> list[Path]:
-    """PNGs at three times their size, with sharp pixels."""
+    """PNGs at three times their size."""
     folder = out / "images" / f"{entry.bundle.name}-{entry.steps}"
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i}.png" for i in range(len(pictures))]

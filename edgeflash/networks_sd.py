@@ -64,7 +64,8 @@ def fold_timestep(network: Any, t: float) -> None:
     """Makes the time embedding of a `UNet2DConditionModel` the constant it is at time ``t``.
 
     The layers that computed it, here and in every residual block, are let go. With a w-embedding
-    only the sinusoids become constant, because the rest also depends on the guidance scale.
+    only the sinusoids become constant, because the rest also depends on the guidance scale; with
+    pooled text the embedding, because the blocks' projections also see the prompt.
     """
     constants: dict[str, nn.Module] = {}
 
@@ -74,9 +75,11 @@ def fold_timestep(network: Any, t: float) -> None:
 
         return hook
 
-    ends = (
-        ("time_proj",) if network.config.time_cond_proj_dim else ("time_embedding", "time_emb_proj")
-    )
+    ends = ["time_embedding", "time_emb_proj"]
+    if network.config.addition_embed_type:
+        ends = ["time_embedding"]
+    if network.config.time_cond_proj_dim:
+        ends = ["time_proj"]
     named = [(n, m) for n, m in network.named_modules() if n.rpartition(".")[2] in ends]
     hooks = [
         module.register_forward_hook(keep(name)) for name, module in named if module is not None

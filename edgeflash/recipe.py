@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.roles import Method
@@ -31,6 +31,12 @@ class Data(_Table):
     samples: int = Field(20_000, ge=1, description="how many are used at the most")
     size_px: int = Field(64, ge=8, description="side of the square pictures")
 
+    @model_validator(mode="after")
+    def _has_a_source(self) -> Data:
+        if (self.path is None) != (self.kind == "shapes"):
+            raise ValueError("path goes with kind = 'folder' or 'shards', and only with them")
+        return self
+
 
 class StageSpec(_Table):
     """One stage: the method's name, and its options as the method itself declares them."""
@@ -46,10 +52,12 @@ class StageSpec(_Table):
 class Sampling(_Table):
     """How the finished student samples: written into its folder."""
 
-    steps: tuple[int, ...] = Field((1, 2, 4), description="step counts to ship schedules for")
+    steps: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4), description="step counts to ship schedules for"
+    )
     default_steps: int = 4
     guidance: Literal["none", "cfg"] = "none"
-    guidance_scale: float = 1.0
+    guidance_scale: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> Sampling:

@@ -11,11 +11,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     from edgeflash.bundle import Component
@@ -44,6 +44,7 @@ class Method(Plugin, ABC):
         "tensorboard",
         "webdataset",
     )
+    wants: ClassVar[tuple[str, ...]] = ()  # of the recipe: "teacher", "shapes"
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")
@@ -58,6 +59,12 @@ class Method(Plugin, ABC):
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average kept; 0: none")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast of the networks")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide {self.batch_size}")
+        return self
 
     @abstractmethod
     def begin(self, shop: Workshop) -> Stage:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import struct
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from edgeflash.bundle import MANIFEST, Part, parse_manifest, read_manifest, sha256_of
+from edgeflash.bundle import MANIFEST, Part, parse_manifest, read_manifest, sha256_of, write_atomic
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import Guidance, Schedule, lower_schedule
@@ -229,9 +228,7 @@ def write_manifest(
         prompts=tuple(prompts),
         lineage=lineage or StudentLineage(),
     )
-    draft = folder / f".{MANIFEST}"
-    draft.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, folder / MANIFEST)
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     return manifest
 
 

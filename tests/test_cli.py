@@ -123,7 +123,7 @@ def test_an_altered_bundle_is_refused_with_both_hashes(say, tmp_path: Path) -> N
 def test_floors_are_numbers_of_known_metrics(say, tmp_path: Path) -> None:
     bundle = tiny(tmp_path / "b")
     assert "must be a number" in say("verify", bundle, "--floor", "L4.psnr_db=high").err
-    assert "did you mean 'psnr_db'?" in say("verify", bundle, "--floor", "L4.psnr=30").err
+    assert "did you mean 'L4.psnr_db'?" in say("verify", bundle, "--floor", "L4.psnr=30").err
 
 
 def test_a_newer_manifest_asks_for_a_newer_edgeflash(say, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,13 @@ from torch import nn
 
 from edgeflash.distill.data import open_store
 from edgeflash.distill.loop import Order, train
-from edgeflash.distill.run import distill
+from edgeflash.distill.run import _same_recipe, distill
 from edgeflash.distill.stage import Batch, Player, Stage, Terms, Workshop, average
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Data, recipe_of
 from edgeflash.roles import Method
+from edgeflash.schedule import Guidance
+from edgeflash.student import Student, write_manifest
 
 
 class Toy(Method):
@@ -51,7 +54,7 @@ class Toy(Method):
 
 
 def run_toy(folder: Path, *, stop_at: int | None = None, **options: Any) -> Stage:
-    """Trains the toy; with ``stop_at`` a Ctrl-C falls into that step."""
+    """Trains the toy; with ``stop_at`` a Ctrl-C falls into that step, which still ends."""
     folder.mkdir(exist_ok=True)
     toy = Toy(steps=8, batch_size=4, learning_rate=0.1, **options)
     stage = toy.begin(None)  # type: ignore[arg-type]
@@ -61,7 +64,7 @@ def run_toy(folder: Path, *, stop_at: int | None = None, **options: Any) -> Stag
         nonlocal count
         count += 1
         if count == stop_at:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return plain(indices)
 
     stage.batch = batch
@@ -81,7 +84,7 @@ def weights(stage: Stage) -> list[torch.Tensor]:
 def test_a_run_that_was_stopped_and_resumed_is_bit_identical(tmp_path: Path) -> None:
     whole = run_toy(tmp_path / "whole")
     with pytest.raises(EdgeflashError, match=r"interrupted at step 5 of 8 .*same command again"):
-        run_toy(tmp_path / "cut", stop_at=6)
+        run_toy(tmp_path / "cut", stop_at=5)
     assert json.loads((tmp_path / "cut/checkpoint/progress.json").read_text())["step"] == 5
     resumed = run_toy(tmp_path / "cut")
     assert all(map(torch.equal, weights(whole), weights(resumed)))
@@ -93,7 +96,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(EdgeflashError, match="interrupted at step 3"):
-        run_toy(tmp_path / "a", stop_at=4)
+        run_toy(tmp_path / "a", stop_at=3)
 
     def save(accelerator: Accelerator, folder: str) -> None:
         Path(folder).mkdir()
@@ -101,7 +104,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
 
     monkeypatch.setattr(Accelerator, "save_state", save)
     with pytest.raises(EdgeflashError, match=r"disk full at step 5.* same command again"):
-        run_toy(tmp_path / "a", stop_at=3)
+        run_toy(tmp_path / "a", stop_at=2)
     assert json.loads((tmp_path / "a/checkpoint/progress.json").read_text())["step"] == 3
     assert not (tmp_path / "a/checkpoint.new").exists()
 
@@ -228,7 +231,7 @@ def test_bad_samples_are_skipped_and_too_many_stop(
     assert len(open_store(data, 0, tmp_path)) == 6
     assert "1 of 7 samples skipped, first 6.png: unreadable picture" in capsys.readouterr().err
     (home / "0.txt").unlink()
-    with pytest.raises(EdgeflashError, match=r"2 of 7 .*0\.png: no caption.*more than 1 %"):
+    with pytest.raises(EdgeflashError, match=r"2 of 7 .*: no readable caption.*more than 1 %"):
         open_store(data, 1, tmp_path)
 
 
@@ -239,6 +242,20 @@ def test_data_that_the_disk_cannot_hold_are_refused(
     with pytest.raises(EdgeflashError, match=r"need 1 MiB, and 1 MiB are free; make room"):
         open_store(Data(samples=100), 0, tmp_path)
     assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_captions_that_cannot_be_read(tmp_path: Path) -> None:
+    home = picture_folder(tmp_path / "in")
+    data = Data(kind="folder", path=str(home), samples=9, size_px=16)
+    (home / "metadata.jsonl").write_text('{"file_name": "0.png", "caption": "a"}\n')
+    with pytest.raises(EdgeflashError, match=r"metadata.jsonl, line 1: no 'text'; a line is"):
+        open_store(data, 0, tmp_path)
+    (home / "metadata.jsonl").write_text('{"file_name": "0.png"\n')
+    with pytest.raises(EdgeflashError, match=r"metadata.jsonl, line 1: Expecting"):
+        open_store(data, 0, tmp_path)
+    (home / "metadata.jsonl").unlink()
+    (home / "0.txt").write_bytes(b"caf\xe9")
+    assert len(open_store(data, 0, tmp_path)) == 5
 
 
 def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
@@ -295,6 +312,54 @@ def test_a_finished_run_is_not_run_again_and_a_changed_recipe_is_refused(tmp_pat
     assert before == {p: p.stat().st_mtime_ns for p in before}
     with pytest.raises(EdgeflashError, match=r"another recipe \(changed: seed\)"):
         distill(small_recipe(tmp_path, seed=4), tmp_path / "student")
+
+
+def test_a_mistake_at_the_start_binds_nobody(tmp_path: Path) -> None:
+    with pytest.raises(EdgeflashError, match="no such folder"):
+        distill(small_recipe(tmp_path, teacher=str(tmp_path / "typo")), tmp_path / "student")
+    with pytest.raises(EdgeflashError, match=r"size_px = 15: .* wants a multiple of 2 px"):
+        odd = {"kind": "folder", "path": str(tmp_path / "in"), "size_px": 15}
+        distill(small_recipe(tmp_path, data=odd), tmp_path / "student")
+    with pytest.raises(EdgeflashError, match="method 'lcm' needs a teacher"):
+        distill(recipe_of({"name": "x", "stage": [{"by": "lcm"}]}, "x"), tmp_path / "student")
+    distill(small_recipe(tmp_path), tmp_path / "student")
+
+
+def test_a_begun_stage_goes_on_with_another_rate_and_a_done_one_does_not(tmp_path: Path) -> None:
+    def refused(**changes: Any) -> str:
+        stages = [stage.options | {"by": stage.by} for stage in recipe.stage]
+        stages[1 if "rule" in changes or "steps" in changes else 0] |= changes
+        try:
+            _same_recipe(small_recipe(tmp_path, stage=stages), tmp_path)
+        except EdgeflashError as error:
+            return str(error)
+        return ""
+
+    recipe = small_recipe(tmp_path)
+    _same_recipe(recipe, tmp_path)
+    (tmp_path / "1-decoder").mkdir()
+    (tmp_path / "1-decoder/outcome.json").write_text("{}")
+    (tmp_path / "2-blocks/checkpoint").mkdir(parents=True)
+    assert "changed: stage" in refused(learning_rate=0.5)
+    assert "changed: stage" in refused(rule="tiny")
+    assert refused(steps=9) == ""
+
+
+def test_a_student_tells_how_it_samples_and_carries_nobody_elses_card(tmp_path: Path) -> None:
+    teacher = Path(small_recipe(tmp_path).teacher)
+    write_manifest(teacher, steps=(3,), guidance=Guidance(kind="cfg", scale=2.0))
+    (teacher / "README.md").write_text("the teacher's own")
+    (teacher / "big.ckpt").write_text("not named in the index")
+    recipe = small_recipe(tmp_path, sampling=None)
+    blocks = recipe.model_copy(update={"stage": recipe.stage[1:2]})
+    pruned = Student.open(distill(blocks, tmp_path / "pruned")).manifest
+    assert pruned and list(pruned.schedules) == [3] and pruned.guidance.scale == 2.0
+    assert pruned.lineage.recipe_sha256 == blocks.sha256
+    few = Student.open(distill(recipe, tmp_path / "few")).manifest
+    assert few and list(few.schedules) == [1, 2, 4] and few.guidance.kind == "none"
+    left = {path.name for path in (tmp_path / "few").iterdir()}
+    assert not left & {"README.md", "big.ckpt"} and "text_encoder" in left
+    assert (tmp_path / "few/tokenizer/vocab.json").is_file()
 
 
 def test_an_unknown_teacher_is_one_line(tmp_path: Path) -> None:

@@ -553,7 +553,7 @@ def test_a_missed_floor_fails_the_export(one_step_student: Path, tmp_path: Path)
 def test_a_floor_of_no_metric_is_refused_first(one_step_student: Path, tmp_path: Path) -> None:
     target = shelf.make(Target, "torch", {})
     said = attempt(one_step_student, tmp_path / "out", target, floors={"L3.psnr": 30.0})
-    assert "no floor 'L3.psnr'" in said and "did you mean 'psnr_db'?" in said
+    assert "no floor 'L3.psnr'" in said and "did you mean 'L3.psnr_db'?" in said
 
 
 @pytest.mark.usefixtures("replay")

@@ -224,3 +224,33 @@ def test_opening_a_student_loads_no_torch(one_step_student: Path) -> None:
         "s.family.signature(s, 'unet', (16, 16)); s.family.tokenizer(s)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["", "embedded-guidance"])
+@pytest.mark.parametrize("pooled", [False, True], ids=["", "pooled-text"])
+def test_a_folded_timestep_still_hears_prompt_and_guidance(pooled: bool, guided: bool) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from edgeflash.networks_sd import wrap
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        addition_embed_type="text" if pooled else None,
+        addition_embed_type_num_heads=2,
+        time_cond_proj_dim=8 if guided else None,
+    ).eval()
+    sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
+    scale = {"timestep_cond": torch.randn(2, 8)} if guided else {}
+    with torch.no_grad():
+        wanted = wrap(unet, "unet", None)(sample, torch.tensor(499), text, **scale)
+        found = wrap(unet, "unet", 499.0)(sample, text, **scale)
+    assert torch.allclose(found, wanted, atol=1e-6)
