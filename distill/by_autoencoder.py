@@ -85,7 +85,7 @@ class Autoencoder(Method):
 @torch.no_grad()
 def _measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float]:
     """Sets the scaling factor to 1 / std of the latents, and tells the reconstruction's PSNR."""
-    chunks = pictures.split(at_once(pictures.shape[-1]))
+    chunks = torch.split(pictures, at_once(pictures.shape[-1]))
     latents = [vae.encode(x).latent_dist.mean for x in chunks]
     scale = 1 / torch.cat(latents).std().item()
     vae.register_to_config(scaling_factor=scale)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -48,17 +49,8 @@ class Decoder(Method):
 
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
-        if json.loads((shop.teacher / "vae" / "config.json").read_text())["_class_name"] != KL:
-            raise EdgeflashError(
-                f"{shop.teacher / 'vae'}: method 'decoder' needs an {KL} to learn from"
-            )
         torch.manual_seed(0)
-        teacher = shop.load(shop.teacher, "vae").requires_grad_(False)
-        if len(self.blocks) != (levels := len(teacher.config.block_out_channels)):
-            raise EdgeflashError(
-                f"method 'decoder': the teacher's autoencoder has {levels} resolutions, so blocks "
-                f"must name {levels} numbers, not {len(self.blocks)}"
-            )
+        teacher = self.teacher(shop, shop.teacher)
         tiny = self.build(teacher.config.latent_channels).to(
             shop.device, memory_format=torch.channels_last
         )
@@ -105,10 +97,22 @@ class Decoder(Method):
             averages={"vae": average(tiny, self.ema)} if self.ema else {},
             finish=lambda networks: _measure(
                 networks["vae"],
-                latents(first).to(shop.device).split(at_once(shop.store.size_px)),
+                torch.split(latents(first).to(shop.device), at_once(shop.store.size_px)),
                 decoded,
             ),
         )
+
+    def teacher(self, shop: Workshop, folder: Path) -> Any:
+        """The autoencoder to learn from, if it is one that these options fit."""
+        if json.loads((folder / "vae" / "config.json").read_text())["_class_name"] != KL:
+            raise EdgeflashError(f"{folder / 'vae'}: method 'decoder' needs an {KL} to learn from")
+        teacher = shop.load(folder, "vae").requires_grad_(False)
+        if len(self.blocks) != (levels := len(teacher.config.block_out_channels)):
+            raise EdgeflashError(
+                f"method 'decoder': the teacher's autoencoder has {levels} resolutions, so blocks "
+                f"must name {levels} numbers, not {len(self.blocks)}"
+            )
+        return teacher
 
     def build(self, latent_channels: int) -> AutoencoderTiny:
         """TAESD's layers at any width and depth; the encoder mirrors the decoder."""
