@@ -1,4 +1,4 @@
-"""The command line: parsing and one-line errors. Beside `demo.py` alone it knows all rooms.
+"""The command line: parsing and one-line errors. With `demo.py` and `score.py` it knows all rooms.
 
 Rooms are imported inside the commands, so that ``edgeflash --help`` loads none of them.
 """

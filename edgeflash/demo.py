@@ -1,6 +1,6 @@
 """The whole line on the embedded models, offline: distil, export, verify, bench, and a page.
 
-With `cli.py` the only file that knows all rooms.
+With `cli.py` and `score.py` the only file that knows all rooms.
 """
 
 from __future__ import annotations

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from exported import Exported, export
 from tiny_student import write_student
+
+from edgeflash import shelf
+from edgeflash.export.capture import Captured, Tape
+from edgeflash.roles import Target
+from edgeflash.schedule import Guidance
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +30,39 @@ def guided_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`AutoencoderKL`, mid block, DDIM, no `edgeflash.json`: anybody's Stable Diffusion folder."""
     folder = tmp_path_factory.mktemp("students") / "guided"
     return write_student(folder, tiny_decoder=False, scheduler="DDIMScheduler")
+
+
+@pytest.fixture(scope="session")
+def guided(guided_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """fp32 ONNX of the guided student: two DDIM steps, encoder included."""
+    with pytest.MonkeyPatch.context() as patch:
+        return export(
+            patch,
+            guided_student,
+            tmp_path_factory.mktemp("bundles") / "guided",
+            shelf.make(Target, "onnx", {}),
+            steps=(2, 3),
+            guidance=Guidance(kind="cfg", scale=3.0),
+            prompts=("a red star", "blue ring"),
+            image_to_image=True,
+        )
+
+
+@pytest.fixture(scope="session")
+def one_step(one_step_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """int8 ONNX of the one-step student."""
+    with pytest.MonkeyPatch.context() as patch:
+        out = tmp_path_factory.mktemp("bundles") / "one-step"
+        target = shelf.make(Target, "onnx", {"precision": "int8"})
+        return export(patch, one_step_student, out, target)
+
+
+@pytest.fixture
+def replay(monkeypatch: pytest.MonkeyPatch, one_step: Exported) -> None:
+    """Exports of the one-step student take what was captured before."""
+
+    def capture(tape: Tape, name: str) -> Captured:
+        tape.goldens = one_step.goldens
+        return one_step.captured[name]
+
+    monkeypatch.setattr(Tape, "capture", capture)

@@ -15,8 +15,10 @@ from edgeflash.shelf import SHELVES, find, names
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("distill", "export", "runtimes")
-FILES = [path for room in ("edgeflash", *ROOMS) for path in sorted((ROOT / room).glob("*.py"))]
-KNOW_ALL_ROOMS = {"cli.py", "demo.py", "score.py", "inspect.py"}
+FILES = [
+    path for room in ("edgeflash", *ROOMS, "tests") for path in sorted((ROOT / room).glob("*.py"))
+]
+KNOW_ALL_ROOMS = {"cli.py", "demo.py", "score.py"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,63 @@
+"""Exports of small students, and what was captured on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from edgeflash.bundle import Bundle
+from edgeflash.errors import EdgeflashError
+from edgeflash.export.capture import Captured, Tape
+from edgeflash.export.line import export_student
+from edgeflash.golden import Tensors
+from edgeflash.roles import Target
+from edgeflash.student import Student
+from edgeflash.verify import verify
+
+QUIET = Console(quiet=True)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A bundle, and what was captured on the way, to lower it again without tracing it again."""
+
+    bundle: Bundle
+    captured: dict[str, Captured]
+    goldens: list[Tensors]
+
+
+def export(
+    patch: pytest.MonkeyPatch, student: Path, out: Path, target: Target, **options: Any
+) -> Exported:
+    """A real export from end to end."""
+    captured: dict[str, Captured] = {}
+    tapes: list[Tape] = []
+    real = Tape.capture
+
+    def capture(tape: Tape, name: str) -> Captured:
+        tapes.append(tape)
+        return captured.setdefault(name, real(tape, name))
+
+    patch.setattr(Tape, "capture", capture)
+    bundle = export_student(Student.open(student), target, out, console=QUIET, **options)
+    return Exported(bundle, captured, tapes[-1].goldens)
+
+
+def figure(bundle: Bundle, rung: str, component: str, metric: str, **floors: float) -> Any:
+    found = verify(bundle, floors=floors or None)
+    key = (rung, component, metric)
+    return next(f for f in found if (f.rung, f.component, f.metric) == key)
+
+
+def attempt(student: Path, out: Path, target: Target, **options: Any) -> str:
+    """An export that fails: what is said, in one line, after which nothing is left."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(EdgeflashError) as caught:
+        export_student(Student.open(student), target, out, console=QUIET, **options)
+    assert sorted(out.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

@@ -1,0 +1,173 @@
+"""What the parity ladder catches: one thing in a good bundle is changed, and a rung fails."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from exported import Exported, figure
+from onnx import numpy_helper
+
+from edgeflash.bundle import MANIFEST, Bundle, Manifest, describe_file
+from edgeflash.errors import EdgeflashError
+from edgeflash.verify import refuse_below, verify
+
+
+def altered(
+    exported: Exported,
+    folder: Path,
+    component: str,
+    change: Callable[[Any], None] = lambda graph: None,
+    **manifest: Any,
+) -> Bundle:
+    """A copy whose network, and hashes with it, are changed: a fault of the exporter."""
+    shutil.copytree(exported.bundle.folder, folder)
+    path = f"{component}/model.onnx"
+    model = onnx.load(folder / path)
+    change(model.graph)
+    onnx.save(model, folder / path)
+    found = exported.bundle.manifest
+    components = tuple(
+        c.model_copy(update={"files": (describe_file(folder, path),)}) if c.name == component else c
+        for c in found.components
+    )
+    changes = {"components": components, **manifest}
+    (folder / MANIFEST).write_text(found.model_copy(update=changes).model_dump_json())
+    return Bundle.open(folder)
+
+
+def swap_weights(graph: Any) -> None:
+    """Two convolutions of the same shape change places."""
+    weights = [t for t in graph.initializer if t.name.endswith("conv2.weight")]
+    first, second = next(
+        (a, b) for a in weights for b in weights if a.dims == b.dims and a.name < b.name
+    )
+    one, two = numpy_helper.to_array(first).copy(), numpy_helper.to_array(second).copy()
+    first.CopyFrom(numpy_helper.from_array(two, first.name))
+    second.CopyFrom(numpy_helper.from_array(one, second.name))
+
+
+def rewire(graph: Any, name: str, node: Any, constants: dict[str, Any]) -> None:
+    """All users of input ``name`` read the node's output instead."""
+    for user in graph.node:
+        user.input[:] = [node.output[0] if i == name else i for i in user.input]
+    graph.node.insert(0, node)
+    for key, value in constants.items():
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), key))
+
+
+def freeze_timestep(graph: Any) -> None:
+    node = onnx.helper.make_node("Identity", ["frozen"], ["timestep_used"], "freeze")
+    rewire(graph, "timestep", node, {"frozen": 500.0})
+
+
+def attenuate(graph: Any) -> None:
+    node = onnx.helper.make_node(
+        "Div", ["encoder_hidden_states", "nineteen"], ["weaker"], "attenuate"
+    )
+    rewire(graph, "encoder_hidden_states", node, {"nineteen": 19.0})
+
+
+def test_swapped_weights_are_caught(guided: Exported, tmp_path: Path) -> None:
+    bundle = altered(guided, tmp_path / "b", "unet", swap_weights)
+    with pytest.raises(EdgeflashError, match=r"rung L1, unet: psnr_db \d.* misses its floor 80"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_a_dropped_timestep_is_caught(guided: Exported, tmp_path: Path) -> None:
+    bundle = altered(guided, tmp_path / "b", "unet", freeze_timestep)
+    found = figure(bundle, "L2", "unet", "timestep_ratio")
+    assert not found.passed and abs(found.value) < 1e-6
+    with pytest.raises(EdgeflashError, match="rung L2, unet: timestep_ratio"):
+        floors = {"psnr_db": 0.0, "delta_ratio": 0.0}
+        refuse_below(verify(bundle, floors=floors), bundle.folder)
+
+
+def test_attenuated_conditioning_is_caught(guided: Exported, tmp_path: Path) -> None:
+    bundle = altered(guided, tmp_path / "b", "unet", attenuate)
+    found = figure(bundle, "L2", "unet", "delta_ratio")
+    assert not found.passed and 0.01 < found.value < 0.15
+    with pytest.raises(
+        EdgeflashError, match=r"rung L2, unet: delta_ratio 0.* misses its floor 0.9"
+    ):
+        refuse_below(verify(bundle, floors={"psnr_db": 0}), bundle.folder)
+
+
+def test_exaggerated_conditioning_is_caught_too(guided: Exported, tmp_path: Path) -> None:
+    def exaggerate(graph: Any) -> None:
+        node = onnx.helper.make_node("Mul", ["encoder_hidden_states", "two"], ["stronger"], "x")
+        rewire(graph, "encoder_hidden_states", node, {"two": 1.5})
+
+    bundle = altered(guided, tmp_path / "b", "unet", exaggerate)
+    with pytest.raises(EdgeflashError, match=r"delta_ratio 1.* misses its ceiling 1.1"):
+        refuse_below(verify(bundle, floors={"psnr_db": 0}), bundle.folder)
+
+
+def test_a_wrong_latent_scale_is_caught(guided: Exported, tmp_path: Path) -> None:
+    wrong = guided.bundle.manifest.latent.model_copy(update={"scale": 1.0})
+    bundle = altered(guided, tmp_path / "b", "vae_decoder", latent=wrong)
+    with pytest.raises(EdgeflashError, match="rung L1, vae_decoder: psnr_db"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_another_schedule_is_caught(guided: Exported, tmp_path: Path) -> None:
+    tables = guided.bundle.manifest.schedules
+    rows = tables[3].steps
+    changed = rows[1].model_copy(update={"a": 1.05 * rows[1].a})
+    wrong = tables[3].model_copy(update={"steps": (rows[0], changed, rows[2])})
+    bundle = altered(guided, tmp_path / "b", "unet", schedules={2: tables[2], 3: wrong})
+    with pytest.raises(EdgeflashError, match="rung L3, pipeline: psnr_db"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_another_tokenizer_and_other_noise_are_caught(guided: Exported, tmp_path: Path) -> None:
+    goldens = guided.bundle.manifest.goldens
+    other = tuple(g.model_copy(update={"token_ids": (1, *g.token_ids[1:])}) for g in goldens)
+    bundle = altered(guided, tmp_path / "b", "unet", goldens=other)
+    with pytest.raises(EdgeflashError, match="rung L0, tokenizer: equal 0"):
+        refuse_below(verify(bundle), bundle.folder)
+    other = tuple(g.model_copy(update={"seed": g.seed + 9}) for g in goldens)
+    bundle = altered(guided, tmp_path / "c", "unet", goldens=other)
+    with pytest.raises(EdgeflashError, match="rung L0, noise: equal 0"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_the_first_operator_that_went_astray_is_named(guided: Exported, tmp_path: Path) -> None:
+    from edgeflash.export.bisect import bisect_bundles
+
+    def scale_one(graph: Any) -> None:
+        node = next(n for n in graph.node if n.op_type == "LayerNormalization")
+        weight = next(t for t in graph.initializer if t.name == node.input[1])
+        changed = numpy_helper.from_array(numpy_helper.to_array(weight) * 1.1, "tampered")
+        graph.initializer.append(changed)
+        node.input[1] = "tampered"
+
+    bundle = altered(guided, tmp_path / "b", "unet", scale_one)
+    graph = onnx.load(bundle.folder / "unet/model.onnx").graph
+    name = next(n.name for n in graph.node if n.op_type == "LayerNormalization")
+    found = bisect_bundles(bundle, guided.bundle, "unet", 60.0)
+    assert found.startswith(f"LayerNormalization {name} (") and "values -" in found
+    assert bisect_bundles(guided.bundle, guided.bundle, "unet", 60.0) == ""
+    assert sorted(p.name for p in (bundle.folder / "unet").iterdir()) == [
+        "config.json",
+        "model.onnx",
+    ], "the taps left nothing"
+
+
+# --- what goes wrong on the way -------------------------------------------------------------------
+
+
+def test_goldens_are_needed(guided: Exported, tmp_path: Path) -> None:
+    bundle = altered(guided, tmp_path / "b", "unet", goldens=())
+    with pytest.raises(EdgeflashError, match="no goldens"):
+        verify(bundle)
+    manifest = Manifest.model_validate(guided.bundle.manifest.model_dump())
+    path = bundle.folder / manifest.goldens[0].tensors
+    path.write_bytes(b"no safetensors")
+    with pytest.raises(EdgeflashError, match="unreadable golden"):
+        verify(Bundle(bundle.folder, manifest))
