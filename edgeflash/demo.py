@@ -182,8 +182,13 @@ def _measure(entry: Entry, out: Path) -> tuple[System, list[Path]]:
     prompts = tuple(caption.text for caption in captions)
     pictures = draw(bundle, make(Runtime, "onnx", {}), prompts, steps=entry.steps)
     found = verdict(load_judge(), pictures, captions)
-    shares = {f"accuracy of {name}": round(v, 4) for name, v in found.by_attribute.items()}
-    told = {"prompt_accuracy": found.prompt_accuracy, "fd": found.fd, "extra": shares}
+    shares = {f"accuracy with {n} object{'s' * (n > 1)}": v for n, v in found.by_count.items()}
+    shares |= {f"accuracy of {name}": v for name, v in found.by_attribute.items()}
+    told = {
+        "prompt_accuracy": found.prompt_accuracy,
+        "fd": found.fd,
+        "extra": {name: round(v, 4) for name, v in shares.items()},
+    }
     return system.model_copy(update=told), _save(pictures[:SHOWN], entry, out)
 
 
