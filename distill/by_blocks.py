@@ -40,6 +40,9 @@ class Blocks(Method):
     denoising_weight: float = Field(1.0, ge=0, description="of the data term")
     output_weight: float = Field(1.0, ge=0, description="of the teacher's output")
     feature_weight: float = Field(1.0, ge=0, description="of the teacher's block outputs")
+    relative_features: bool = Field(
+        False, description="divide a block's error by the mean square of the teacher's output"
+    )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions")
 
     def begin(self, shop: Workshop) -> Stage:
@@ -75,7 +78,7 @@ class Blocks(Method):
                 * F.mse_loss(output, process.target(x_0, eps, t)),
                 "output": self.output_weight * F.mse_loss(output, wanted),
                 "features": self.feature_weight
-                * torch.stack([F.mse_loss(s.float(), t.float()) for t, s in features]).sum(),
+                * torch.stack([self.distance(s.float(), t.float()) for t, s in features]).sum(),
             }
 
         return Stage(
@@ -85,6 +88,11 @@ class Blocks(Method):
             averages={"unet": average(student, self.ema)} if self.ema else {},
             finish=lambda _: {"copied_share": copied},
         )
+
+    def distance(self, learnt: Tensor, taught: Tensor) -> Tensor:
+        """Of two block outputs. Deep blocks may be a hundred times as large as the last ones."""
+        scale = taught.square().mean() if self.relative_features else 1.0
+        return F.mse_loss(learnt, taught) / scale
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

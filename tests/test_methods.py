@@ -10,7 +10,14 @@ import torch
 from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from edgeflash.distill.by_blocks import Taps, feature_pairs, prune, pruned_config, teacher_name
+from edgeflash.distill.by_blocks import (
+    Blocks,
+    Taps,
+    feature_pairs,
+    prune,
+    pruned_config,
+    teacher_name,
+)
 from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.discriminators import hinge_critic
@@ -213,6 +220,14 @@ def test_a_pruned_unet_copies_what_it_keeps_and_its_features_line_up(
     teacher(x, t, c), student(x, t, c)
     assert [o.shape for o in taught.outputs] == [o.shape for o in learnt.outputs]
     assert len(pairs) == 2 * len(student.up_blocks)
+
+
+def test_relative_features_count_the_same_at_every_size() -> None:
+    learnt, taught = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    relative, plain = Blocks(relative_features=True), Blocks()
+    small, large = ([learnt * k, taught * k] for k in (1.0, 50.0))
+    assert float(relative.distance(*large)) == pytest.approx(float(relative.distance(*small)))
+    assert float(plain.distance(*large)) == pytest.approx(2500 * float(plain.distance(*small)))
 
 
 def test_nothing_left_to_prune_is_said() -> None:
