@@ -333,7 +333,7 @@ def _progress(
                 told_at = time.monotonic()
                 left = clock.seconds / step * (options.steps - step)
                 if options.minutes is not None:
-                    left = min(left, options.minutes * 60 - clock.seconds)
+                    left = max(0.0, min(left, options.minutes * 60 - clock.seconds))
                 line = f"{label}: step {step}/{options.steps}, {left / 60:.0f} min left, {told}"
                 print(line, file=sys.stderr, flush=True)
 

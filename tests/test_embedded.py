@@ -99,8 +99,10 @@ def test_the_frechet_distance_of_gaussians() -> None:
     assert frechet_distance(a, b) == pytest.approx(4 * 0.25 + 4 * 1, rel=0.05)
 
 
-def test_the_students_recipe_is_the_one_in_the_package() -> None:
+@pytest.mark.parametrize("recipe", ["shapes-teacher", "shapes"])
+def test_the_models_come_from_the_recipes_in_the_package(recipe: str) -> None:
     from edgeflash.recipe import find_recipe, read_recipe
 
-    told = json.loads((embedded("shapes-student") / "edgeflash.json").read_text())
-    assert told["lineage"]["recipe_sha256"] == read_recipe(find_recipe("shapes")).sha256
+    name = {"shapes": "shapes-student"}.get(recipe, recipe)
+    told = json.loads((embedded(name) / "edgeflash.json").read_text())
+    assert told["lineage"]["recipe_sha256"] == read_recipe(find_recipe(recipe)).sha256
