@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from diffusers import AutoencoderTiny
 from torch import Tensor
-from transformers import AutoTokenizer
+
+from edgeflash.student import Student
 
 from .stage import Workshop
 
@@ -63,7 +65,8 @@ def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
     """
     folder = shop.student / "text_encoder"
     encoder = shop.load(shop.student, "text_encoder")
-    tokenizer = AutoTokenizer.from_pretrained(str(shop.student / "tokenizer"))
+    name = Student.unfinished(shop.student).class_of("tokenizer")[1]
+    tokenizer = getattr(transformers, name).from_pretrained(str(shop.student / "tokenizer"))
     ids = token_ids(tokenizer, [*shop.store.captions, ""])
 
     @torch.no_grad()

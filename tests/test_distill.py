@@ -350,6 +350,8 @@ def test_a_student_tells_how_it_samples_and_carries_nobody_elses_card(tmp_path: 
     write_manifest(teacher, steps=(3,), guidance=Guidance(kind="cfg", scale=2.0))
     (teacher / "README.md").write_text("the teacher's own")
     (teacher / "big.ckpt").write_text("not named in the index")
+    told = teacher / "tokenizer/tokenizer_config.json"  # the index alone names the class
+    told.write_text(json.dumps({"model_max_length": 16, "pad_token": "<|endoftext|>"}))
     recipe = small_recipe(tmp_path, sampling=None)
     blocks = recipe.model_copy(update={"stage": recipe.stage[1:2]})
     pruned = Student.open(distill(blocks, tmp_path / "pruned")).manifest
