@@ -164,7 +164,7 @@ def table(report: Report) -> Table:
 
     shown = shown_figures(report.systems)
     out = Table(title=escape(report.title), title_justify="left", box=None, pad_edge=False)
-    out.add_column("system")
+    out.add_column("system", min_width=22)
     out.add_column("steps", justify="right")
     for _, heading, unit in shown:
         out.add_column(escape(f"{heading} [{unit}]" if unit else heading), justify="right")
