@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from edgeflash import shapes
 from edgeflash.roles import Method
 
-from .judge import Judge, look
+from .judge import Judge, known_cross_entropy, look
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
 
@@ -49,7 +49,7 @@ class Attributes(Method):
         def loss(network: Judge, batch: Batch, generator: torch.Generator) -> Terms:
             logits, _ = network(self._soften(batch["pictures"], generator))
             heads = zip(shapes.HEADS, logits, batch["labels"].T, strict=True)
-            return {name: _loss(out.float(), known) for name, out, known in heads}
+            return {name: known_cross_entropy(out.float(), known) for name, out, known in heads}
 
         return Stage(
             players={"judge": Player(judge, loss)},
@@ -66,11 +66,6 @@ class Attributes(Method):
         noise = torch.randn(x.shape, generator=generator).to(x.device) * 0.03
         chosen = torch.rand(len(x), generator=generator).to(x.device) < self.soften
         return torch.where(chosen[:, None, None, None], blurred, x) + noise
-
-
-def _loss(logits: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    there = (known >= 0).sum().clamp(min=1)  # of object b there may be none
-    return F.cross_entropy(logits, known, ignore_index=-1, reduction="sum") / there
 
 
 def _held_out_accuracy(networks: dict[str, Any]) -> dict[str, float]:

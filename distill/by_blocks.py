@@ -90,7 +90,7 @@ class Blocks(Method):
         )
 
     def distance(self, learnt: Tensor, taught: Tensor) -> Tensor:
-        """Of two block outputs. Deep blocks may be a hundred times as large as the last ones."""
+        """Of two block outputs, of which some may be far larger than others."""
         scale = taught.square().mean() if self.relative_features else 1.0
         return F.mse_loss(learnt, taught) / scale
 

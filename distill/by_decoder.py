@@ -29,8 +29,8 @@ class Decoder(Method):
 
     L = |down8(G(z)) - down8(x)|_1 + pixel |G(z) - x|_1 + adversarial L_GAN, x the teacher's own
     decoding of z; SDXS has no pixel term. The encoder learns the teacher's scaled latents by MSE.
-    With ``target = "pictures"`` x is the picture that z was encoded from: several times as fast,
-    and no worse where the autoencoder is good.
+    With ``target = "pictures"`` x is the picture that z was encoded from, which saves the teacher's
+    call at every step.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from edgeflash import shapes
 from edgeflash.roles import Method
 
 from .encoded import token_ids
+from .judge import known_cross_entropy
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .vocabulary import small_clip_tokenizer
 
@@ -53,11 +53,7 @@ class Reading(Method):
             after = batch["ids"] == end  # the end token and the padding, which is the same token
             known = batch["labels"][:, None].expand(-1, after.shape[1], -1)[after]
             parts = zip(shapes.HEADS, logits[after].split(SIZES, 1), known.T, strict=True)
-            return {
-                n: F.cross_entropy(out, k, ignore_index=-1, reduction="sum")
-                / (k >= 0).sum().clamp(min=1)
-                for n, out, k in parts
-            }
+            return {name: known_cross_entropy(out, k) for name, out, k in parts}
 
         def batch(indices: np.ndarray) -> Batch:
             return {"ids": ids[indices], "labels": labels[indices]}

@@ -159,7 +159,7 @@ def _most(data: Data) -> int:
     """The most samples there can be."""
     if data.kind != "folder":
         return data.samples
-    return max(1, min(data.samples, sum(1 for _ in _picture_files(Path(data.path or "")))))
+    return max(1, min(data.samples, len(_picture_files(Path(data.path or "")))))
 
 
 def _tell_skipped(bad: list[str], good: int, data: Data) -> None:

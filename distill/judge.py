@@ -46,6 +46,12 @@ def _stride(before: int, after: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU())
 
 
+def known_cross_entropy(logits: Tensor, known: Tensor) -> Tensor:
+    """Mean over the rows whose label is known; 0 where none is, as of object b in small batches."""
+    total = nn.functional.cross_entropy(logits, known, ignore_index=-1, reduction="sum")
+    return total / (known >= 0).sum().clamp(min=1)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the judge says of a set of pictures.
