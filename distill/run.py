@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from edgeflash.bundle import MANIFEST, check_replaceable, fresh_folder, write_atomic
+from edgeflash.bundle import check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
@@ -75,7 +75,7 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
         console.print(_line(label, told[-1]), highlight=False)
         student = folder / "student"
     with fresh_folder(out) as draft:
-        copy_folder(student, draft, leave={MANIFEST, "README.md"}, link=False)
+        copy_folder(student, draft, link=False)
         if recipe.weights == "fp16":
             halve(draft)
         _write_manifest(recipe, teacher, base, told, store.captions[:200], draft)
@@ -109,7 +109,7 @@ def _run_stage(
     )
     if accelerator.is_main_process:
         with fresh_folder(shop.folder / "student") as draft:
-            copy_folder(shop.student, draft, leave={MANIFEST, *stage.final()}, link=True)
+            copy_folder(shop.student, draft, leave=stage.final(), link=True)
             _save_components(stage, draft)
         write_atomic(shop.folder / "outcome.json", json.dumps(_told(outcome), indent=1))
         shutil.rmtree(shop.folder / "checkpoint", ignore_errors=True)
@@ -167,7 +167,7 @@ def copy_folder(source: Path, target: Path, *, leave: Collection[str] = (), link
     would change the source as well.
     """
     index = json.loads((source / INDEX).read_text())
-    named = {INDEX, MANIFEST, "README.md"} | {k for k, v in index.items() if isinstance(v, list)}
+    named = {INDEX} | {k for k, v in index.items() if isinstance(v, list)}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if path.is_dir() or relative.parts[0] not in named.difference(leave):
