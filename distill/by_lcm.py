@@ -10,6 +10,7 @@ from diffusers import LCMScheduler
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import cached_conditioning, cached_latents
@@ -45,12 +46,17 @@ class LCM(Method):
             raise ValueError(f"w_min {self.w_min} is greater than w_max {self.w_max}")
         return self
 
+    def most_steps(self) -> int:
+        return self.ddim_steps
+
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
         student = shop.load(shop.student, "unet").train()
         target = average(student, self.target_ema)
         process = Process.of(shop.teacher, shop.device)
+        if self.ddim_steps > process.timesteps:
+            raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
 
         def batch(indices: np.ndarray) -> Batch:

@@ -23,10 +23,8 @@ class Reading(Method):
     """Cross-entropy of the attributes of the scene, read off each state from the end token on.
 
     A UNet learns to obey a prompt an order of magnitude sooner when the states it attends to
-    already tell attributes apart, as CLIP's do for Stable Diffusion. Even states speak of object a
-    and odd ones of object b, so that attention can choose one: from states that tell all at once,
-    a UNet draws two objects that share their attributes. Attributes that a caption leaves open
-    teach nothing but their prior.
+    already tell attributes apart, as CLIP's do for Stable Diffusion. Attributes that a caption
+    leaves open teach nothing but their prior; objects whose relation it leaves open count as named.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("shapes",)
@@ -50,12 +48,11 @@ class Reading(Method):
         ids = token_ids(tokenizer, shop.store.captions)
         labels = torch.from_numpy(as_named(shop.store.captions, shop.store.labels))
         end = tokenizer.eos_token_id
-        speaks_of = _speaks_of(ids.shape[1])
 
         def loss(network: _Reader, batch: Batch, generator: torch.Generator) -> Terms:
             logits = network(batch["ids"])
             after = batch["ids"] == end  # the end token and the padding, which is the same token
-            known = torch.where(speaks_of.to(after.device), batch["labels"][:, None], -1)[after]
+            known = batch["labels"][:, None].expand(-1, after.shape[1], -1)[after]
             parts = zip(shapes.HEADS, logits[after].split(SIZES, 1), known.T, strict=True)
             return {name: known_cross_entropy(out, k) for name, out, k in parts}
 
@@ -99,12 +96,6 @@ def as_named(captions: list[str], labels: np.ndarray) -> np.ndarray:
         if caption.find(b) < caption.find(a):
             row[2:] = np.roll(row[2:], 3)
     return labels
-
-
-def _speaks_of(states: int) -> Tensor:
-    """Which attributes each state tells, bool [s, 8]: all but those of the other object."""
-    other = [["_b", "_a"][i % 2] for i in range(states)]
-    return torch.tensor([[not name.endswith(o) for name in shapes.HEADS] for o in other])
 
 
 class _Reader(nn.Module):

@@ -27,7 +27,7 @@ from diffusers.optimization import get_scheduler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from edgeflash.bundle import is_disk_full
+from edgeflash.bundle import is_disk_full, write_atomic
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
@@ -51,9 +51,10 @@ class _Turn:
     """A player with the optimizer and learning-rate course the options ask for."""
 
     def __init__(self, player: Player, options: Method, accelerator: Accelerator) -> None:
-        rate = player.learning_rate or options.learning_rate
+        self.rate = player.learning_rate or options.learning_rate
+        self.weight_decay = options.weight_decay
         weights = [p for p in player.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=options.weight_decay)
+        optimizer = torch.optim.AdamW(weights, lr=self.rate, weight_decay=self.weight_decay)
         course = get_scheduler(
             "constant_with_warmup" if options.decay == "constant" else options.decay,
             optimizer,
@@ -63,6 +64,16 @@ class _Turn:
         self.player = player
         self.network, self.optimizer, self.course = accelerator.prepare(
             player.network, optimizer, course
+        )
+
+    def steer(self) -> None:
+        """Goes by the options again: a checkpoint brings the rates back that it was saved with."""
+        course = self.course.scheduler
+        course.base_lrs = [self.rate]
+        self.optimizer.param_groups[0].update(
+            lr=self.rate * course.lr_lambdas[0](course.last_epoch),
+            initial_lr=self.rate,
+            weight_decay=self.weight_decay,
         )
 
 
@@ -93,6 +104,8 @@ def train(
     for average in (*stage.averages.values(), *(average for average, _ in stage.targets)):
         accelerator.register_for_checkpointing(average.to(accelerator.device))
     state = _restore(accelerator, folder)
+    for turn in turns.values():
+        turn.steer()
     clock = _Clock(state["seconds"])
     order = Order(samples, options.batch_size, seed)
     terms: dict[str, float] = state["terms"]
@@ -293,7 +306,7 @@ def _metrics(folder: Path, start: int) -> Iterator[Callable[[int, dict[str, floa
     path = folder / "metrics.jsonl"
     lines = path.read_text().split("\n") if path.exists() else []
     kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-    path.write_text("".join(line + "\n" for line in kept))
+    write_atomic(path, "".join(line + "\n" for line in kept))
     board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
     with path.open("a") as stream:
 

@@ -15,12 +15,19 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from edgeflash.bundle import check_replaceable, fresh_folder, write_atomic
-from edgeflash.embedded import embedded
+from edgeflash.embedded import embedded, located
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
-from edgeflash.student import INDEX, Student, StudentLineage, folder_sha256, write_manifest
+from edgeflash.student import (
+    INDEX,
+    Student,
+    StudentLineage,
+    Weights,
+    folder_sha256,
+    write_manifest,
+)
 from edgeflash.tokenizer import write_vocabulary
 
 from .data import open_store
@@ -29,6 +36,7 @@ from .stage import Stage, Workshop
 
 STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
 STEERING |= {"clip_norm", "precision"}  # options that a begun stage can go on with changed
+NEEDED = ["model_index.json", "*/*"]  # the root holds the same weights once more
 NOT_NEEDED = ["*.ckpt", "*.onnx*", "*.msgpack", "*.h5", "*.bin", "*non_ema*", "*.png", "*.jpg"]
 PROMPTS = 16  # captions that travel with the student, for calibration and parity
 
@@ -48,12 +56,12 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
     """
     console = console or Console(stderr=True)
     methods = recipe.methods()
-    check_replaceable(out)
+    check_replaceable(out, kind="student")
     work = out.parent / f"{out.name}.run"
     work.mkdir(parents=True, exist_ok=True)
-    _same_recipe(recipe, work)
     teacher = locate_teacher(recipe.teacher) if recipe.teacher else None
     base = locate_teacher(recipe.base) if recipe.base else teacher
+    _same_recipe(recipe, work, teacher, base)
     for folder in filter(None, (teacher, base)):
         _check(Student.open(folder), recipe, out)
     for spec, method in zip(recipe.stage, methods, strict=True):
@@ -84,7 +92,7 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
 
 def _check(student: Student, recipe: Recipe, out: Path) -> None:
     """Says what is wrong with a folder and what is asked of it before any work is done."""
-    check_replaceable(out, student.folder)
+    check_replaceable(out, student.folder, kind="student")
     unit, side = student.family.latent(student).downsampling, recipe.data.size_px
     if side % unit:
         raise EdgeflashError(
@@ -97,6 +105,9 @@ def _check_wants(name: str, method: Method, recipe: Recipe) -> None:
         raise EdgeflashError(f"method {name!r} needs a teacher in the recipe")
     if "shapes" in method.wants and recipe.data.kind != "shapes":
         raise EdgeflashError(f"method {name!r} needs [data] kind = 'shapes'")
+    most, asked = method.most_steps(), max(recipe.sampling.steps) if recipe.sampling else 0
+    if most and asked > most:
+        raise EdgeflashError(f"[sampling] steps: {asked}, but {name!r} makes at most {most}")
 
 
 def _run_stage(
@@ -108,6 +119,7 @@ def _run_stage(
         stage, method, shop.folder, accelerator, samples=len(shop.store), seed=seed, label=label
     )
     if accelerator.is_main_process:
+        shutil.rmtree(shop.folder / "student", ignore_errors=True)  # of a run cut off here
         with fresh_folder(shop.folder / "student") as draft:
             copy_folder(shop.student, draft, leave=stage.final(), link=True)
             _save_components(stage, draft)
@@ -163,16 +175,22 @@ def _empty(folder: Path) -> Path:
 def copy_folder(source: Path, target: Path, *, leave: Collection[str] = (), link: bool) -> None:
     """Copies the index and the components it names, but not what is in ``leave``.
 
-    ``link``: as hard links where the disk can, for folders that nobody writes into afterwards: that
-    would change the source as well.
+    Of several variants of a network's weights one is copied, under the plain name, which is what
+    diffusers looks for. ``link``: as hard links where the disk can, for folders that nobody writes
+    into afterwards: that would change the source as well.
     """
-    index = json.loads((source / INDEX).read_text())
-    named = {INDEX} | {k for k, v in index.items() if isinstance(v, list)}
+    student = Student.unfinished(source)
+    named = {INDEX} | {k for k, v in student.index.items() if isinstance(v, list)}
+    there = [k for k in named.difference(leave) if (source / k).is_dir()]
+    networks = {k: student.weights(k) for k in there if student.is_network(k)}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if path.is_dir() or relative.parts[0] not in named.difference(leave):
             continue
-        goal = target / relative
+        name = _kept_as(path.name, networks.get(relative.parts[0]))
+        if name is None:
+            continue
+        goal = target / relative.with_name(name)
         goal.parent.mkdir(parents=True, exist_ok=True)
         if link and path.suffix != ".json":  # later stages rewrite those
             try:
@@ -181,6 +199,22 @@ def copy_folder(source: Path, target: Path, *, leave: Collection[str] = (), link
             except OSError:
                 pass
         shutil.copyfile(path, goal)
+
+
+def _kept_as(name: str, weights: Weights | None) -> str | None:
+    """The name that a file beside the chosen ``weights`` is copied under; None: it is left."""
+    if weights is None:
+        return name
+    chosen = {path.name for path in weights.files}
+    tail = f".{weights.variant}" if weights.variant else ""
+    sharded = any("-of-" in path for path in chosen)
+    if ".index." in name:
+        return name.replace(tail, "") if sharded and name.endswith(f".index{tail}.json") else None
+    if not name.endswith((".safetensors", ".bin")):
+        return name
+    if name not in chosen:
+        return None
+    return name if sharded else name.replace(tail, "")  # the index names the shards as they are
 
 
 def halve(folder: Path) -> None:
@@ -200,21 +234,19 @@ def halve(folder: Path) -> None:
 
 
 def locate_teacher(name: str) -> Path:
-    """The folder of a teacher: 'embedded', a diffusers folder, or a hub id in the local cache.
+    """The folder of a teacher: 'embedded', a folder, an embedded model's name, or a hub id.
 
     Raises:
         EdgeflashError: none of these.
     """
     if name == "embedded":
         return embedded("shapes-teacher")
-    if (Path(name) / "model_index.json").is_file():
-        return Path(name)
-    if Path(name).exists():
-        raise EdgeflashError(f"{name}: no diffusers folder (model_index.json is missing)")
+    if (folder := located(name)).exists():
+        return folder
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, ignore_patterns=NOT_NEEDED))
+        return Path(snapshot_download(name, allow_patterns=NEEDED, ignore_patterns=NOT_NEEDED))
     except Exception as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise EdgeflashError(
@@ -222,13 +254,17 @@ def locate_teacher(name: str) -> Path:
         ) from None
 
 
-def _same_recipe(recipe: Recipe, work: Path) -> None:
-    """Refuses to go on with stages that came from another recipe, and notes this one.
+def _same_recipe(
+    recipe: Recipe, work: Path, teacher: Path | None = None, base: Path | None = None
+) -> None:
+    """Refuses to go on with stages that came from another recipe or teacher, and notes this one.
 
     What later stages alone see may change, and of the stage that was begun what only steers it: a
     failed stage can be mended.
     """
-    path, now = work / "recipe.json", recipe.resolved()
+    sources = {"teacher": teacher, "base": base}
+    path = work / "recipe.json"
+    now = recipe.resolved() | {k: folder_sha256(v) for k, v in sources.items() if v}
     if path.exists():
         before = json.loads(path.read_text())
         marks = [_mark(work / f"{i}-{s['by']}") for i, s in enumerate(before["stage"], 1)]

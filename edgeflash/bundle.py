@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import Guidance, Schedule
 
 MANIFEST = "edgeflash.json"
-OURS = (MANIFEST, "model_index.json")  # bundles and students hold one of these
 FORMAT_VERSION = 1
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
@@ -160,6 +159,13 @@ class Manifest(Part):
     files: tuple[File, ...] = ()  # all others: tokenizer, goldens, configs of the ecosystem
     lineage: Lineage = Lineage()
 
+    @model_validator(mode="after")
+    def _has_its_schedules(self) -> Manifest:
+        for steps in (self.default_steps, *(golden.steps for golden in self.goldens)):
+            if steps not in self.schedules:
+                raise ValueError(f"schedules: none for {steps} steps, which it speaks of")
+        return self
+
 
 class Bundle:
     """An opened bundle folder.
@@ -234,7 +240,8 @@ def parse_manifest(model: type[Any], data: dict[str, Any], folder: Path) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        raise EdgeflashError(f"{folder / MANIFEST}: field {field}: {first['msg']}") from None
+        said = f"field {field}: " * bool(field) + first["msg"].removeprefix("Value error, ")
+        raise EdgeflashError(f"{folder / MANIFEST}: {said}") from None
 
 
 def describe_file(folder: Path, relative: str) -> File:
@@ -275,18 +282,37 @@ def is_disk_full(error: Exception, folder: Path) -> bool:
     return told or shutil.disk_usage(folder).free < 2**16
 
 
-def check_replaceable(out: Path, *sources: Path) -> None:
+def check_replaceable(out: Path, *sources: Path, kind: str = "") -> None:
     """Whether a finished folder may take the place of what is there.
 
+    Args:
+        out: the folder to be.
+        sources: what it is made from.
+        kind: "student" or "bundle": folders of the other kind stay; "": of any kind may go.
+
     Raises:
-        EdgeflashError: it holds something that edgeflash has not made, or is one of ``sources``.
+        EdgeflashError: it holds something that edgeflash has not made, cannot be renamed, or is one
+            of ``sources``.
     """
+    if out.resolve() == Path.cwd() or os.path.ismount(out):
+        raise EdgeflashError(f"{out}: cannot be replaced as a whole; name a folder inside it")
     held = os.listdir(out) if out.is_dir() else ["a file"] * out.exists()
-    if held and not set(OURS).intersection(held):
+    begun = (out.parent / f"{out.name}.run").is_dir()  # a training's scratch folder beside it
+    if held and MANIFEST not in held and not begun:
         raise EdgeflashError(f"{out}: holds something else; choose another --out")
     for source in sources:
         if source.resolve().is_relative_to(out.resolve()):
             raise EdgeflashError(f"{out}: would replace {source}, which it is made from")
+    if kind and (there := _kind_of(out)) not in (kind, ""):
+        raise EdgeflashError(f"{out}: holds a {there}; choose another --out for the {kind}")
+
+
+def _kind_of(folder: Path) -> str:
+    """What a folder's manifest calls it; "" where that cannot be told."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 @contextmanager
@@ -312,8 +338,13 @@ def fresh_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
             out.rename(old / out.name)
-            draft.rename(out)
-            shutil.rmtree(old)
+            try:
+                draft.rename(out)
+            except BaseException:
+                (old / out.name).rename(out)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             draft.rename(out)
     except Exception as error:

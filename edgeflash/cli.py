@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.main import get_command
 
+from edgeflash.arguments import read_counts, read_floors, read_options, read_size
 from edgeflash.errors import EdgeflashError
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def distill(
     made.methods()  # says which package is missing, before the room is imported
     from edgeflash.distill.run import distill as run
 
-    out.print(f"wrote {run(made, out_dir)}")
+    print(f"wrote {run(made, out_dir)}")
 
 
 @app.command()
@@ -70,6 +72,9 @@ def export(
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
     size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Scale; 1: none; default: the student's.")
+    ] = None,
     image_to_image: Annotated[bool, typer.Option(help="Ship the encoder too.")] = False,
     keep_timestep: Annotated[
         bool, typer.Option(help="An input even of one-step students.")
@@ -83,22 +88,24 @@ def export(
     from edgeflash.shelf import make
     from edgeflash.student import Student
 
-    target = make(Target, to, {"precision": precision} | _options(set_ or []))
-    counts, pixels = _counts(steps), _size(size)
+    target = make(Target, to, {"precision": precision} | read_options(set_))
+    counts, pixels = read_counts(steps), read_size(size)
     from edgeflash.export.line import export_student
 
+    opened = Student.open(student)
     export_student(
-        Student.open(student),
+        opened,
         target,
         out_dir,
         steps=counts,
+        guidance=opened.guidance(guidance),
         size=pixels,
         prompts=tuple(prompt or ()),
         image_to_image=image_to_image,
         fold_timestep=not keep_timestep,
-        floors=_floors(floor),
+        floors=read_floors(floor),
     )
-    out.print(f"wrote {out_dir}")
+    print(f"wrote {out_dir}")
 
 
 @app.command()
@@ -164,7 +171,7 @@ def bench(
     job = Job(
         bundle=str(bundle),
         runtime=on or _own_runtime(opened),
-        options=_options(set_ or []),
+        options=read_options(set_),
         prompts=tuple(prompt or default_prompts(opened)),
         batch=batch,
         guidance=guidance,
@@ -179,12 +186,12 @@ def bench(
         report = measure(
             job,
             out_dir,
-            steps=_counts(steps) or (),
+            steps=read_counts(steps) or (),
             command=command,
-            tell=lambda name, done, of: status.update(f"{name}: {done}/{of}"),
+            tell=lambda name, done, of: status.update(escape(f"{name}: {done}/{of}")),
         )
     out.print(table(report))
-    out.print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
+    print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
 
 
 @app.command()
@@ -201,7 +208,7 @@ def verify(
     from edgeflash.verify import verify as climb
 
     opened = Bundle.open(bundle, check="sha256")
-    figures = climb(opened, _runtime(on, opened, set_), _floors(floor))
+    figures = climb(opened, _runtime(on, opened, set_), read_floors(floor))
     out.print(ladder(figures))
     refuse_below(figures, bundle)
 
@@ -225,7 +232,7 @@ def score(
     runtime = _runtime(on, opened, set_)
     found = {}
     with err.status("drawing") as status:
-        for count in _counts(steps) or tuple(sorted(opened.manifest.schedules)):
+        for count in read_counts(steps) or tuple(sorted(opened.manifest.schedules)):
             found[count] = judge(
                 opened,
                 runtime,
@@ -299,52 +306,7 @@ def _recipe(
     given: dict[str, Any] = {"teacher": teacher} if teacher else {}
     if data:
         given |= {"data.kind": "folder", "data.path": str(data)}
-    return changed(made, given | _options(sets))
-
-
-def _options(sets: list[str], flag: str = "--set") -> dict[str, Any]:
-    """``NAME=VALUE`` pairs; values as TOML writes them, or plain text."""
-    import tomllib
-
-    options: dict[str, Any] = {}
-    for pair in sets:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise EdgeflashError(f"{flag} {pair}: write it as NAME=VALUE")
-        try:
-            options[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[name] = text
-    return options
-
-
-def _floors(pairs: list[str] | None) -> dict[str, float]:
-    floors = _options(pairs or [], "--floor")
-    for name, value in floors.items():
-        if not isinstance(value, int | float):
-            raise EdgeflashError(f"--floor {name}={value}: the value must be a number")
-    return floors
-
-
-def _counts(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise EdgeflashError(f"--steps {text}: write numbers with commas, as in 1,2,4") from None
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    try:
-        sides = [int(part) for part in text.split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2):
-        raise EdgeflashError(f"--size {text}: write one side or HEIGHTxWIDTH, as in 512 or 512x768")
-    return sides[0], sides[-1]
+    return changed(made, given | read_options(sets))
 
 
 def _own_runtime(bundle: Bundle) -> str:
@@ -365,14 +327,14 @@ def _runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Runtim
     from edgeflash.roles import Runtime
     from edgeflash.shelf import make
 
-    return make(Runtime, name or _own_runtime(bundle), _options(sets or []))
+    return make(Runtime, name or _own_runtime(bundle), read_options(sets))
 
 
 def _tell(result: Result, prompts: tuple[str, ...], places: list[Path]) -> None:
     for place, prompt, cut in zip(places, prompts, result.cut, strict=True):
-        out.print(f"wrote {place}  ({prompt})")
+        print(f"wrote {place}  ({prompt})")
         if cut:
-            err.print(f"the prompt is too long: not seen was {cut!r}")
+            print(f"the prompt is too long: not seen was {cut!r}", file=sys.stderr)
 
 
 def main() -> None:

@@ -127,7 +127,8 @@ def recipe_of(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()  # a mistyped key may also be missed under its right name
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         *table, field = first["loc"] or ("",)
         if first["type"] == "extra_forbidden":
             inside = f" [{'.'.join(map(str, table))}]" if table else ""

@@ -66,6 +66,10 @@ class Method(Plugin, ABC):
             raise ValueError(f"accumulate {self.accumulate} does not divide {self.batch_size}")
         return self
 
+    def most_steps(self) -> int | None:
+        """The largest step count that the student's sampler can run; None: as many as one likes."""
+        return None
+
     @abstractmethod
     def begin(self, shop: Workshop) -> Stage:
         """Builds the networks, losses and batches of this stage."""

@@ -30,6 +30,9 @@ INDEX = "model_index.json"
 STEMS = {"diffusers": ("diffusion_pytorch_model",), "transformers": ("model", "pytorch_model")}
 FEW_STEP_SAMPLERS = {"LCMScheduler", "TCDScheduler"}
 FEW_STEPS, MANY_STEPS = (1, 2, 4), (25,)
+INSTEAD = {  # PNDM looks four calls back, and is what most SD folders name
+    "PNDMScheduler": "DPMSolverMultistepScheduler"
+}
 CFG_SCALE, LCM_SCALE = 7.5, 8.5  # what diffusers' own pipelines default to
 
 
@@ -63,6 +66,17 @@ class Weights:
 
     files: tuple[Path, ...]
     variant: str | None
+
+
+class Config(dict[str, Any]):
+    """A component's config; a key that it lacks is told with the file."""
+
+    def __init__(self, path: Path, told: dict[str, Any]) -> None:
+        super().__init__(told)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise EdgeflashError(f"{self._path}: lacks {key!r}: copy or download the folder again")
 
 
 class Student:
@@ -115,7 +129,8 @@ class Student:
     def config(self, component: str) -> dict[str, Any]:
         """The config of ``unet``, ``vae``, ``text_encoder`` or ``scheduler``."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        return read_json(self.folder / component / name)
+        path = self.folder / component / name
+        return Config(path, read_json(path))
 
     def class_of(self, component: str) -> tuple[str, str]:
         """(library, class) of a component, as the index names them."""
@@ -126,6 +141,14 @@ class Student:
                 f"{self.index['_class_name']} has"
             )
         return str(pair[0]), str(pair[1])
+
+    def is_network(self, component: str) -> bool:
+        """Whether the index names it as something that has weights."""
+        pair = self.index.get(component)
+        if not isinstance(pair, list):
+            return False
+        plain = ("tokenizer", "scheduler", "feature_extractor")
+        return pair[0] in (*STEMS, "stable_diffusion") and not component.startswith(plain)
 
     def weights(self, component: str) -> Weights:
         """The weight files of a network; the plain ones before variants.
@@ -154,8 +177,16 @@ class Student:
         scheduler = self._scheduler() if lacking else None
         return {n: own[n] if n in own else lower_schedule(scheduler, n) for n in wanted}
 
-    def guidance(self) -> Guidance:
-        """How the prompt steers: as the manifest says, or as diffusers would do by default."""
+    def guidance(self, scale: float | None = None) -> Guidance:
+        """How the prompt steers: as the manifest says, or as diffusers would do by default.
+
+        ``scale``: another one; 1 makes do with one call a step.
+        """
+        if scale is not None:
+            own = self.guidance()
+            if own.kind == "embedded":
+                return own.model_copy(update={"scale": scale})
+            return Guidance() if scale == 1 else Guidance(kind="cfg", scale=scale)
         if self.manifest:
             return self.manifest.guidance
         if channels := self.config("unet").get("time_cond_proj_dim"):
@@ -179,20 +210,19 @@ class Student:
         import diffusers
 
         name = self.class_of("scheduler")[1]
-        if name == "PNDMScheduler":  # looks four calls back, and is what most SD folders name
-            name = "DPMSolverMultistepScheduler"
+        name = INSTEAD.get(name, name)
         if not hasattr(diffusers, name):
             raise EdgeflashError(f"{self.folder / INDEX}: diffusers knows no scheduler {name!r}")
         return getattr(diffusers, name).from_config(self.family.scheduler_config(self))
 
     def _check_component(self, name: str) -> None:
-        library, _ = self.class_of(name)
+        self.class_of(name)
         home = self.folder / name
         if not home.is_dir():
             raise EdgeflashError(f"{home}: missing; {INDEX} names it: copy the folder again")
         if name == "scheduler":
             self.config(name)
-        elif library in STEMS and not name.startswith("tokenizer"):
+        elif self.is_network(name):
             self.config(name)
             for path in self.weights(name).files:
                 check_weights(path)

@@ -31,7 +31,8 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.golden import Sampler
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Guidance, Schedule
-from edgeflash.student import Student, folder_sha256
+from edgeflash.student import INSTEAD, Student, folder_sha256
+from edgeflash.tokenizer import read_tokenizer
 from edgeflash.verify import check_floors, refuse_below, verify
 
 from . import pack
@@ -88,8 +89,9 @@ def export_student(
     console = console or Console(stderr=True)
     runtime = shelf.make(Runtime, target.runtime, {})
     check_floors(floors or {})
-    check_replaceable(out, student.folder)
+    check_replaceable(out, student.folder, kind="bundle")
     plan = _plan(student, target, steps, guidance, prompts, size, image_to_image, fold_timestep)
+    _tell_changed(plan, prompts, console)
     pieces: list[_Piece] = []
     try:
         with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
@@ -170,6 +172,17 @@ def _plan(
         timestep=times.pop() if fold_timestep and len(times) == 1 else None,
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
+
+
+def _tell_changed(plan: _Plan, prompts: Sequence[str], console: Console) -> None:
+    """Says what becomes of the sampler and of prompts that no table or text encoder can hold."""
+    student, name = plan.student, plan.student.class_of("scheduler")[1]
+    if name in INSTEAD and not student.manifest:
+        console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
+    tokenize = read_tokenizer(student.folder, student.family.tokenizer(student))
+    for prompt in prompts:
+        if cut := tokenize(prompt).cut:
+            console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
 
 
 def _lower(captured: Captured, target: Target, draft: Path, hashing: ThreadPoolExecutor) -> _Piece:

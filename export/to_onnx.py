@@ -105,6 +105,9 @@ class OnnxTarget(Target):
     def furnish(self, student: Student, out: Path) -> None:
         """Configs, scheduler and index where optimum looks for them."""
         index = {key: value for key, value in student.index.items() if key != "vae"}
+        for key, value in index.items():
+            if isinstance(value, list) and key not in student.family.folders:
+                index[key] = [None, None]  # a safety checker and the like stay behind
         for name in ("vae_decoder", "vae_encoder"):
             if (out / name).is_dir():
                 _write(out / name / "config.json", _as_kl(student.config("vae")))
@@ -139,4 +142,6 @@ def _as_kl(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    """As JSON, without diffusers' note of where the model was loaded from."""
+    told = {key: value for key, value in data.items() if key != "_name_or_path"}
+    path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

@@ -41,8 +41,6 @@ def reasons(bundle: Bundle, runtime: Runtime) -> Iterator[str]:
             yield f"components: {component.name!r} is not known here: pip install -U edgeflash"
         else:
             yield from _about_component(component, runtime)
-    if manifest.default_steps not in manifest.schedules:
-        yield f"default_steps: {manifest.default_steps} has no table in schedules; export it again"
     yield from _about_timesteps(bundle, have["unet"])
     yield from _about_guidance(bundle, have["unet"])
 

@@ -91,12 +91,20 @@ class OnnxSession(Session):
         provider = session.get_providers()[0]
         self.device = next(name for name, value in PROVIDERS.items() if value == provider)
         self._bound = self.device != "cpu"
+        self._name = component.name
         self._session = session
         self._binding = session.io_binding()
         self._outputs = [spec.name for spec in component.outputs]
         self._held: dict[str, tuple[Array, Any]] = {}  # name -> array, its copy on the device
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            return self._run(inputs)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            said = " ".join(str(error).split())
+            raise EdgeflashError(f"{self._name}: ONNX Runtime failed in a run: {said}") from None
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if not self._bound:
             # run() itself takes and gives arrays by address on the CPU; a binding would copy.
             values = self._session.run(self._outputs, dict(inputs))

@@ -226,7 +226,7 @@ class TextToImage:
             raise self._cannot("take a negative prompt", f"its guidance kind is {own.kind!r}")
         if own.kind == "none" and scale != 1:
             raise self._cannot(f"take the guidance scale {scale:g}", "its guidance kind is 'none'")
-        if not scale >= 0:
+        if not 0 <= scale < float("inf"):
             raise self._cannot(f"take the guidance scale {scale:g}", "scales are 0 or more")
         return Guidance(kind=own.kind, scale=scale, channels=own.channels)
 

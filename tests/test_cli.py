@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_bundle import tiny
 
 from edgeflash import cli
+from edgeflash.schedule import Guidance
 
 
 class Said:
@@ -98,6 +100,29 @@ def test_run_writes_the_picture_and_tells_what_was_cut(say, tmp_path: Path) -> N
     assert picture.ndim == 3 and picture.dtype == np.uint8
     refused = say("run", bundle, "--prompt", "red", "--out", tmp_path / "a.jpg")
     assert refused.code == 2 and "name it a.png" in refused.err
+
+
+def test_brackets_are_not_taken_for_markup(say, tmp_path: Path) -> None:
+    place = tmp_path / "a[fp16].png"
+    said = say("run", tiny(tmp_path / "b"), "--prompt", "a [red] star [/ring]", "--out", place)
+    assert said.code == 0 and said.out == f"wrote {place}  (a [red] star [/ring])\n"
+
+
+def test_guidance_is_a_number_that_images_can_take(say, tmp_path: Path) -> None:
+    bundle = tiny(tmp_path / "b", guidance={"kind": "cfg", "scale": 4})
+    said = say("run", bundle, "--prompt", "red", "--guidance", "inf")
+    assert said.code == 2 and "scales are 0 or more" in said.err
+
+
+def test_export_is_told_the_guidance(
+    say, one_step_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "edgeflash.export.line.export_student", lambda *_, **options: asked.update(options)
+    )
+    say("export", one_step_student, "--to", "onnx", "--guidance", "3")
+    assert asked["guidance"] == Guidance(kind="cfg", scale=3.0)
 
 
 def test_two_prompts_make_two_pictures(say, tmp_path: Path) -> None:

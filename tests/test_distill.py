@@ -56,7 +56,7 @@ class Toy(Method):
 def run_toy(folder: Path, *, stop_at: int | None = None, **options: Any) -> Stage:
     """Trains the toy; with ``stop_at`` a Ctrl-C falls into that step, which still ends."""
     folder.mkdir(exist_ok=True)
-    toy = Toy(steps=8, batch_size=4, learning_rate=0.1, **options)
+    toy = Toy(**{"steps": 8, "batch_size": 4, "learning_rate": 0.1} | options)
     stage = toy.begin(None)  # type: ignore[arg-type]
     plain, count = stage.batch, 0
 

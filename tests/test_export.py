@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +17,12 @@ from exported import QUIET, Exported, figure
 
 from edgeflash import shelf
 from edgeflash.bundle import MANIFEST, Bundle, Component, TensorSpec
+from edgeflash.errors import EdgeflashError
 from edgeflash.export.capture import Captured
 from edgeflash.export.line import export_student
 from edgeflash.golden import Sampler, load_tensors
 from edgeflash.parity import psnr_db
-from edgeflash.roles import Target
+from edgeflash.roles import Runtime, Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student
@@ -110,6 +112,31 @@ def test_int8_weights_are_int8_where_it_pays(one_step: Exported) -> None:
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     floats = [node for node in convolutions if node.input[1] not in makers]
     assert floats == [convolutions[0], convolutions[-1]], "first and last stay in float"
+
+
+def test_nothing_is_named_that_does_not_ship(guided_student: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(guided_student, tmp_path / "guided")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "unet/config.json").read_text())
+    config["_name_or_path"] = "/home/somebody/sd15"
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    for name in ("unet", "text_encoder", "vae_decoder"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    shelf.make(Target, "onnx", {}).furnish(Student.open(folder), tmp_path / "out")
+    index = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert index["safety_checker"] == index["feature_extractor"] == [None, None]
+    assert index["unet"] == ["diffusers", "OnnxRuntimeModel"] and index["scheduler"][0]
+    assert "somebody" not in (tmp_path / "out/unet/config.json").read_text()
+
+
+def test_a_run_that_fails_names_the_component(guided: Exported) -> None:
+    decoder = guided.bundle.component("vae_decoder")
+    session = shelf.make(Runtime, "onnx", {}).open(guided.bundle.folder, decoder)
+    with pytest.raises(EdgeflashError, match="vae_decoder: ONNX Runtime failed in a run: "):
+        session({"latent_sample": np.zeros((1, 3, 8, 8), np.float32)})
 
 
 def test_the_folder_is_laid_out_as_optimum_reads_it(guided: Exported) -> None:

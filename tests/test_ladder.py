@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,15 @@ def test_the_first_operator_that_went_astray_is_named(guided: Exported, tmp_path
 
 
 # --- what goes wrong on the way -------------------------------------------------------------------
+
+
+def test_a_manifest_has_the_schedules_it_speaks_of(guided: Exported, tmp_path: Path) -> None:
+    folder = shutil.copytree(guided.bundle.folder, tmp_path / "b")
+    told = json.loads((folder / "edgeflash.json").read_text())
+    del told["schedules"][str(told["goldens"][0]["steps"])]
+    (folder / "edgeflash.json").write_text(json.dumps(told))
+    with pytest.raises(EdgeflashError, match="schedules: none for"):
+        Bundle.open(folder)
 
 
 def test_goldens_are_needed(guided: Exported, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from edgeflash.distill.by_blocks import (
 )
 from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM
-from edgeflash.distill.by_reading import SIZES, Reading, as_named
+from edgeflash.distill.by_reading import as_named
 from edgeflash.distill.discriminators import hinge_critic
 from edgeflash.distill.process import Process
 from edgeflash.distill.teacher import guided
@@ -255,26 +255,3 @@ def test_objects_count_as_named_where_no_relation_is_told() -> None:
     swapped = labels.copy()
     swapped[0] = [*labels[0, :2], *labels[0, 5:], *labels[0, 2:5]]
     assert (as_named(told, labels) == swapped).all()
-
-
-def test_reading_teaches_each_state_one_of_the_objects() -> None:
-    _, told, labels = shapes.batch(1, range(64))
-    captions = [caption.text for caption in told]
-    shop: Any = SimpleNamespace(
-        store=SimpleNamespace(captions=captions, labels=labels), device=torch.device("cpu")
-    )
-    stage = Reading(text_width=16, text_layers=1).begin(shop)
-    two = int(np.flatnonzero(labels[:, -1] >= 0)[0])
-    batch = stage.batch(np.array([two]))
-    logits = torch.zeros(1, 24, sum(SIZES), requires_grad=True)
-    terms = stage.players["reader"].loss(lambda ids: logits, batch, torch.Generator())
-    torch.stack(list(terms.values())).sum().backward()
-    assert logits.grad is not None
-    by_head = logits.grad[0].split(SIZES, 1)
-    taught = {name: part.any(1) for name, part in zip(shapes.HEADS, by_head, strict=True)}
-    length = len(captions[two].replace(",", " ,").split())
-    even = torch.arange(24) % 2 == 0
-    assert not taught["arrangement"][:length].any()  # the caption itself is left alone
-    assert taught["arrangement"][-4:].all()
-    assert not taught["colour_a"][~even].any() and taught["colour_a"][-4:].any()
-    assert not taught["colour_b"][even].any() and taught["colour_b"][-4:].any()

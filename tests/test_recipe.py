@@ -56,6 +56,11 @@ def test_a_mistake_in_a_recipe_is_one_line(change: dict[str, object], line: str)
     assert "\n" not in str(caught.value)
 
 
+def test_a_mistyped_key_is_told_before_the_one_it_left_out() -> None:
+    with pytest.raises(EdgeflashError, match=r"no key in here: 'stages' .*did you mean 'stage'"):
+        recipe_of({"name": "x", "stages": [{"by": "lcm"}]}, "here")
+
+
 @pytest.mark.parametrize(
     ("stage", "line"),
     [

@@ -13,7 +13,7 @@ from exported import Exported, attempt
 from onnx import numpy_helper
 
 from edgeflash import shelf
-from edgeflash.bundle import MANIFEST, Bundle
+from edgeflash.bundle import MANIFEST, Bundle, check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.capture import Captured, Tape
 from edgeflash.export.line import export_student
@@ -97,6 +97,40 @@ def test_an_export_does_not_replace_its_student(one_step_student: Path) -> None:
         with pytest.raises(EdgeflashError, match=r"which it is made from|holds something else"):
             export_student(Student.open(one_step_student), shelf.make(Target, "torch", {}), out)
     assert (one_step_student / "unet").is_dir()
+
+
+def test_folders_that_must_stay_are_refused(
+    one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(one_step_student, tmp_path / "trained")
+    said = attempt(one_step_student, tmp_path / "trained", shelf.make(Target, "torch", {}))
+    assert "trained: holds a student; choose another --out for the bundle" in said
+    (tmp_path / "trained/edgeflash.json").unlink()  # now anybody's diffusers folder
+    said = attempt(one_step_student, tmp_path / "trained", shelf.make(Target, "torch", {}))
+    assert "trained: holds something else" in said
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(), Path("/proc")):
+        with pytest.raises(EdgeflashError, match="cannot be replaced as a whole; name a folder"):
+            check_replaceable(out)
+
+
+def test_a_folder_that_cannot_give_way_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/edgeflash.json").write_text("an older bundle")
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if target == tmp_path / "out" and path.name != "out":
+            raise OSError("busy")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="busy"), fresh_folder(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/edgeflash.json").read_text() == "an older bundle"
 
 
 @pytest.mark.usefixtures("replay")

@@ -285,7 +285,7 @@ def test_bundles_that_cannot_be_honoured_name_the_field(tmp_path: Path) -> None:
         4, lambda f: _edit(f, 2, name="vae"), "components: 'vae' is not known|vae_decoder is miss"
     )
     refused(5, lambda f: _edit(f, 1, dtype="int64"), "int64 cannot hold the timestep 900.5")
-    refused(6, lambda f: {"default_steps": 4}, "default_steps: 4 has no table")
+    refused(6, lambda f: {"default_steps": 4}, "schedules: none for 4 steps")
     refused(7, lambda f: {}, "use 3 timesteps, but components.unet has its timestep", timestep=None)
     refused(
         8, lambda f: {"guidance": whole}, "guidance.kind: is 'embedded', .* has no input of role"

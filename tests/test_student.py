@@ -51,6 +51,22 @@ def test_few_step_samplers_and_embedded_guidance_are_recognised(folder: Path) ->
         student.family.check_guidance(student, Guidance())
 
 
+def test_guidance_can_be_asked_for(folder: Path) -> None:
+    assert Student.open(folder).guidance(1) == Guidance()
+    assert Student.open(folder).guidance(3) == Guidance(kind="cfg", scale=3)
+    edit(folder / "unet/config.json", time_cond_proj_dim=16)
+    assert Student.open(folder).guidance(3) == Guidance(kind="embedded", scale=3, channels=16)
+
+
+def test_a_config_that_lacks_a_key_is_named(folder: Path) -> None:
+    path = folder / "text_encoder/config.json"
+    told = json.loads(path.read_text())
+    del told["hidden_size"]
+    path.write_text(json.dumps(told))
+    with pytest.raises(EdgeflashError, match=r"text_encoder/config\.json: lacks 'hidden_size'"):
+        Student.open(folder)
+
+
 def test_pndm_is_lowered_as_a_two_step_solver(folder: Path) -> None:
     edit(folder / "model_index.json", scheduler=["diffusers", "PNDMScheduler"])
     schedule = Student.open(folder).schedules([5])[5]

@@ -1,0 +1,54 @@
+"""What people write behind the options of the command line, as values."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+from edgeflash.errors import EdgeflashError
+
+
+def read_options(sets: list[str] | None, flag: str = "--set") -> dict[str, Any]:
+    """``NAME=VALUE`` pairs; values as TOML writes them, or plain text."""
+    options: dict[str, Any] = {}
+    for pair in sets or []:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise EdgeflashError(f"{flag} {pair}: write it as NAME=VALUE")
+        try:
+            options[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[name] = text
+    return options
+
+
+def read_floors(pairs: list[str] | None) -> dict[str, float]:
+    """``METRIC=NUMBER`` pairs."""
+    floors = read_options(pairs, "--floor")
+    for name, value in floors.items():
+        if not isinstance(value, int | float):
+            raise EdgeflashError(f"--floor {name}={value}: the value must be a number")
+    return floors
+
+
+def read_counts(text: str | None) -> tuple[int, ...] | None:
+    """``1,2,4``; None stays None."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise EdgeflashError(f"--steps {text}: write numbers with commas, as in 1,2,4") from None
+
+
+def read_size(text: str | None) -> tuple[int, int] | None:
+    """``512`` or ``512x768`` as (height, width); None stays None."""
+    if text is None:
+        return None
+    try:
+        sides = [int(part) for part in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise EdgeflashError(f"--size {text}: write one side or HEIGHTxWIDTH, as in 512 or 512x768")
+    return sides[0], sides[-1]

@@ -1,0 +1,86 @@
+"""Going on with a training: what may change, what must not, and what a student is copied from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_distill import run_toy, small_recipe
+
+from edgeflash.distill.run import _same_recipe, copy_folder, distill
+from edgeflash.errors import EdgeflashError
+from edgeflash.recipe import recipe_of
+
+
+def test_a_resumed_stage_goes_by_the_options_not_by_the_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(EdgeflashError, match="interrupted at step 5"):
+        run_toy(tmp_path / "a", stop_at=5)
+    path = tmp_path / "a/checkpoint/model.safetensors"
+    before = load_file(path)
+    run_toy(tmp_path / "a", learning_rate=1e-9)
+    after = load_file(path)
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_a_changed_teacher_is_noticed(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    teacher, work = Path(recipe.teacher), tmp_path / "work"
+    (work / "1-decoder").mkdir(parents=True)
+    _same_recipe(recipe, work, teacher, teacher)
+    (work / "1-decoder/outcome.json").write_text("{}")
+    _same_recipe(recipe, work, teacher, teacher)
+    moved = tmp_path / "moved"
+    shutil.copytree(teacher, moved)
+    _same_recipe(recipe.model_copy(update={"teacher": str(moved)}), work, moved, moved)
+    (moved / "unet/config.json").write_text("{}")
+    with pytest.raises(EdgeflashError, match=r"another recipe \(changed: teacher, base\)"):
+        _same_recipe(recipe, work, moved, moved)
+
+
+@pytest.mark.parametrize("plain_too", [False, True])
+def test_variants_are_copied_under_the_plain_name(tmp_path: Path, plain_too: bool) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    teacher = Path(small_recipe(tmp_path).teacher)
+    for plain in [*teacher.rglob("*.safetensors")]:
+        variant = plain.with_suffix(".fp16.safetensors")
+        if plain_too:
+            variant.write_text("another form of the same")
+        else:
+            plain.rename(variant)
+    copy_folder(teacher, tmp_path / "copy", link=False)
+    names = {path.name for path in (tmp_path / "copy").rglob("*.safetensors")}
+    assert names == {"model.safetensors", "diffusion_pytorch_model.safetensors"}
+    StableDiffusionPipeline.from_pretrained(str(tmp_path / "copy"), safety_checker=None)
+
+
+def test_shards_of_a_variant_keep_the_names_their_index_knows(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    teacher = Path(small_recipe(tmp_path).teacher)
+    unet = UNet2DConditionModel.from_pretrained(str(teacher / "unet"))
+    shutil.rmtree(teacher / "unet")
+    unet.save_pretrained(str(teacher / "unet"), variant="fp16", max_shard_size="100KB")
+    assert len(list((teacher / "unet").glob("*-of-*"))) > 1
+    copy_folder(teacher, tmp_path / "copy", link=False)
+    found = UNet2DConditionModel.from_pretrained(str(tmp_path / "copy/unet"))
+    assert torch.equal(found.conv_in.weight, unet.conv_in.weight)
+
+
+def test_step_counts_beyond_the_methods_sampler_are_refused_first(tmp_path: Path) -> None:
+    asked = {"steps": [1, 60], "default_steps": 1}
+    with pytest.raises(EdgeflashError, match=r"\[sampling\] steps: 60, but 'lcm' makes at most 50"):
+        distill(small_recipe(tmp_path, sampling=asked), tmp_path / "student")
+    stage = [{"by": "lcm", "steps": 1, "ddim_steps": 2000}]
+    with pytest.raises(EdgeflashError, match=r"lcm\.ddim_steps: at most 1000"):
+        distill(small_recipe(tmp_path, stage=stage), tmp_path / "student")
+
+
+def test_a_student_does_not_take_the_place_of_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/edgeflash.json").write_text('{"kind": "bundle"}')
+    with pytest.raises(EdgeflashError, match="out: holds a bundle; choose another --out"):
+        distill(recipe_of({"name": "x", "stage": [{"by": "lcm"}]}, "x"), tmp_path / "out")
