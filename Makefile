@@ -34,9 +34,10 @@ unit: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow --durations=10
 
-# The wheel in an environment of its own: what a device-side install gets, without torch.
+# The wheel in an environment of its own: what a device-side install gets, without torch. setuptools
+# ships whatever an older build/lib holds, so that goes first.
 wheel: $(INSTALLED)
-	rm -rf build/wheel
+	rm -rf build/wheel build/lib build/bdist*
 	$(BIN)/python -m build --wheel --outdir build/wheel . > /dev/null
 	$(PYTHON) -m venv --clear build/wheel/venv
 	build/wheel/venv/bin/python -m pip install --quiet --constraint .ci/constraints.txt "$$(ls build/wheel/*.whl)[onnx]"

@@ -13,13 +13,17 @@ import os
 import shutil
 import sys
 import tarfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 
 from edgeflash import shapes
@@ -28,7 +32,9 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Data
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-CHUNK = 500
+CHUNK = 500  # shapes rendered at once
+ROWS = 64  # encoded between two notes of how far it is
+TELL_SECONDS = 30
 
 Found = tuple[str, np.ndarray | None, str | None, Any]  # name, picture [s, s, 3], caption, label
 
@@ -68,24 +74,53 @@ class Store:
         return _unit(fresh)
 
     def cached(self, key: str, compute: Callable[[np.ndarray], Tensor]) -> Cached:
-        """What ``compute`` makes of each sample, computed in chunks once and kept as float16.
+        """What ``compute`` makes of each sample, computed once and kept as float16.
 
-        ``key`` names the function and its weights: the same key reads the same file again.
+        ``key`` names the function and its weights: the same key reads the same file again, or goes
+        on with what an interruption left of it. Its first word is what the progress line shows.
         """
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
         if not path.exists():
-            parts = np.array_split(np.arange(len(self)), max(1, len(self) // CHUNK))
-            first = compute(parts[0]).to(torch.float16).cpu().numpy()
-            draft = path.with_suffix(".new")
-            shape = (len(self), *first.shape[1:])
-            _check_space(self.folder, 2 * math.prod(shape))
-            out = np.lib.format.open_memmap(draft, "w+", np.float16, shape)
-            out[parts[0]] = first
-            for part in parts[1:]:
-                out[part] = compute(part).to(torch.float16).cpu().numpy()
-            out.flush()
-            os.replace(draft, path)
+            self._fill(path, compute, f"encoding {key.partition(' ')[0]}")
         return Cached(path)
+
+    def _fill(self, path: Path, compute: Callable[[np.ndarray], Tensor], label: str) -> None:
+        """Writes a draft beside ``path`` and how many of its rows are good; renames it when full.
+
+        Always in the same chunks: an encoder's last bits may depend on its batch.
+        """
+        draft, note = path.with_suffix(".new"), path.with_suffix(".rows")
+        done = _rows_done(draft, note, len(self))
+        out = np.lib.format.open_memmap(draft) if done else None
+        with _progress(label, len(self), done) as advance:
+            while done < len(self):
+                indices = np.arange(done, min(done + ROWS, len(self)))
+                rows = compute(indices).to(torch.float16).cpu().numpy()
+                if out is None:
+                    shape = (len(self), *rows.shape[1:])
+                    _check_space(self.folder, 2 * math.prod(shape))
+                    out = np.lib.format.open_memmap(draft, "w+", np.float16, shape)
+                out[indices] = rows
+                out.flush()
+                done += len(indices)
+                write_atomic(note, str(done))
+                advance(done)
+        os.replace(draft, path)
+        note.unlink()
+
+
+def _rows_done(draft: Path, note: Path, count: int) -> int:
+    """Rows of ``count`` that an interruption left; 0, and neither file, where they do not fit."""
+    try:
+        done, there = int(note.read_text()), np.load(draft, mmap_mode="r")
+        if there.dtype == np.float16 and len(there) == count:
+            _check_space(draft.parent, there[done:].nbytes)
+            return done
+    except (OSError, ValueError, EOFError):
+        pass
+    note.unlink(missing_ok=True)
+    draft.unlink(missing_ok=True)
+    return 0
 
 
 def _unit(pictures: np.ndarray) -> Tensor:
@@ -106,15 +141,34 @@ class Cached:
 def open_store(data: Data, seed: int, folder: Path) -> Store:
     """The store for a recipe's data, packed below ``folder`` if it is not there yet.
 
+    Data that have changed since are packed anew.
+
     Raises:
         EdgeflashError: nothing found at the path, or more than 1 % of the samples unreadable.
     """
-    key = hashlib.sha256(f"{data.model_dump_json()} {seed}".encode()).hexdigest()[:16]
-    home = folder / f"data-{key}"
+    told = f"{data.model_dump_json()} {seed}{_listing(data)}"
+    home = folder / f"data-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
     if not (home / "captions.json").exists():
         home.mkdir(parents=True, exist_ok=True)
         _pack(_SOURCES[data.kind](data, seed), data, home)
     return Store(home)
+
+
+def _listing(data: Data) -> str:
+    """Name, size and time of every local file the data come from; "" where they are rendered."""
+    if data.kind == "shapes":
+        return ""
+    if data.kind == "folder":
+        home = Path(data.path or "")
+        pictures = _picture_files(home)
+        texts = [path.with_suffix(".txt") for path in pictures]
+        files = [*pictures, *texts, home / "metadata.jsonl"]
+    else:
+        from webdataset.shardlists import expand_urls
+
+        files = [Path(url.removeprefix("file://")) for url in expand_urls(data.path)]
+    stats = [(str(path), path.stat()) for path in files if os.path.isfile(path)]
+    return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -127,32 +181,67 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
+@contextmanager
+def _progress(label: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; where there is none, a line every half minute."""
+    began = told_at = time.monotonic()
+    console = Console(file=sys.stderr)
+    with Progress(console=console, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(label, total=total, completed=start)
+
+        def advance(done: int) -> None:
+            nonlocal told_at
+            bar.update(task, completed=done)
+            if bar.disable and time.monotonic() - told_at > TELL_SECONDS:
+                told_at = time.monotonic()
+                left = (told_at - began) / (done - start) * (total - done)
+                line = f"{label}: {done}/{total}, {left / 60:.0f} min left"
+                print(line, file=sys.stderr, flush=True)
+
+        yield advance
+
+
 def _pack(source: Iterator[Found], data: Data, home: Path) -> None:
+    for stale in home.glob("pictures.*"):  # of a packing that was killed: its room is needed
+        stale.unlink()
+    draft, cut = home / "pictures.new", home / "pictures.cut.npy"
     shape = (_most(data), data.size_px, data.size_px, 3)
     _check_space(home, math.prod(shape))
-    packed = np.lib.format.open_memmap(home / "pictures.new", "w+", np.uint8, shape)
+    try:
+        packed = np.lib.format.open_memmap(draft, "w+", np.uint8, shape)
+        captions, labels = _take(source, data, packed)
+        packed.flush()
+        if len(captions) < len(packed):
+            np.save(cut, packed[: len(captions)])
+            os.replace(cut, draft)
+        os.replace(draft, home / "pictures.npy")
+    finally:
+        draft.unlink(missing_ok=True)
+        cut.unlink(missing_ok=True)
+    write_atomic(home / "captions.json", json.dumps({"captions": captions, "labels": labels}))
+
+
+def _take(source: Iterator[Found], data: Data, packed: np.ndarray) -> tuple[list[str], list[Any]]:
+    """Packs the good samples, until ``packed`` is full; their captions and labels."""
     captions: list[str] = []
     labels: list[Any] = []
     bad: list[str] = []
-    for name, picture, caption, label in source:
-        if caption is None or picture is None:
-            what = "no readable caption" if caption is None else "unreadable picture"
-            bad.append(f"{name}: {what}")
-            continue
-        packed[len(captions)] = picture
-        captions.append(caption)
-        labels += [label] if label is not None else []
-        if len(captions) == len(packed):
-            break
+    with _progress("packing pictures", len(packed)) as advance:
+        for name, picture, caption, label in source:
+            if caption is None or picture is None:
+                what = "no readable caption" if caption is None else "unreadable picture"
+                bad.append(f"{name}: {what}")
+                continue
+            packed[len(captions)] = picture
+            captions.append(caption)
+            labels += [label] if label is not None else []
+            advance(len(captions))
+            if len(captions) == len(packed):
+                break
     _tell_skipped(bad, len(captions), data)
     if not captions:
         raise EdgeflashError(f"{data.path}: no captioned pictures found")
-    packed.flush()
-    if len(captions) < len(packed):
-        np.save(home / "pictures.cut.npy", packed[: len(captions)])
-        os.replace(home / "pictures.cut.npy", home / "pictures.new")
-    os.replace(home / "pictures.new", home / "pictures.npy")
-    write_atomic(home / "captions.json", json.dumps({"captions": captions, "labels": labels}))
+    return captions, labels
 
 
 def _most(data: Data) -> int:
@@ -262,7 +351,7 @@ def _read_picture(source: Path | bytes, size_px: int) -> np.ndarray | None:
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
             rgb = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError):
+    except Exception:  # Pillow raises of every kind: bombs, broken chunks, too much text
         return None
     side = min(rgb.size)
     left, top = (rgb.width - side) // 2, (rgb.height - side) // 2

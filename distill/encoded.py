@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,24 @@ def at_once(size_px: int) -> int:
 
 
 def token_ids(tokenizer: Any, captions: list[str]) -> Tensor:
-    """int64 [n, max_tokens], padded and cut."""
+    """int64 [n, max_tokens], padded and cut; how many captions are cut is told on stderr."""
     distinct = list(dict.fromkeys(captions))
+    # The padded call comes last: its settings stay in a tokenizer, and are saved with it.
+    lengths = [len(ids) for ids in tokenizer(distinct, verbose=False).input_ids]
     told = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt")
+    most = told.input_ids.shape[1]
+    if cut := sum(length > most for length in lengths):
+        count = len(distinct) - ("" in distinct)  # "" stands for no caption
+        _tell(f"{cut:,} of {count:,} captions are longer than {most} tokens: cut")
     row = {caption: i for i, caption in enumerate(distinct)}
     ids: Tensor = told.input_ids[[row[c] for c in captions]]
     return ids
+
+
+@cache
+def _tell(line: str) -> None:
+    """Tells a line once, though every stage reads the captions anew."""
+    print(line, file=sys.stderr)
 
 
 def cached_latents(shop: Workshop) -> Rows:

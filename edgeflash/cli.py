@@ -289,7 +289,6 @@ def demo(
     """Distil, export, verify and bench the embedded models, offline, with a page to look at."""
     from edgeflash.demo import run_demo
 
-    _distill_installed()
     run_demo(out_dir, full=full)
 
 

@@ -6,6 +6,7 @@ With `cli.py` and `score.py` the only file that knows all rooms.
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,21 +19,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from edgeflash.bundle import Bundle
+from edgeflash.bundle import Bundle, check_replaceable, fresh_folder, parse_manifest, read_manifest
 from edgeflash.embedded import embedded
+from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.recipe import find_recipe, read_recipe
 from edgeflash.report import REPORT, Report, System, table
 from edgeflash.report_html import Cell, Grid, write_html
-from edgeflash.roles import Runtime, Target
+from edgeflash.roles import Method, Plugin, Runtime, Target
 from edgeflash.sheet import contact_sheet
-from edgeflash.shelf import make
-from edgeflash.student import Student
+from edgeflash.shelf import find, make, require
+from edgeflash.student import Student, StudentManifest
 
 SHOWN = 8  # prompts in the picture grid
 JUDGED = 500  # prompts that prompt accuracy and FD are measured on
 PAGE = "report.html"
 SHEET = "pictures.png"
+MARK = "made-by-edgeflash-demo.txt"  # what is in a folder without it is nothing of the demo's
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,20 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
         full: rerun the shipped student's own recipe first (hours on two cores; resumable).
 
     Raises:
-        EdgeflashError: a step went wrong, or was interrupted.
+        EdgeflashError: a package is missing, ``out`` is not the demo's own, a step went wrong, or
+            was interrupted.
     """
     console = Console(stderr=True, highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
+    _check_packages()
+    _claim(out, full=full)
     if full:
         from edgeflash.distill.run import distill
 
         with _told(console, "distil the full recipe"):
             distill(read_recipe(find_recipe("shapes")), out / "student", console=console)
     else:
-        shutil.rmtree(out / "student", ignore_errors=True)
-        shutil.copytree(embedded("shapes-student"), out / "student")
+        with fresh_folder(out / "student") as draft:
+            shutil.copytree(embedded("shapes-student"), draft, dirs_exist_ok=True)
     entries = _brief(out, console) + _shipped(out, console)
     systems: list[System] = []
     drawn: dict[str, list[Path]] = {}
@@ -89,6 +94,51 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
     return report
 
 
+def _check_packages() -> None:
+    """Asks for what every step needs before the first one begins."""
+    target, runtime = find(Target, "onnx", check=False), find(Runtime, "onnx", check=False)
+    plugins: tuple[type[Plugin], ...] = (Method, target, runtime)
+    require("demo", [name for plugin in plugins for name in plugin.needs])
+
+
+def _claim(out: Path, *, full: bool) -> None:
+    """Makes ``out`` the demo's own folder, where it may replace what an earlier demo wrote.
+
+    Raises:
+        EdgeflashError: it holds what no demo has made, or a student that this one would not make.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()) and not (out / MARK).is_file():
+        raise EdgeflashError(f"{out}: holds what edgeflash demo has not made; choose another --out")
+    _check_student(out / "student-brief", recipe="demo")
+    _check_student(out / "student", recipe="shapes" if full else None)
+    (out / MARK).write_text("edgeflash demo made this folder, and replaces what it wrote here.\n")
+
+
+def _check_student(folder: Path, *, recipe: str | None) -> None:
+    """Whether a student, if there is one, comes from a recipe, or is the shipped one with None."""
+    if not folder.exists():
+        return
+    check_replaceable(folder, kind="student")
+    found = _manifest(folder)
+    if recipe is None:
+        same = found == _manifest(embedded("shapes-student"))
+    else:
+        same = found.lineage.recipe_sha256 == read_recipe(find_recipe(recipe)).sha256
+    if not same:
+        raise EdgeflashError(
+            f"{folder}: is another student than this demo puts there: choose another --out, or "
+            "move it away"
+        )
+
+
+def _manifest(folder: Path) -> StudentManifest:
+    found: StudentManifest = parse_manifest(
+        StudentManifest, read_manifest(folder, "student"), folder
+    )
+    return found
+
+
 def _counted(entry: Entry) -> Entry:
     return replace(entry, name=f"{entry.name}, {entry.steps} step{'s' * (entry.steps > 1)}")
 
@@ -102,8 +152,10 @@ def _brief(out: Path, console: Console) -> list[Entry]:
         shutil.rmtree(folder.with_name("student-brief.run"), ignore_errors=True)
         shutil.rmtree(folder)
     rule = next(stage.options["rule"] for stage in recipe.stage if stage.by == "blocks")
-    _prune(embedded("shapes-teacher"), rule, out / "student-pruned")
-    pruned = _export(out / "student-pruned", out / "bundle-pruned", "fp32", (4,), console)
+    with tempfile.TemporaryDirectory() as scratch:
+        student = Path(scratch) / "student-pruned"
+        _prune(embedded("shapes-teacher"), rule, student)
+        pruned = _export(student, out / "bundle-pruned", "fp32", (4,), console)
     with _told(console, "distil a student in this run"):
         distill(recipe, folder, console=console)
     bundle = _export(folder, out / "bundle-brief", "fp32", (4,), console)
@@ -123,7 +175,6 @@ def _prune(teacher: Path, rule: Any, out: Path) -> None:
 
     from edgeflash.distill.by_blocks import prune
 
-    shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(teacher, out, ignore=shutil.ignore_patterns("unet"))
     unet = UNet2DConditionModel.from_pretrained(str(teacher / "unet"), torch_dtype=torch.float32)
     prune(unet, rule)[0].save_pretrained(str(out / "unet"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,24 +13,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgeflash.bundle import MANIFEST, Bundle, Figure, read_manifest
+from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.roles import Method, Plugin, Runtime, Target
-from edgeflash.shelf import SHELVES, find, missing, names
+from edgeflash.shelf import EXTRAS, SHELVES, absent, find, imported_as, missing, names, pip_line
 
 if TYPE_CHECKING:
     from edgeflash.distill.judge import Verdict
 
 ROLES: tuple[type[Plugin], ...] = (Method, Target, Runtime)
 VERBS = {Method: "distill by", Target: "export to", Runtime: "run on"}
-EXTRA_OF = {  # extra -> the package that shows it is there
-    "distill": "accelerate",
-    "export": "onnxscript",
-    "onnx": "onnxruntime",
-    "openvino": "openvino",
-    "coreml": "coremltools",
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt_rtx",
-}
 
 
 def the_shelf() -> RenderableType:
@@ -37,13 +30,18 @@ def the_shelf() -> RenderableType:
     table = _table("", "name", "what it does", "")
     for role in ROLES:
         for name in names(role):
-            plugin = None if missing(role) else find(role, name, check=False)
-            lacking = missing(plugin or role)
-            said = _first_line(plugin) if plugin else "?"
+            plugin = _opened(role, name)
+            lacking = missing(plugin)
+            said = "?" if plugin is role else _first_line(plugin)
             needs = f"needs {', '.join(lacking)}" if lacking else ""
             table.add_row(VERBS[role], name, escape(said), needs)
         table.add_section()
     return table
+
+
+def _opened(role: type[Plugin], name: str) -> type[Plugin]:
+    """The plug-in, or its role where its file cannot be imported here."""
+    return role if missing(role) else find(role, name, check=False)
 
 
 def one_plugin(name: str) -> RenderableType:
@@ -59,22 +57,25 @@ def one_plugin(name: str) -> RenderableType:
 
 
 def _plugin(role: type[Plugin], name: str) -> list[RenderableType]:
-    plugin = find(role, name)
+    plugin = find(role, name, check=False)  # its options can be read without its packages
     room, prefix = SHELVES[role]
     table = _table("option", "default", "what it means")
     for field, info in plugin.model_fields.items():
         default = "required" if info.is_required() else str(info.get_default())
         table.add_row(field, escape(default), escape(info.description or ""))
     head = f"[bold]{VERBS[role]} {name}[/bold]   {room}/{prefix}{name}.py"
-    return [head, escape(_doc(plugin)), table]
+    lacking = missing(plugin)
+    lack = f"needs {', '.join(lacking)} to run: {pip_line(lacking)}" if lacking else ""
+    return [head, escape(_doc(plugin)), table, *([escape(lack)] if lack else [])]
 
 
 def tell(folder: Path) -> RenderableType:
-    """What a student, bundle or plain diffusers folder holds.
+    """What a student, bundle or plain diffusers folder, or an embedded model, holds.
 
     Raises:
         EdgeflashError: none of these.
     """
+    folder = located(folder)
     if (folder / MANIFEST).is_file():
         kind = _kind(folder)
         return _bundle(folder) if kind == "bundle" else _student(folder)
@@ -171,28 +172,59 @@ def verdicts(found: dict[int, Verdict]) -> RenderableType:
 
 
 def health() -> RenderableType:
-    """Which extras are installed, at which version, and the line that installs the others."""
-    table = _table("extra", "state", "to install it")
-    for extra, package in EXTRA_OF.items():
-        there = importlib.util.find_spec(package) is not None
-        state = f"{package} {_version(package)}" if there else "not here"
-        table.add_row(extra, state, "" if there else f"pip install 'edgeflash[{extra}]'")
+    """Which extras are installed, the line that installs the others, and what is usable here."""
     usable = _table("", "usable here", "not usable here")
     for role in ROLES:
-        found = {n: missing(role) or missing(find(role, n, check=False)) for n in names(role)}
+        found = {name: missing(_opened(role, name)) for name in names(role)}
         good = ", ".join(name for name, lacking in found.items() if not lacking)
         bad = "; ".join(f"{n} (needs {', '.join(lacks)})" for n, lacks in found.items() if lacks)
         usable.add_row(VERBS[role], good, bad)
-    return Group(table, usable)
+    devices = {f"{package} runs on": _asked(package) for package in DEVICES}
+    return Group(_extras(), usable, _facts(devices))
 
 
-def _version(package: str) -> str:
-    for name in (package.replace("_", "-"), f"{package}-gpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "(version not told)"
+def _extras() -> Table:
+    used = {p for role in ROLES for name in names(role) for p in _opened(role, name).needs}
+    table = _table("extra", "state", "to install it")
+    for extra, distributions in EXTRAS.items():
+        versions = [f"{name} {told}" for name in distributions if (told := _version(name))]
+        packages = [imported_as(name) for name in distributions]
+        line = f"pip install 'edgeflash[{extra}]'"
+        if not used.intersection(packages):
+            line = "no plug-in uses it yet"
+        elif not absent(packages):  # onnxruntime and onnxruntime-gpu are imported by one name
+            line = "" if versions else f"pip uninstall the other {packages[0]}, then {line}"
+        table.add_row(extra, ", ".join(versions) or "not here", escape(line))
+    return table
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
+
+
+def _asked(package: str) -> str:
+    """What a package says that it can run on here."""
+    if absent([package]):
+        return "nothing: not installed"
+    try:
+        return DEVICES[package](importlib.import_module(package))
+    except Exception as error:  # a broken install is what people ask a doctor about
+        return f"nothing: does not load: {' '.join(str(error).split())}"
+
+
+def _torch_device(torch: Any) -> str:
+    if torch.cuda.is_available():
+        return f"cuda ({torch.cuda.get_device_name()}), cpu"
+    return f"cpu; {'no CUDA device found' if torch.version.cuda else 'built without CUDA'}"
+
+
+DEVICES: dict[str, Callable[[Any], str]] = {
+    "onnxruntime": lambda ort: ", ".join(ort.get_available_providers()),
+    "torch": _torch_device,
+}
 
 
 def _doc(plugin: type[Plugin]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from edgeflash.errors import EdgeflashError
 
@@ -20,8 +21,9 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise EdgeflashError(f"{path}: {error}") from None
+    except Exception as error:  # Pillow raises of every kind on files that are broken or too large
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise EdgeflashError(f"{path}: no readable picture ({why}); choose another") from None
 
 
 def check_png(path: Path) -> None:
@@ -31,10 +33,28 @@ def check_png(path: Path) -> None:
 
 
 def write_pngs(images: NDArray[np.uint8], path: Path) -> list[Path]:
-    """Writes uint8 [n, h, w, 3] as ``path``, or as path-0, path-1 … where there are several."""
+    """Writes uint8 [n, h, w, 3] as ``path``, or as path-0, path-1 … where there are several.
+
+    Raises:
+        EdgeflashError: one could not be written; a picture that was there before stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     alone = len(images) == 1
     places = [path if alone else path.with_stem(f"{path.stem}-{i}") for i in range(len(images))]
     for pixels, place in zip(images, places, strict=True):
-        Image.fromarray(pixels).save(place)
+        _write_whole(Image.fromarray(pixels), place)
     return places
+
+
+def _write_whole(image: Image.Image, place: Path) -> None:
+    draft = place.with_name(f".{place.name}")
+    try:
+        image.save(draft)
+        os.replace(draft, place)
+    except OSError as error:
+        why = error.strerror or error
+        raise EdgeflashError(
+            f"{place}: not written ({why}); make room, or choose another --out"
+        ) from None
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,10 +1,13 @@
-"""Finds a plug-in by its file name: ``by_lcm`` is `distill/by_lcm.py`. There is no list to edit."""
+"""Finds a plug-in by its file name: ``by_lcm`` is `distill/by_lcm.py`. No list names plug-ins."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import inspect
+import shlex
+from collections.abc import Collection, Iterable
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,20 +23,17 @@ SHELVES: dict[type[Plugin], tuple[str, str]] = {  # role -> room, prefix of its 
     Target: ("export", "to_"),
     Runtime: ("runtimes", "on_"),
 }
-EXTRAS = {  # package -> the extra of edgeflash that brings it
-    "torch": "distill",
-    "diffusers": "distill",
-    "transformers": "distill",
-    "accelerate": "distill",
-    "onnx": "export",
-    "onnxscript": "export",
-    "onnxruntime": "onnx",
-    "tensorboard": "distill",
-    "webdataset": "distill",
-    "coremltools": "coreml",
-    "nncf": "openvino",
-    "tensorrt_rtx": "tensorrt-rtx",
+EXTRAS: dict[str, tuple[str, ...]] = {  # extra -> distributions, as in pyproject.toml
+    "onnx": ("onnxruntime",),
+    "onnx-gpu": ("onnxruntime-gpu",),
+    "export": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime"),
+    "distill": ("torch", "accelerate", "diffusers", "tensorboard", "transformers", "webdataset"),
+    "openvino": ("openvino", "nncf"),
+    "coreml": ("coremltools",),
+    "tensorrt": ("tensorrt", "cuda-python"),
+    "tensorrt-rtx": ("tensorrt-rtx", "cuda-python"),
 }
+IMPORTED_AS = {"onnxruntime-gpu": "onnxruntime", "cuda-python": "cuda"}  # others: their own name
 
 
 def names(role: type[Plugin]) -> list[str]:
@@ -45,9 +45,43 @@ def names(role: type[Plugin]) -> list[str]:
     return sorted(path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.py"))
 
 
+def absent(packages: Iterable[str]) -> list[str]:
+    """Those of some packages, by import name, that are not installed here."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
 def missing(plugin: type[Plugin]) -> list[str]:
     """The packages a plug-in needs that are not installed here."""
-    return [name for name in plugin.needs if importlib.util.find_spec(name) is None]
+    return absent(plugin.needs)
+
+
+def imported_as(distribution: str) -> str:
+    """The package that a distribution brings."""
+    return IMPORTED_AS.get(distribution, distribution.replace("-", "_"))
+
+
+def require(what: str, packages: Iterable[str]) -> None:
+    """Whether all packages are here.
+
+    Raises:
+        EdgeflashError: ``what`` needs one that is not, with the line that installs it.
+    """
+    if lacking := absent(dict.fromkeys(packages)):
+        raise EdgeflashError(f"{what} needs {', '.join(lacking)}: {pip_line(lacking)}")
+
+
+def pip_line(packages: Collection[str]) -> str:
+    """What installs packages, with the fewest extras.
+
+    >>> pip_line(["torch", "onnxscript"])
+    "pip install 'edgeflash[export]'"
+    """
+    brought = {extra: set(map(imported_as, found)) for extra, found in EXTRAS.items()}
+    known = {name for found in brought.values() for name in found}.intersection(packages)
+    choices = chain.from_iterable(combinations(EXTRAS, n) for n in range(len(EXTRAS) + 1))
+    fewest = next(c for c in choices if known <= {name for extra in c for name in brought[extra]})
+    ours = [f"edgeflash[{','.join(sorted(fewest))}]"] if fewest else []
+    return shlex.join(["pip", "install", *ours, *sorted(set(packages) - known)])
 
 
 def find(role: type[P], name: str, *, check: bool = True) -> type[P]:
@@ -56,7 +90,7 @@ def find(role: type[P], name: str, *, check: bool = True) -> type[P]:
     Args:
         role: `Method`, `Target` or `Runtime`.
         name: file name without the prefix.
-        check: refuse when a needed package is missing.
+        check: refuse when a needed package is missing, and not only one that the file imports.
 
     Raises:
         EdgeflashError: no such plug-in (with the nearest name), or a missing package (with the
@@ -65,8 +99,8 @@ def find(role: type[P], name: str, *, check: bool = True) -> type[P]:
     room, prefix = SHELVES[role]
     if name not in names(role):
         raise unknown(role.__name__.lower(), name, names(role))
-    if check:
-        _require(role, name, role)  # methods all need torch, and import it at their top
+    what = f"{role.__name__.lower()} {name!r}"
+    require(what, role.needs)  # methods all need torch, and import it at their top
     module = importlib.import_module(f"edgeflash.{room}.{prefix}{name}")
     found = [
         value
@@ -77,17 +111,8 @@ def find(role: type[P], name: str, *, check: bool = True) -> type[P]:
     ]
     assert len(found) == 1, f"{module.__name__} holds {len(found)} {role.__name__} classes, not one"
     if check:
-        _require(found[0], name, role)
+        require(what, found[0].needs)
     return found[0]
-
-
-def _require(plugin: type[Plugin], name: str, role: type[Plugin]) -> None:
-    if lacking := missing(plugin):
-        extras = sorted({EXTRAS.get(package, package) for package in lacking})
-        raise EdgeflashError(
-            f"{role.__name__.lower()} {name!r} needs {', '.join(lacking)}: "
-            f"pip install 'edgeflash[{','.join(extras)}]'"
-        )
 
 
 def make(role: type[P], name: str, options: dict[str, Any], **kwargs: bool) -> P:

@@ -21,12 +21,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgeflash import shelf
 from edgeflash.bundle import Bundle
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Conditions, Percentiles, Report, System
 from edgeflash.report_html import write_html
+from edgeflash.roles import Runtime
 from edgeflash.runtimes.measure import Job, Measured
+from edgeflash.runtimes.pipeline import Request, TextToImage
 
 Tell = Callable[[str, int, int], None]
 PAGE = "report.html"
@@ -50,6 +53,9 @@ def bench(
     machine = Machine.here()  # before the work, so that the load is that of others
     bundle = Bundle.open(job.bundle)
     counts = steps or (bundle.manifest.default_steps,)
+    cut = _check(bundle, job, counts)
+    if out.is_file():
+        raise EdgeflashError(f"{out}: is a file; choose another --out")
     systems = [
         _system(bundle, job.model_copy(update={"steps": count}), out, f"images/{i}", tell)
         for i, count in enumerate(counts)
@@ -60,11 +66,26 @@ def bench(
         machine=machine,
         prompts=job.prompts,
         systems=tuple(systems),
-        notes=_notes(machine),
+        notes=_notes(machine, cut),
     )
     report.save(out / REPORT)
     write_html(report, out / PAGE)
     return report
+
+
+def _check(bundle: Bundle, job: Job, counts: Sequence[int]) -> list[str]:
+    """Asks for every step count before the first is measured.
+
+    Returns:
+        The ends of prompts that the text encoder will not see.
+
+    Raises:
+        EdgeflashError: the bundle cannot be run like this.
+    """
+    pipeline = TextToImage(bundle, shelf.make(Runtime, job.runtime, job.options))
+    for count in counts:
+        pipeline.check(Request(job.prompts, seed=job.seed, steps=count, guidance=job.guidance))
+    return [cut for prompt in job.prompts if (cut := pipeline.tokenizer(prompt).cut)]
 
 
 def _system(bundle: Bundle, job: Job, out: Path, images: str, tell: Tell) -> System:
@@ -72,7 +93,6 @@ def _system(bundle: Bundle, job: Job, out: Path, images: str, tell: Tell) -> Sys
     manifest = bundle.manifest
     precision = bundle.component("unet").precision
     name = f"{manifest.name} {precision}, {job.steps} step{'s' * (job.steps != 1)} on {job.runtime}"
-    (out / images).mkdir(parents=True, exist_ok=True)
     job = job.model_copy(update={"images": str(out / images)})
     found = run_apart(job, lambda done, of: tell(name, done, of))
     return system_of(name, bundle, job, found, tuple(f"{images}/{file}" for file in found.images))
@@ -171,7 +191,7 @@ def _conditions(job: Job, found: Measured) -> Conditions:
     )
 
 
-def _notes(machine: Machine) -> tuple[str, ...]:
+def _notes(machine: Machine, cut: Sequence[str]) -> tuple[str, ...]:
     notes = [
         "Cold load: a fresh process with the page cache as it was; files read lately come from it.",
         "Peak RSS: of the measured process, interpreter included; not the memory of a GPU.",
@@ -180,5 +200,9 @@ def _notes(machine: Machine) -> tuple[str, ...]:
         notes.append(
             f"The machine was busy: load {machine.load_1min:g} on {machine.cores} cores before the "
             "first run. These times are longer than those of an idle machine."
+        )
+    if cut:
+        notes.append(
+            f"Prompts longer than this bundle reads: {len(cut)}; not seen of the first: {cut[0]!r}."
         )
     return tuple(notes)

@@ -115,6 +115,7 @@ def _draw_each(pipeline: TextToImage, job: Job, tell: Callable[[int], None]) -> 
     """One picture for each prompt, all with the job's seed -> file names."""
     if job.images is None:
         return ()
+    Path(job.images).mkdir(parents=True, exist_ok=True)  # not before all else went well
     names = []
     for j, prompt in enumerate(job.prompts):
         request = Request(prompt, seed=job.seed, steps=job.steps, guidance=job.guidance)

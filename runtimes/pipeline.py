@@ -201,6 +201,10 @@ class TextToImage:
         result = Result(images, x, ids, tuple(token.cut for token in tokens))
         yield Event("vae_decoder", steps, steps, told, x, result)
 
+    def check(self, request: Request) -> None:
+        """Raises what `stream` would say before it loads anything."""
+        self._plan(request)
+
     def _plan(self, request: Request) -> _Plan:
         assert request.prompts, "no prompt"
         schedule = self._schedule(request)

@@ -98,9 +98,38 @@ def test_what_goes_wrong_in_the_measured_process_is_told(tmp_path: Path) -> None
     with pytest.raises(EdgeflashError, match="cannot draw in 9 steps: its schedules are for 3"):
         bench.run_apart(job(folder, steps=9), lambda *_: None)
     with pytest.raises(EdgeflashError, match=r"ended with code 1: .*images"):
-        bench.run_apart(job(folder, images=str(tmp_path / "images/none")), lambda *_: None)
+        bench.run_apart(job(folder, images=str(folder / "edgeflash.json/images")), lambda *_: None)
     assert "out of memory" in bench._why(-9, "")
     with pytest.raises(RuntimeError, match="stop"):
         bench.run_apart(
             job(folder, runs=10_000), lambda *_: (_ for _ in ()).throw(RuntimeError("stop"))
         )
+
+
+def test_what_can_be_refused_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    folder, out, told = tiny(tmp_path / "b"), tmp_path / "out", []
+
+    def refusal(**changes: Any) -> str:
+        steps = changes.pop("steps", (3,))
+        with pytest.raises(EdgeflashError) as caught:
+            bench.bench(job(folder, **changes), out, steps=steps, tell=lambda *t: told.append(t))
+        return str(caught.value)
+
+    assert "cannot draw in 9 steps: its schedules are for 3" in refusal(steps=(3, 9))
+    assert "cannot take the guidance scale 3" in refusal(guidance=3.0)
+    unet = folder / "unet/model.onnx"
+    unet.write_bytes(b"x" * unet.stat().st_size)
+    assert "ONNX Runtime does not load it" in refusal()
+    assert not told and not out.exists()
+    out.write_text("a person's own")
+    assert "out: is a file; choose another --out" in refusal()
+
+
+def test_the_report_tells_of_prompts_that_were_cut(tmp_path: Path) -> None:
+    folder, out = tiny(tmp_path / "b"), tmp_path / "out"
+    prompts = ("a red star", "a red star blue ring")
+    made = bench.bench(job(folder, prompts=prompts, runs=1), out, tell=lambda *_: None)
+    said = "Prompts longer than this bundle reads: 1; not seen of the first: 'blue ring'."
+    assert said in made.notes
+    made = bench.bench(job(folder, prompts=prompts[:1], runs=1), out, tell=lambda *_: None)
+    assert not any("Prompts" in note for note in made.notes)

@@ -121,7 +121,7 @@ def test_nothing_is_named_that_does_not_ship(guided_student: Path, tmp_path: Pat
     index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
     (folder / "model_index.json").write_text(json.dumps(index))
     config = json.loads((folder / "unet/config.json").read_text())
-    config["_name_or_path"] = "/home/somebody/sd15"
+    config["_name_or_path"] = "/data/somebody/sd15"
     (folder / "unet/config.json").write_text(json.dumps(config))
     for name in ("unet", "text_encoder", "vae_decoder"):
         (tmp_path / "out" / name).mkdir(parents=True)
