@@ -162,7 +162,7 @@ def bench(
 ) -> None:
     """Measure latency, memory and size here: bundle folder -> report.json and report.html."""
     from edgeflash.bundle import Bundle
-    from edgeflash.report import table
+    from edgeflash.report import SystemsTable
     from edgeflash.runtimes.bench import bench as measure
     from edgeflash.runtimes.bench import default_prompts
     from edgeflash.runtimes.measure import Job
@@ -190,7 +190,7 @@ def bench(
             command=command,
             tell=lambda name, done, of: status.update(escape(f"{name}: {done}/{of}")),
         )
-    out.print(table(report))
+    out.print(SystemsTable(report))
     print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
 
 

@@ -24,7 +24,7 @@ from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.recipe import find_recipe, read_recipe
-from edgeflash.report import REPORT, Report, System, table
+from edgeflash.report import REPORT, Report, System, SystemsTable
 from edgeflash.report_html import Cell, Grid, write_html
 from edgeflash.roles import Method, Plugin, Runtime, Target
 from edgeflash.sheet import contact_sheet
@@ -89,7 +89,7 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
     cells = {name: [Cell(path) for path in paths] for name, paths in drawn.items()}
     write_html(report, out / PAGE, Grid(_prompts(SHOWN), cells))
     contact_sheet(drawn, _prompts(SHOWN), out / SHEET)
-    Console(highlight=False).print(table(report))
+    Console(highlight=False).print(SystemsTable(report))
     console.print(f"look at {out / PAGE}, or at {out / SHEET}")
     return report
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,6 +20,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
 REPORT = "report.json"
@@ -157,21 +159,43 @@ def shown_figures(systems: Sequence[System]) -> list[tuple[str, str, str]]:
     return [row for row in FIGURES if any(getattr(s, row[0]) is not None for s in systems)]
 
 
-def table(report: Report) -> Table:
-    """The systems for the terminal, one row each."""
-    from rich.markup import escape
-    from rich.table import Table
+@dataclass(frozen=True)
+class SystemsTable:
+    """The systems for the terminal, one row each; where it is narrow, their names stand above."""
 
-    shown = shown_figures(report.systems)
-    out = Table(title=escape(report.title), title_justify="left", box=None, pad_edge=False)
-    out.add_column("system", min_width=22)
-    out.add_column("steps", justify="right")
-    for _, heading, unit in shown:
-        out.add_column(escape(f"{heading} [{unit}]" if unit else heading), justify="right")
-    for system in report.systems:
-        values = [told(getattr(system, field), unit) for field, _, unit in shown]
-        out.add_row(escape(system.name), str(system.steps), *values)
-    return out
+    report: Report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Any]:
+        from rich.measure import Measurement
+        from rich.text import Text
+
+        names = [system.name for system in self.report.systems]
+        table = self._table("system", names)
+        free = options.update(max_width=10 * options.max_width)
+        if Measurement.get(console, free, table).maximum > options.max_width:
+            numbers = [str(number) for number in range(1, len(names) + 1)]
+            yield Text("".join(f"{a:>2}  {b}\n" for a, b in zip(numbers, names, strict=True)))
+            table = self._table("", numbers)
+            for column in table.columns:  # rich cuts words rather than let wider columns break
+                words = " ".join([str(column.header), *map(str, column.cells)]).split()
+                column.width = max(map(len, words))
+        yield table
+
+    def _table(self, heading: str, names: Sequence[str]) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = shown_figures(self.report.systems)
+        title = Text(self.report.title)
+        out = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        out.add_column(heading)
+        out.add_column("steps", justify="right")
+        for _, figure, unit in shown:
+            out.add_column(Text(f"{figure} [{unit}]" if unit else figure), justify="right")
+        for name, system in zip(names, self.report.systems, strict=True):
+            values = [told(getattr(system, field), unit) for field, _, unit in shown]
+            out.add_row(Text(name), str(system.steps), *values)
+        return out
 
 
 class Row(_Figures):

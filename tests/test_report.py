@@ -50,8 +50,8 @@ def png(colour: int = 0, side: int = 8) -> bytes:
     return stream.getvalue()
 
 
-def shown(table: Any) -> str:
-    console = Console(width=250, file=io.StringIO(), record=True)
+def shown(table: Any, width: int = 250) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
     console.print(table)
     return console.export_text()
 
@@ -92,10 +92,21 @@ def test_percentiles() -> None:
 
 def test_the_terminal_table_shows_what_was_measured() -> None:
     two = report_of(system(prompt_accuracy=0.914), system("[b]bold[/b]", fd=3.14159))
-    text = shown(report.table(two))
+    text = shown(report.SystemsTable(two))
     assert "[b]bold[/b]" in text
     assert "prompt accuracy [%]" in text and "91.4" in text and "3.14" in text
     assert "peak RSS" not in text  # no system has it
+
+
+def test_a_narrow_terminal_loses_no_column() -> None:
+    every = dict.fromkeys((field for field, _, _ in report.FIGURES), 123.456)
+    every["prompt_accuracy"] = 0.999
+    made = report_of(system("a student with a rather long name", **every), system("other"))
+    for width in (80, 200):
+        text = shown(report.SystemsTable(made), width=width)
+        assert "…" not in text and "a student with a rather long name" in text
+        words = {word for _, heading, _ in report.FIGURES for word in heading.split()}
+        assert all(word in text for word in words), text
 
 
 def test_the_machine_tells_itself() -> None:
