@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import cached_conditioning, cached_latents
-from .process import NOISE, Process
+from .process import Process, noise_config
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
 
@@ -46,8 +47,8 @@ class LCM(Method):
             raise ValueError(f"w_min {self.w_min} is greater than w_max {self.w_max}")
         return self
 
-    def most_steps(self) -> int:
-        return self.ddim_steps
+    def step_counts(self) -> range:
+        return range(1, self.ddim_steps + 1)
 
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
@@ -110,11 +111,10 @@ class LCM(Method):
         return ((a - b).square() + self.huber_c**2).sqrt().mean() - self.huber_c
 
 
-def lcm_scheduler(teacher: object, options: LCM) -> LCMScheduler:
+def lcm_scheduler(teacher: Path, options: LCM) -> LCMScheduler:
     """The sampler the student is made for, with the teacher's betas and the loss's grid."""
-    config = dict(LCMScheduler.load_config(f"{teacher}/scheduler"))
     return LCMScheduler(
-        **{k: config[k] for k in NOISE if k in config},
+        **noise_config(teacher),
         clip_sample=False,
         original_inference_steps=options.ddim_steps,
         timestep_scaling=options.timestep_scaling,

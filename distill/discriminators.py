@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import gcd
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,6 +31,51 @@ class PatchCritic(nn.Module):
         return scores
 
 
+class Judged(NamedTuple):
+    """What a UNet put out, [n, c, h, w], and scores of what it saw, [n, 1]; positive means real."""
+
+    sample: Tensor
+    logits: Tensor
+
+
+class UnetCritic(nn.Module):
+    """A UNet that also judges, by a head on its innermost features (arXiv 2405.14867, sec. 4.3).
+
+    It is called as the UNet itself is. DMD2's heads are convolutions down to one cell for one size
+    of latents; this one takes a mean over what a single one leaves, so that any size will do.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+        width = unet.config.block_out_channels[-1]
+        self.head = nn.Sequential(
+            nn.Conv2d(width, width, 3, 2, 1),
+            nn.GroupNorm(gcd(width // 4, 32), width),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(width, 1),
+        )
+        inner = unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
+        inner.register_forward_hook(self._keep)
+
+    def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._features = output if isinstance(output, Tensor) else output[0]
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Judged:
+        sample = self.unet(x_t, t, c).sample
+        return Judged(sample, self.head(self._features))
+
+
 def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
     """The critic's hinge loss (arXiv 1705.02894), 0 when both are a margin of 1 away."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def softplus_critic(real: Tensor, fake: Tensor) -> Tensor:
+    """The critic's cross-entropy (arXiv 1406.2661, eq. 1) on logits, 2 log 2 when it knows nothing.
+
+    The other side's non-saturating loss is ``softplus(-fake)``.
+    """
+    return F.softplus(-real).mean() + F.softplus(fake).mean()

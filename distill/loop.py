@@ -116,7 +116,7 @@ def train(
         stopped = stack.enter_context(_ctrl_c_waits())
         stack.callback(accelerator.free_memory)
         while step < options.steps and not (clock.over(options.minutes) or stopped()):
-            terms = _step(stage, turns, options, accelerator, order.indices(step), seed, step)
+            terms |= _step(stage, turns, options, accelerator, order.indices(step), seed, step)
             step += 1
             advance(step, terms, clock)
             if step % LOG_STEPS == 0 or step == options.steps:
@@ -162,7 +162,7 @@ def _step(
     seed: int,
     step: int,
 ) -> dict[str, float]:
-    """One step of every player whose turn it is; returns the mean of each loss term."""
+    """One step of every player whose turn it is; returns the mean of each of their loss terms."""
     generator = generator_for(seed, step)
     told: dict[str, float] = {}
     batches = [stage.batch(part) for part in np.array_split(indices, options.accumulate)]

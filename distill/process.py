@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ NOISE = (  # what of a scheduler's config describes the noise, and not the sampl
     "prediction_type",
     "rescale_betas_zero_snr",
 )
+
+
+def noise_config(folder: Path) -> dict[str, Any]:
+    """What a diffusers folder's scheduler config says of the noise: for another sampler of it."""
+    from diffusers import DDPMScheduler
+
+    config = DDPMScheduler.load_config(str(folder / "scheduler"))
+    return {k: config[k] for k in NOISE if k in config}
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Process:
         if "beta_schedule" not in config:
             name = config.get("_class_name")
             raise EdgeflashError(f"{folder / 'scheduler'}: {name} has no variance-preserving noise")
-        scheduler = DDPMScheduler(**{k: config[k] for k in NOISE if k in config})
+        scheduler = DDPMScheduler(**noise_config(folder))
         return cls(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type)
 
     @property

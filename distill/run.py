@@ -66,6 +66,7 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
         _check(Student.open(folder), recipe, out)
     for spec, method in zip(recipe.stage, methods, strict=True):
         _check_wants(spec.by, method, recipe)
+    _check_steps(recipe)
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise EdgeflashError("training in several processes is not there yet: start one")
@@ -105,9 +106,23 @@ def _check_wants(name: str, method: Method, recipe: Recipe) -> None:
         raise EdgeflashError(f"method {name!r} needs a teacher in the recipe")
     if "shapes" in method.wants and recipe.data.kind != "shapes":
         raise EdgeflashError(f"method {name!r} needs [data] kind = 'shapes'")
-    most, asked = method.most_steps(), max(recipe.sampling.steps) if recipe.sampling else 0
-    if most and asked > most:
-        raise EdgeflashError(f"[sampling] steps: {asked}, but {name!r} makes at most {most}")
+
+
+def _check_steps(recipe: Recipe) -> None:
+    """Refuses step counts that the finished student's sampler cannot run."""
+    name, runs = _sampler(recipe)
+    for asked in recipe.sampling.steps if recipe.sampling and runs else ():
+        if asked not in runs:
+            makes = f"at most {runs[-1]}" if runs.step == 1 else f"multiples of {runs.step}"
+            raise EdgeflashError(f"[sampling] steps: {asked}, but {name!r} makes {makes}")
+
+
+def _sampler(recipe: Recipe) -> tuple[str, range]:
+    """The last stage that limits the step counts of the student's sampler, and those it can run."""
+    for spec, method in zip(recipe.stage[::-1], recipe.methods()[::-1], strict=True):
+        if (runs := method.step_counts()) is not None:
+            return spec.by, runs
+    return "", range(0)
 
 
 def _run_stage(
@@ -339,5 +354,7 @@ def _sampling(
     student = Student.open(draft)
     if base and (before := Student.open(base)).config("scheduler") == student.config("scheduler"):
         student = before
-    schedules = student.schedules()
-    return tuple(schedules), student.default_steps(schedules), student.guidance()
+    counts, (_, runs) = student.step_counts(), _sampler(recipe)
+    if runs:
+        counts = tuple(n for n in counts if n in runs) or tuple(runs[:1])
+    return counts, student.default_steps(counts), student.guidance()

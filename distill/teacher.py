@@ -1,4 +1,4 @@
-"""The teacher as methods ask it: one batched call, guided, for x_0 and eps."""
+"""Networks as methods ask them: for x_0 and eps, and the teacher guided, in one batched call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from .process import Process
+
+
+def plain(unet: Any, process: Process, x_t: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """x_0 and eps [n, c, h, w], float32, that a network means by its output; with gradients."""
+    output = unet(x_t, t, c).sample.float()
+    return process.x_0(output, x_t, t), process.eps(output, x_t, t)
 
 
 @torch.no_grad()

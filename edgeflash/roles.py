@@ -66,8 +66,8 @@ class Method(Plugin, ABC):
             raise ValueError(f"accumulate {self.accumulate} does not divide {self.batch_size}")
         return self
 
-    def most_steps(self) -> int | None:
-        """The largest step count that the student's sampler can run; None: as many as one likes."""
+    def step_counts(self) -> range | None:
+        """The step counts that the student's sampler can run; None: this stage limits none."""
         return None
 
     @abstractmethod

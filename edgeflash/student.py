@@ -166,13 +166,20 @@ class Student:
             "shards): copy or download the folder again"
         )
 
+    def step_counts(self) -> tuple[int, ...]:
+        """The step counts it was made for, or else those that are usual with its sampler."""
+        if self.manifest and self.manifest.schedules:
+            return tuple(self.manifest.schedules)
+        few = self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS
+        return FEW_STEPS if few else MANY_STEPS
+
     def schedules(self, steps: Sequence[int] | None = None) -> dict[int, Schedule]:
         """The sampler as tables, for these step counts, or for those the student was made for.
 
         Tables that the manifest lacks are lowered from the folder's scheduler, with diffusers.
         """
         own = self.manifest.schedules if self.manifest else {}
-        wanted = sorted(set(steps or own or self._usual_steps()))
+        wanted = sorted(set(steps or self.step_counts()))
         lacking = [n for n in wanted if n not in own]
         scheduler = self._scheduler() if lacking else None
         return {n: own[n] if n in own else lower_schedule(scheduler, n) for n in wanted}
@@ -201,10 +208,6 @@ class Student:
         if self.manifest and self.manifest.default_steps in on_offer:
             return self.manifest.default_steps
         return on_offer[-1]
-
-    def _usual_steps(self) -> tuple[int, ...]:
-        few = self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS
-        return FEW_STEPS if few else MANY_STEPS
 
     def _scheduler(self) -> Any:
         import diffusers

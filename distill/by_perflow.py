@@ -1,0 +1,145 @@
+"""Piecewise rectified flow: straightens the teacher's path window by window; one window: reflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Method
+
+from .encoded import cached_conditioning, cached_latents
+from .process import Process, noise_config
+from .rollout import Asked, ddim
+from .stage import Batch, Player, Stage, Terms, Workshop, average
+from .teacher import guided, plain
+
+
+class PeRFlow(Method):
+    """PeRFlow (arXiv 2405.07510), with the noise-matching loss of its authors' code ("ddim_eps").
+
+    Time is cut into windows. From z_s at a window's start the teacher's DDIM leads to z_e at its
+    end, and the student learns the straight line between the two: everywhere on it, the one x_0 and
+    eps of which both ends are made. With ``windows = 1``, and some 25 ``solver_steps``, that is
+    text-conditioned reflow (arXiv 2209.03003, eq. 1; InstaFlow, arXiv 2309.06380).
+
+    The student keeps the teacher's prediction type. The paper feeds it the point of the line at t,
+    z_s + (z_e - z_s) (t_s - t) / (t_s - t_e); here it is scaled to the norm that networks of this
+    noise know at t, alpha_t x_0 + sigma_t eps. The flow is the same, and a DDIM step is then a step
+    along the line: a plain `DDIMScheduler` samples the student, in multiples of ``windows`` steps.
+
+    With ``guidance`` 1 the student is sampled with the teacher's own guidance; a greater one is
+    folded in, and the recipe's [sampling] should say ``guidance = "none"``. A step asks the teacher
+    ``solver_steps`` times. Published for SD 1.5 at 4 steps: FID 11.3 on COCO 2014, 23.5 for LCM.
+    """
+
+    wants: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    learning_rate: float = Field(8e-5, gt=0, description="peak learning rate of AdamW")
+    ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
+    windows: int = Field(4, ge=1, description="equal windows that time is cut into; 1: reflow")
+    solver_steps: int = Field(8, ge=1, description="DDIM steps of the teacher in each window")
+    guidance: float = Field(
+        1.0, ge=1, description="the teacher's guidance scale; 7.5: the paper's, when folded in"
+    )
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions, for CFG")
+
+    def step_counts(self) -> range:
+        return range(self.windows, 1001, self.windows)
+
+    def begin(self, shop: Workshop) -> Stage:
+        assert shop.teacher
+        student = shop.load(shop.student, "unet").train()
+        process = Process.of(shop.teacher, shop.device)
+        if process.timesteps % self.windows or process.timesteps < 2 * self.windows:
+            raise EdgeflashError(
+                f"perflow.windows: {self.windows} do not divide this teacher's {process.timesteps} "
+                "timesteps into equal ones of at least 2"
+            )
+        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+
+        def batch(indices: np.ndarray) -> Batch:
+            return {"x_0": latents(indices), "c": conditioning(indices)}
+
+        return Stage(
+            players={"student": Player(student, Lesson(self, teacher, process, nothing).loss)},
+            batch=batch,
+            results={"unet": student, "scheduler": self.scheduler(shop.teacher)},
+            averages={"unet": average(student, self.ema)} if self.ema else {},
+        )
+
+    def window(self, t: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
+        """Start and end of the windows that timesteps t lie in; an end is the next one's start."""
+        length = timesteps // self.windows
+        end = t // length * length - 1
+        return end + length, end.clamp(min=0)
+
+    def times(self, start: Tensor, end: Tensor) -> list[Tensor]:
+        """The timesteps at which the teacher's solver stops, from start to end."""
+        parts = [i / self.solver_steps for i in range(self.solver_steps + 1)]
+        return [torch.lerp(start.float(), end.float(), part).round().long() for part in parts]
+
+    def scheduler(self, teacher: Path) -> DDIMScheduler:
+        """DDIM that begins at each window's start, as the windows' ends are counted here."""
+        return DDIMScheduler(
+            **noise_config(teacher),
+            clip_sample=False,
+            set_alpha_to_one=False,
+            timestep_spacing="trailing",
+        )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The loss, with the networks that stand beside the student."""
+
+    options: PeRFlow
+    teacher: Any
+    process: Process
+    nothing: Tensor
+
+    def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
+        x_0, count, process, options = batch["x_0"], len(batch["x_0"]), self.process, self.options
+        eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        t = torch.randint(process.timesteps, (count,), generator=generator).to(x_0.device)
+        empty = torch.rand(count, generator=generator) < options.caption_dropout
+        c = torch.where(empty[:, None, None].to(x_0.device), self.nothing, batch["c"])
+        start, end = options.window(t, process.timesteps)
+        z_s = process.noised(x_0, eps, start)
+        first = (start == process.timesteps - 1)[:, None, None, None]
+        z_s = torch.where(first, eps, z_s)  # as sampling begins, and as reflow's pairs do
+        z_e = ddim(self.asked(c), process, z_s, options.times(start, end))
+        x_0, eps = line(process, z_s, z_e, start, end)
+        output = network(process.noised(x_0, eps, t), t, c).sample.float()
+        return {"flow": F.mse_loss(output, process.target(x_0, eps, t))}
+
+    def asked(self, c: Tensor) -> Asked:
+        """The teacher under conditioning c, guided where the options say so."""
+        if self.options.guidance == 1:
+            return lambda x, t: plain(self.teacher, self.process, x, t, c)
+        w = torch.full((len(c),), self.options.guidance - 1, device=c.device)
+        return lambda x, t: guided(self.teacher, self.process, x, t, c, self.nothing, w)
+
+
+def line(
+    process: Process, z_s: Tensor, z_e: Tensor, start: Tensor, end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x_0 and eps with z = alpha x_0 + sigma eps at both ends of a window, [n, c, h, w] each.
+
+    This eps is the target of the paper's eps-prediction, (z_e - lam_s z_s) / eta_s with
+    lam_s = alpha_e / alpha_s and eta_s = sigma_e - lam_s sigma_s.
+    """
+    alpha_s, sigma_s = process.alpha(start), process.sigma(start)
+    alpha_e, sigma_e = process.alpha(end), process.sigma(end)
+    area = alpha_s * sigma_e - alpha_e * sigma_s
+    x_0 = (sigma_e * z_s - sigma_s * z_e) / area
+    return x_0, (alpha_s * z_e - alpha_e * z_s) / area

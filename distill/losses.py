@@ -1,0 +1,21 @@
+"""Losses that several methods have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """Distribution matching (arXiv 2311.18828, eq. 7 and 8): a scalar with the gradient wanted.
+
+    Its gradient by x is (fake - real) / mean|x - real|, over the number of elements of x. With
+    scores s = (alpha x_0 - x_t) / sigma^2 that is eq. 7, less a factor alpha_t that the authors'
+    own code leaves out; a step against it leads from what samples are to what they should be.
+
+    Args:
+        x: samples of the student, [n, c, h, w].
+        real, fake: x_0 that the teacher and the fake score see in a noised x, without gradients.
+    """
+    scale = (x.detach() - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-8)
+    return 0.5 * F.mse_loss(x, (x - (fake - real) / scale).detach())

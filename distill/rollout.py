@@ -1,0 +1,48 @@
+"""Several network calls in a row, without gradients: a path of the teacher's, or the student's own.
+
+A network is handed over as `Asked`, so that conditioning and guidance are the caller's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .process import Process
+
+Asked = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x_t [n, c, h, w], t [n] -> x_0, eps
+
+
+@torch.no_grad()
+def ddim(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Tensor:
+    """The probability-flow ODE from x at times[0] to times[-1] (arXiv 2010.02502, eq. 12, sigma 0).
+
+    Args:
+        x: [n, c, h, w] at times[0].
+        times: timesteps int64 [n], each below the one before.
+    """
+    for t, s in pairwise(times):
+        x = process.ddim(*ask(x, t), s)
+    return x
+
+
+@torch.no_grad()
+def renoised(
+    ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor], generator: torch.Generator
+) -> Tensor:
+    """Where a student gets to that takes x_0, and fresh noise on it, at every step.
+
+    That is multistep consistency sampling (arXiv 2303.01469, alg. 1), as LCM and DMD2 sample.
+
+    Args:
+        x: [n, c, h, w] at times[0].
+        times: timesteps int64 [n], each below the one before; what comes back is at times[-1].
+    """
+    for t, s in pairwise(times):
+        x_0, _ = ask(x, t)
+        x = process.noised(x_0, torch.randn(x.shape, generator=generator).to(x.device), s)
+    torch.clear_autocast_cache()  # weights that were cast in here would stay without gradients
+    return x

@@ -1,0 +1,59 @@
+"""Gaussian data, x_0 ~ N(m, s^2), whose scores, paths and steps have closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from edgeflash.distill.process import Process
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+M, S = 0.7, 0.5
+NOTHING = torch.zeros(1, 1, 1)  # conditioning that no network here listens to
+
+
+def process(predicts: Any = "sample") -> Process:
+    return Process(DDPMScheduler(**BETAS).alphas_cumprod, predicts)
+
+
+def teacher_folder(home: Path, **config: Any) -> Path:
+    DDIMScheduler(**BETAS, **config).save_pretrained(str(home / "scheduler"))
+    return home
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(count: int, seed: int = 9) -> Tensor:
+    return torch.randn(count, 1, 2, 2, generator=seeded(seed))
+
+
+def batch(count: int) -> dict[str, Tensor]:
+    return {"x_0": M + S * normal(count), "c": torch.zeros(count, 1, 1)}
+
+
+def network(it: Process, sees: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Any:
+    """Puts out what means the x_0 and eps that it sees."""
+    return lambda x, t, c: SimpleNamespace(sample=it.target(*sees(x, t), t))
+
+
+def variance(it: Process, t: Tensor, s: float = S) -> Tensor:
+    """Of x_t, [n, 1, 1, 1]."""
+    return it.alpha(t) ** 2 * s**2 + it.sigma(t) ** 2
+
+
+def posterior(it: Process, m: float = M, s: float = S) -> Any:
+    """The perfect teacher: E[x_0 | x_t] and E[eps | x_t]."""
+
+    def sees(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        gap = (x - it.alpha(t) * m) / variance(it, t, s)
+        return m + it.alpha(t) * s**2 * gap, it.sigma(t) * gap
+
+    return network(it, sees)

@@ -1,0 +1,75 @@
+"""Whole recipes of TCD, PeRFlow and DMD2, and the step counts that their samplers have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_distill import small_recipe
+
+from edgeflash.distill.run import _check_steps, distill
+from edgeflash.errors import EdgeflashError
+from edgeflash.recipe import recipe_of
+
+ONE_STEP = {"denoising_steps": 1, "denoising_timestep": 400}
+CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
+    "tcd": ({"by": "tcd"}, "TCDScheduler", {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]}),
+    "perflow": ({"by": "perflow", "windows": 2}, "DDIMScheduler", {2: [999, 499]}),
+    "reflow": ({"by": "perflow", "windows": 1}, "DDIMScheduler", {25: []}),
+    "dmd": ({"by": "dmd"}, "LCMScheduler", {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]}),
+    "dmd at 399": ({"by": "dmd"} | ONE_STEP, "LCMScheduler", {1: [399]}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_student_ships_the_steps_its_sampler_has_and_diffusers_draws(
+    tmp_path: Path, case: str
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    stage, scheduler, ladders = CASES[case]
+    recipe = small_recipe(tmp_path, stage=[stage | {"steps": 2, "batch_size": 2}], sampling=None)
+    out = distill(recipe, tmp_path / "student")
+    told = json.loads((out / "edgeflash.json").read_text())
+    tables = told["schedules"].items()
+    found = {int(n): [step["t"] for step in table["steps"]] for n, table in tables}
+    assert found.keys() == ladders.keys() and told["default_steps"] == max(ladders)
+    assert all(found[n] == ladder for n, ladder in ladders.items() if ladder)
+    few = scheduler != "DDIMScheduler"
+    assert told["guidance"]["kind"] == ("none" if few else "cfg")
+    pipeline = StableDiffusionPipeline.from_pretrained(str(out), safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.scheduler).__name__ == scheduler
+    asked = {"num_inference_steps": min(ladders), "guidance_scale": 0 if few else 2}
+    image = pipeline("star", **asked, eta=0.3, output_type="np").images
+    assert image.shape == (1, 16, 16, 3) and np.isfinite(image).all()
+
+
+def test_step_counts_are_those_of_the_last_sampler() -> None:
+    def check(*stages: dict[str, Any]) -> None:
+        asked = {"steps": [3], "default_steps": 3}
+        _check_steps(recipe_of({"name": "x", "stage": list(stages), "sampling": asked}, "x"))
+
+    check({"by": "perflow"}, {"by": "lcm"}, {"by": "decoder"})
+    with pytest.raises(EdgeflashError, match=r"steps: 3, but 'perflow' makes multiples of 4"):
+        check({"by": "lcm"}, {"by": "perflow"})
+    with pytest.raises(EdgeflashError, match=r"steps: 3, but 'dmd' makes at most 2"):
+        check({"by": "perflow"}, {"by": "dmd", "denoising_steps": 2})
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ({"by": "perflow", "windows": 3}, r"perflow\.windows: 3 do not divide"),
+        ({"by": "dmd", "denoising_timestep": 2000}, r"dmd\.denoising_timestep: at most 1000"),
+        ({"by": "tcd", "ddim_steps": 2000}, r"tcd\.ddim_steps: at most 1000"),
+    ],
+)
+def test_what_a_teachers_timesteps_do_not_allow_is_said(
+    tmp_path: Path, stage: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(EdgeflashError, match=said):
+        distill(small_recipe(tmp_path, stage=[stage], sampling=None), tmp_path / "student")

@@ -1,0 +1,166 @@
+"""TCD and PeRFlow, which follow the teacher's paths, against closed forms."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from gaussian import (
+    NOTHING,
+    M,
+    batch,
+    network,
+    normal,
+    posterior,
+    process,
+    seeded,
+    teacher_folder,
+    variance,
+)
+from torch import Tensor
+
+from edgeflash.distill import by_perflow, by_tcd
+from edgeflash.distill.by_perflow import PeRFlow, line
+from edgeflash.distill.by_tcd import TCD, trajectory
+from edgeflash.distill.process import Process
+from edgeflash.schedule import Schedule, lower_schedule
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def straight(it: Process, flow: PeRFlow) -> Any:
+    """The perfect PeRFlow student: on the line whose ends the exact ODE joins."""
+
+    def sees(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = flow.window(t, it.timesteps)
+        growth = (variance(it, end) / variance(it, start)).sqrt()
+        a, b = line(it, torch.ones_like(growth), growth, start, end)
+        gap = (x - it.alpha(t) * M) / (it.alpha(t) * a + it.sigma(t) * b)
+        return M + a * gap, b * gap
+
+    return network(it, sees)
+
+
+def sampled(schedule: Schedule, net: Any, x: Tensor) -> Tensor:
+    """The loop of a runtime."""
+    for step in schedule.steps:
+        t = torch.full((len(x),), int(step.t))
+        x = step.a * x + step.b * net(step.in_scale * x, t, NOTHING).sample
+    return x
+
+
+def test_tcd_aims_at_any_entry_up_to_its_target() -> None:
+    tcd = TCD()
+    t, u, s = tcd.times(torch.tensor([0, 1, 49, 49]), torch.tensor([0, 1, 0, 49]), 1000)
+    assert (t.tolist(), u.tolist()) == ([19, 39, 999, 999], [0, 19, 979, 979])
+    assert s.tolist() == [0, 19, 0, 979]
+    n, m = tcd.draws(20_000, seeded())
+    assert (m <= n).all() and (n.min(), n.max(), m.min()) == (0, 49, 0) and m.max() > 45
+    assert float(m.float().mean()) == pytest.approx(24.5 / 2, abs=0.3)
+
+
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+def test_a_trajectory_of_no_length_ends_where_it_began(predicts: str) -> None:
+    x, t = normal(3), torch.tensor([19, 499, 999])
+
+    def anything(x: Tensor, t: Tensor, c: Tensor) -> Any:
+        return SimpleNamespace(sample=torch.tanh(x + 1))
+
+    assert torch.allclose(trajectory(anything, process(predicts), x, t, t, x), x, atol=1e-4)
+
+
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+def test_the_exact_trajectory_to_a_point_has_no_tcd_loss(predicts: str) -> None:
+    """All data are one point m, where a DDIM step is exact for any network that sees it."""
+    it = process(predicts)
+
+    def loss(student: Any) -> float:
+        lesson = by_tcd.Lesson(TCD(), posterior(it, M, 0), student, it, NOTHING)
+        data = batch(400) | {"x_0": torch.full((400, 1, 2, 2), M)}
+        return float(lesson.loss(student, data, seeded())["trajectory"])
+
+    assert loss(posterior(it, M, 0)) < 1e-8 < 1e-5 < loss(posterior(it, M + 0.1, 0))
+
+
+def test_tcds_tables_stop_on_its_grid_and_have_a_gamma_of_three_tenths(tmp_path: Path) -> None:
+    folder = teacher_folder(tmp_path, prediction_type="v_prediction")
+    schedule = lower_schedule(TCD().scheduler(folder), 4)
+    assert [step.t for step in schedule.steps] == [999, 759, 499, 259]
+    assert schedule.prediction == "v_prediction" and schedule.steps[3].c == 0
+    abar = process().abar.tolist()
+    for step, before, s in zip(schedule.steps, (759, 499, 259), (531, 349, 181), strict=False):
+        assert step.c == pytest.approx(sqrt(1 - abar[before] / abar[s]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("windows", "t", "start", "end"),
+    [
+        (4, [999, 750, 749, 250], [999, 999, 749, 499], [749, 749, 499, 249]),
+        (4, [249, 0], [249, 249], [0, 0]),
+        (1, [999, 500, 0], [999, 999, 999], [0, 0, 0]),
+    ],
+)
+def test_windows_end_where_the_next_begin(
+    windows: int, t: list[int], start: list[int], end: list[int]
+) -> None:
+    flow = PeRFlow(windows=windows)
+    found = flow.window(torch.tensor(t), 1000)
+    assert [edge.tolist() for edge in found] == [start, end]
+    times = flow.times(*found)
+    assert len(times) == 9 and torch.equal(times[0], found[0]) and torch.equal(times[8], found[1])
+    assert all((before > after).all() for before, after in pairwise(times))
+
+
+def test_the_line_has_the_papers_eps_and_goes_through_both_ends() -> None:
+    it, start = process(), torch.tensor([999, 749, 499, 249])
+    end = torch.tensor([749, 499, 249, 0])
+    _, eps = line(it, torch.zeros(4, 1, 1, 1), torch.ones(4, 1, 1, 1), start, end)
+    eta = [-2.50638, -1.30094, -0.75584, -0.66376]  # z_e = lam_s z_s + eta_s eps
+    assert (1 / eps).flatten().tolist() == pytest.approx(eta, rel=1e-4)
+    z_s, z_e = normal(4, 1), normal(4, 2)
+    x_0, eps = line(it, z_s, z_e, start, end)
+    assert torch.allclose(it.noised(x_0, eps, start), z_s, atol=1e-5)
+    assert torch.allclose(it.noised(x_0, eps, end), z_e, atol=1e-5)
+
+
+@pytest.mark.parametrize(("windows", "steps"), [(4, 4), (4, 8), (1, 1)])
+def test_straight_windows_are_sampled_exactly(tmp_path: Path, windows: int, steps: int) -> None:
+    """The student's table leads to the ODE's end, of which the teacher's own falls short."""
+    flow, it, noise = PeRFlow(windows=windows), process("v_prediction"), normal(500)
+    scheduler = flow.scheduler(teacher_folder(tmp_path, prediction_type="v_prediction"))
+    schedule = lower_schedule(scheduler, steps)
+    first, last = torch.tensor([999]), torch.tensor([0])
+    growth = (variance(it, last) / variance(it, first)).sqrt()
+    wanted = it.alpha(last) * M + growth * (noise - it.alpha(first) * M)
+    assert torch.allclose(sampled(schedule, straight(it, flow), noise), wanted, atol=1e-4)
+    assert sampled(schedule, posterior(it), noise).std() < 0.85 * wanted.std()
+
+
+def test_the_straight_flow_has_no_perflow_loss() -> None:
+    it, flow = process("v_prediction"), PeRFlow()
+    lesson = by_perflow.Lesson(flow, posterior(it), it, NOTHING)
+
+    def loss(student: Any) -> float:
+        return float(lesson.loss(student, batch(2000), seeded())["flow"])
+
+    assert loss(straight(it, flow)) < 0.005  # the solver's own error at 8 steps a window
+    assert loss(posterior(it)) > 10 * loss(straight(it, flow))
+
+
+@pytest.mark.parametrize(("guidance", "size"), [(1.0, 3), (7.5, 6)])
+def test_perflows_teacher_makes_one_call_a_step(guidance: float, size: int) -> None:
+    calls = []
+
+    def same(x: Tensor, t: Tensor, c: Tensor) -> Any:
+        calls.append(len(x))
+        return SimpleNamespace(sample=x)
+
+    flow = PeRFlow(guidance=guidance, solver_steps=5)
+    lesson = by_perflow.Lesson(flow, same, process(), NOTHING)
+    lesson.loss(posterior(process()), batch(3), seeded())
+    assert calls == [size] * 5
