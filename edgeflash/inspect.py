@@ -223,6 +223,7 @@ def _torch_device(torch: Any) -> str:
 
 DEVICES: dict[str, Callable[[Any], str]] = {
     "onnxruntime": lambda ort: ", ".join(ort.get_available_providers()),
+    "openvino": lambda ov: ", ".join(ov.Core().available_devices),
     "torch": _torch_device,
 }
 

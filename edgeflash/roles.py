@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
-    from edgeflash.bundle import Component
+    from edgeflash.bundle import Component, TensorSpec
     from edgeflash.distill.stage import Stage, Workshop
     from edgeflash.export.capture import Captured
     from edgeflash.student import Student
@@ -90,9 +90,16 @@ class Target(Plugin, ABC):
         """The precision it lowers that component to; not every one gains from quantization."""
         return self.precision
 
-    def furnish(self, student: Student, out: Path) -> None:
-        """Adds what the ecosystem's own pipelines look for beside the components."""
-        return
+    def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
+        """An input as its ecosystem feeds it; ``whole``: every timestep is a whole number."""
+        return spec
+
+    def furnish(self, student: Student, out: Path) -> str:
+        """Adds what the ecosystem's own pipelines look for beside components and tokenizer.
+
+        Returns what a person should know of it, in one line; "" for nothing.
+        """
+        return ""
 
     def diverged(self, captured: Captured, out: Path) -> str:
         """Where a lowered component below ``out`` first goes astray; "" where it cannot say."""

@@ -6,7 +6,7 @@ prompts, as goldens that ship with the bundle.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,7 @@ class Eager:
         self.samples: list[Sample] = []
 
     def __call__(self, **by_role: Array) -> Array:
-        given = {s.name: np.asarray(by_role[s.role], s.dtype, order="C") for s in self.inputs}
+        given = {s.name: _as_one_row(by_role[s.role], s) for s in self.inputs}
         with torch.no_grad():
             answer = self.module(*(torch.from_numpy(array) for array in given.values()))
         answers = answer if isinstance(answer, tuple) else (answer,)
@@ -83,6 +83,7 @@ class Tape:
         prompts: one golden each.
         size: of the images, (height, width) in px.
         timestep: fold this one into the denoiser; None: it is an input.
+        takes: how the target takes an input that the family describes; see `Target.takes`.
         goldens: arrays recorded so far, one table a prompt; see `edgeflash.golden`.
     """
 
@@ -91,6 +92,7 @@ class Tape:
     prompts: Sequence[str]
     size: tuple[int, int]
     timestep: float | None = None
+    takes: Callable[[TensorSpec], TensorSpec] = lambda spec: spec
     goldens: list[Tensors] = field(default_factory=list)
 
     def seed(self, number: int) -> int:
@@ -101,13 +103,14 @@ class Tape:
         """Loads a component, runs its part of every prompt, and captures it as a program."""
         family = self.student.family
         module = family.load(self.student, component, timestep=self.timestep)
-        specs = family.signature(
+        inputs, outputs = family.signature(
             self.student, component, self.size, folded=self.timestep is not None
         )
-        network = Eager(module, *specs)
+        inputs = tuple(map(self.takes, inputs))
+        network = Eager(module, inputs, outputs)
         getattr(self, f"_run_{component}")(network)
-        program = to_program(module, specs[0], network.samples[0])
-        return Captured(component, program, *specs, tuple(network.samples))
+        program = to_program(module, inputs, network.samples[0])
+        return Captured(component, program, inputs, outputs, tuple(network.samples))
 
     def _run_text_encoder(self, network: Eager) -> None:
         folder = self.student.folder / "tokenizer"
@@ -132,6 +135,12 @@ class Tape:
     def _run_vae_encoder(self, network: Eager) -> None:
         for golden in self.goldens:
             golden["encoded"] = network(image=golden["image"])
+
+
+def _as_one_row(array: Array, spec: TensorSpec) -> Array:
+    """In the dtype and rank of ``spec``, batch 1."""
+    array = np.asarray(array, spec.dtype, order="C")
+    return array[None] if spec.shape and array.ndim == 0 else array
 
 
 def to_program(

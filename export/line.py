@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -79,7 +80,7 @@ def export_student(
         size: (height, width) of the images in px; None: what the denoiser was made for.
         image_to_image: also export the encoder.
         fold_timestep: where all schedules have one and the same timestep, make it a constant; stock
-            optimum pipelines want it as an input.
+            pipelines of optimum and OpenVINO GenAI want it as an input.
         floors: of the ladder, instead of the defaults; see `edgeflash.verify`.
         console: where progress is told; None: the terminal's standard error.
 
@@ -104,7 +105,8 @@ def export_student(
                 del captured
                 gc.collect()
             with _told(console, "pack"):
-                manifest = _pack(plan, target, pieces, student_sha256.result(), draft)
+                sha256 = student_sha256.result()
+                manifest = _pack(plan, target, pieces, sha256, draft, console)
             with _told(console, f"verify on {target.runtime}"):
                 figures = verify(Bundle(draft, manifest), runtime, floors)
                 manifest = manifest.model_copy(update={"parity": figures})
@@ -161,6 +163,7 @@ def _plan(
     times = {step.t for schedule in schedules.values() for step in schedule.steps}
     own = student.manifest.prompts if student.manifest else ()
     prompts = tuple(prompts) or own or PROMPTS
+    whole = not any(t % 1 for t in times)
     big = sum(p.stat().st_size for p in student.weights("unet").files) > BIG_BYTES
     goldens = min(1 if big else GOLDENS, len(prompts))
     calibrates = any(target.precision_of(name) == "int8" for name in components)
@@ -170,6 +173,7 @@ def _plan(
         prompts if calibrates else prompts[:goldens],
         size,
         timestep=times.pop() if fold_timestep and len(times) == 1 else None,
+        takes=partial(target.takes, whole=whole),
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
@@ -201,14 +205,20 @@ def _lower(captured: Captured, target: Target, draft: Path, hashing: ThreadPoolE
 
 
 def _pack(
-    plan: _Plan, target: Target, pieces: list[_Piece], student_sha256: str, draft: Path
+    plan: _Plan,
+    target: Target,
+    pieces: list[_Piece],
+    student_sha256: str,
+    draft: Path,
+    console: Console,
 ) -> Manifest:
     student, family, tape = plan.student, plan.student.family, plan.tape
     components = tuple(
         piece.captured_as.model_copy(update={"files": piece.files.result()}) for piece in pieces
     )
-    target.furnish(student, draft)
     pack.copy_tokenizer(student.folder / "tokenizer", draft / "tokenizer")
+    if told := target.furnish(student, draft):
+        console.print(told, markup=False)
     goldens = pack.write_goldens(tape, plan.goldens, draft)
     return Manifest(
         family=family.name,

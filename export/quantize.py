@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-import io
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +15,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.golden import Tensors
 
 from .capture import Captured, Sample
+from .quiet import quiet
 
 if TYPE_CHECKING:
     from .to_onnx import OnnxTarget
@@ -45,7 +43,7 @@ def quantize_static(path: Path, captured: Captured, options: OnnxTarget) -> Path
     symmetric = options.activations == "int8"
     kind = ort.QuantType.QInt8 if symmetric else ort.QuantType.QUInt8
     found = path.with_name("int8.onnx")
-    with _quiet():
+    with quiet():
         ort.quantize_static(
             path,
             found,
@@ -61,17 +59,6 @@ def quantize_static(path: Path, captured: Captured, options: OnnxTarget) -> Path
             extra_options={"ActivationSymmetric": symmetric},
         )
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the quantizer's wishes for preparations that the graph does not need to itself."""
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def left_alone(path: Path, captured: Captured, options: OnnxTarget) -> list[str]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from edgeflash.roles import Target
 from edgeflash.student import INDEX, Student
 from edgeflash.verify import FLOORS
+
+from .ecosystem import write_configs, write_json
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -102,46 +102,12 @@ class OnnxTarget(Target):
             divergence = first_divergence(whole[0], found, captured.samples[0].inputs, floor_db)
         return str(divergence or "")
 
-    def furnish(self, student: Student, out: Path) -> None:
+    def furnish(self, student: Student, out: Path) -> str:
         """Configs, scheduler and index where optimum looks for them."""
-        index = {key: value for key, value in student.index.items() if key != "vae"}
-        for key, value in index.items():
-            if isinstance(value, list) and key not in student.family.folders:
-                index[key] = [None, None]  # a safety checker and the like stay behind
-        for name in ("vae_decoder", "vae_encoder"):
+        index = write_configs(student, out)
+        del index["vae"]
+        for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
             if (out / name).is_dir():
-                _write(out / name / "config.json", _as_kl(student.config("vae")))
                 index[name] = ["diffusers", "OnnxRuntimeModel"]
-        for name in ("text_encoder", "unet"):
-            _write(out / name / "config.json", student.config(name))
-            index[name] = ["diffusers", "OnnxRuntimeModel"]
-        _write(out / INDEX, index)
-        shutil.copytree(student.folder / "scheduler", out / "scheduler")
-
-
-def _as_kl(config: dict[str, Any]) -> dict[str, Any]:
-    """A tiny autoencoder's config as that of an `AutoencoderKL`, which is all that optimum knows.
-
-    The exported decoder takes latent / scaling_factor like the other, and its factor is 1.
-    """
-    if config["_class_name"] != "AutoencoderTiny":
-        return config
-    widths = config["decoder_block_out_channels"]
-    return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": config.get("_diffusers_version", "0.35.0"),
-        "in_channels": config.get("in_channels", 3),
-        "out_channels": config.get("out_channels", 3),
-        "latent_channels": config.get("latent_channels", 4),
-        "block_out_channels": widths,
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "scaling_factor": config.get("scaling_factor", 1.0),
-        "shift_factor": config.get("shift_factor", 0.0),
-    }
-
-
-def _write(path: Path, data: dict[str, Any]) -> None:
-    """As JSON, without diffusers' note of where the model was loaded from."""
-    told = {key: value for key, value in data.items() if key != "_name_or_path"}
-    path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        write_json(out / INDEX, index)
+        return ""

@@ -75,7 +75,7 @@ def fitted(array: Array, spec: TensorSpec, n: int) -> Array:
     """``array`` in the dtype and rank of ``spec``; no copy where it fits already."""
     array = np.asarray(array, dtype=spec.dtype, order="C")
     if array.ndim == 0 and spec.shape:
-        array = np.full((n,), array)
+        array = np.full((1 if spec.shape[0] == 1 else n,), array)
     fits = len(array.shape) == len(spec.shape) and all(
         isinstance(want, str) or want == have
         for want, have in zip(spec.shape, array.shape, strict=True)

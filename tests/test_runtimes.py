@@ -85,6 +85,16 @@ def test_cfg_joins_the_empty_prompt_and_the_prompt(tmp_path: Path, batch: Any) -
     assert len(spy.calls("unet")) == 3 * {"n": 1, 1: 4, 2: 2}[batch]
 
 
+def test_one_timestep_serves_every_row(tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "b", timestep=(1,), guidance={"kind": "cfg", "scale": 4})
+    pipeline, spy = spied(folder)
+    result = pipeline.generate(Request(("a red star", "blue ring"), seed=1))
+    for j, prompt in enumerate(("a red star", "blue ring")):
+        mixed = mean_of("") + 4 * (mean_of(prompt) - mean_of(""))
+        assert_close(result.latent[j], closed_form(1 + j, mixed))
+    assert {call["timestep"].shape for call in spy.calls("unet")} == {(1,)}
+
+
 def test_cfg_scale_and_negative_come_from_the_request(tmp_path: Path) -> None:
     pipeline, spy = spied(tiny(tmp_path / "b", guidance={"kind": "cfg", "scale": 4}))
     result = pipeline.generate(Request("a red star", guidance=2.5, negative="blue ring"))

@@ -105,7 +105,7 @@ def test_the_doctor_tells_what_is_missing_and_what_is_in_use(lacking: Lacking) -
     told = shown(inspect.health())
     assert "pip install 'edgeflash[distill]'" in row(told, "distill")
     assert "torch runs on" in told and "nothing: not installed" in told
-    for extra in ("coreml", "openvino", "tensorrt", "tensorrt-rtx"):
+    for extra in ("coreml", "tensorrt", "tensorrt-rtx"):
         assert "no plug-in uses it yet" in row(told, extra)
         assert f"'edgeflash[{extra}]'" not in told
 
@@ -122,6 +122,8 @@ def test_the_doctor_tells_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert inspect.DEVICES["torch"](torch) == "cpu; no CUDA device found"
     torch.version.cuda = None
     assert inspect.DEVICES["torch"](torch) == "cpu; built without CUDA"
+    core = SimpleNamespace(available_devices=["CPU", "GPU.0"])
+    assert inspect.DEVICES["openvino"](SimpleNamespace(Core=lambda: core)) == "CPU, GPU.0"
 
     def broken(_: object) -> str:
         raise ImportError("libcudnn is missing")

@@ -1,0 +1,137 @@
+"""OpenVINO IR, laid out as OpenVINO GenAI's and optimum-intel's pipelines read it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from edgeflash.bundle import TensorSpec
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Target
+from edgeflash.shelf import absent
+from edgeflash.student import INDEX, Student
+
+from .ecosystem import write_configs, write_json
+
+if TYPE_CHECKING:
+    from .capture import Captured
+
+ONNX_BYTES = 2**30  # of weights within the ONNX file on the way; protobuf holds 2 GiB
+TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")  # in the order they are made
+NO_TOKENIZER = "OpenVINO GenAI will not open this bundle, edgeflash and optimum-intel will"
+
+
+class OpenVinoTarget(Target):
+    """One IR a component (`openvino_model.xml`, `.bin`): fp32, fp16, or int8 by NNCF.
+
+    fp16 and int8 are those of the file: tensors in and out stay as they are in fp32, and in what
+    floating-point type sums run is up to the runtime. Stock pipelines want the timestep as an
+    input, also of one-step students (``--keep-timestep``), and GenAI wants it int64 [1]: so it is
+    where the student's timesteps are whole numbers, else float32 of rank 0, for edgeflash and
+    optimum-intel alone. GenAI samples with LCM, DDIM, Euler and PNDM schedulers only.
+
+    OpenVINO's converter and NNCF report their use to Intel; ``opt_in_out --opt_out`` ends that.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = (
+        "torch",
+        "diffusers",
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "openvino",
+        "nncf",
+    )
+    runtime: ClassVar[str] = "openvino"
+
+    quantized: tuple[str, ...] = Field(
+        ("unet", "vae_decoder", "vae_encoder"), description="components that int8 applies to"
+    )
+    rest: Literal["fp32", "fp16"] = Field(
+        "fp16", description="int8: precision of the components that are not quantized"
+    )
+    weights_only: bool = Field(
+        False, description="int8: of weights alone; smaller, closer to fp32, but hardly faster"
+    )
+    keep: tuple[str, ...] = Field(
+        (), description="int8: operators to leave alone, by name; * stands for anything"
+    )
+    edges: bool = Field(
+        False, description="int8: also quantize what stands next to latents, images, conditioning"
+    )
+
+    def precision_of(self, component: str) -> str:
+        skipped = self.precision == "int8" and component not in self.quantized
+        return self.rest if skipped else self.precision
+
+    def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
+        if spec.role != "timestep" or not whole:
+            return spec
+        return spec.model_copy(update={"dtype": "int64", "shape": (1,)})
+
+    def lower(self, captured: Captured, out: Path) -> list[Path]:
+        import openvino
+
+        from . import onnx_graph
+        from .quantize_openvino import to_half, to_int8
+
+        path = out / captured.component / "openvino_model.xml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        precision = self.precision_of(captured.component)
+        graph = onnx_graph.translate(captured)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".onnx-") as scratch:
+            whole = onnx_graph.save(graph, Path(scratch) / "model.onnx", ONNX_BYTES)[0]
+            model = _converted(whole, captured.component)
+            if precision == "fp16":
+                to_half(model)
+            elif precision == "int8":
+                model = to_int8(model, captured, self)
+            openvino.save_model(model, path, compress_to_fp16=False)
+        return [path, path.with_suffix(".bin")]
+
+    def furnish(self, student: Student, out: Path) -> str:
+        """Configs, scheduler, index and tokenizer models where GenAI and optimum-intel look."""
+        index = write_configs(student, out)
+        index["vae"] = ["diffusers", "AutoencoderKL"]  # which `write_configs` makes of a tiny one
+        write_json(out / INDEX, index)
+        return _write_tokenizer_models(out / "tokenizer")
+
+
+def _converted(path: Path, component: str) -> Any:
+    """The ONNX file as an `openvino.Model` with the same names.
+
+    Raises:
+        EdgeflashError: it holds an operator that OpenVINO does not know.
+    """
+    import openvino
+
+    try:
+        return openvino.convert_model(str(path))
+    except Exception as error:  # of its own kinds, by what went wrong
+        said = " ".join(str(error).split())[:300]
+        raise EdgeflashError(f"{component}: OpenVINO does not convert it: {said}") from error
+
+
+def _write_tokenizer_models(folder: Path) -> str:
+    """The tokenizer in ``folder`` as the models that GenAI runs in its place.
+
+    Returns why there are none; "" when they are written. edgeflash itself does without.
+    """
+    if absent(["openvino_tokenizers"]):
+        return f"no {TOKENIZERS[0]}: {NO_TOKENIZER}: pip install openvino-tokenizers, export again"
+    import openvino
+    from transformers import CLIPTokenizer
+
+    try:
+        from openvino_tokenizers import convert_tokenizer
+
+        models = convert_tokenizer(CLIPTokenizer.from_pretrained(folder), with_detokenizer=True)
+    except Exception as error:  # it follows both its neighbours' versions closely
+        said = " ".join(str(error).split())[:300]
+        return f"no {TOKENIZERS[0]}: {NO_TOKENIZER}: {said}"
+    for model, name in zip(models, TOKENIZERS, strict=True):
+        openvino.save_model(model, folder / name)
+    return ""
