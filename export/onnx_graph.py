@@ -238,7 +238,7 @@ def _keeps_float(node: ir.Node, index: int) -> bool:
 
 def clipped_half(array: Array) -> Array:
     """float16, with finite values that it cannot hold (masks of -3e38) at its limits."""
-    wide = torch.from_numpy(np.asarray(array, np.float32))
+    wide = torch.from_numpy(np.array(array, np.float32))
     half = wide.clamp(-LARGEST_HALF, LARGEST_HALF).half()
     return torch.where(wide.isinf(), wide.half(), half).contiguous().numpy()
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .capture import Captured
     from .to_openvino import OpenVinoTarget
 
-PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+PRODUCTS = ("Convolution", "GroupConvolution", "MatMul", "ScaledDotProductAttention")
 PIXELS = ("sample", "latent", "image", "prediction")
 SMALL = 1024  # numbers; biases, scales and the frequencies of the timestep have fewer
 
@@ -126,7 +126,7 @@ def left_alone(steps: list[Step], ends: Ends, component: str, options: OpenVinoT
     active = _reached(steps, ends.fed)
     timeless = _reached(steps, [n for n, role in ends.fed.items() if role != "timestep"])
     left = {step.name for step in products if step.name not in timeless}
-    left |= {step.name for step in products if active.issuperset(step.takes)}
+    left |= {step.name for step in products if active.issuperset(step.takes[:2])}
     if not options.edges:
         left |= _edges(steps, ends)
     return left | named(steps, component, options.keep)
