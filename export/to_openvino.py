@@ -33,7 +33,7 @@ class OpenVinoTarget(Target):
     where the student's timesteps are whole numbers, else float32 of rank 0, for edgeflash and
     optimum-intel alone. GenAI samples with LCM, DDIM, Euler and PNDM schedulers only.
 
-    OpenVINO's converter and NNCF report their use to Intel; ``opt_in_out --opt_out`` ends that.
+    OpenVINO's converter and NNCF carry usage telemetry; their ``opt_in_out --opt_out`` ends it.
     """
 
     needs: ClassVar[tuple[str, ...]] = (
