@@ -268,12 +268,13 @@ def write_manifest(
 def folder_sha256(folder: Path) -> str:
     """Identity of a folder: the hash of the sorted names and hashes of its files.
 
-    Hidden files and folders do not count.
+    Neither hidden files and folders count, nor the card, which may be written later.
     """
     total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and relative.as_posix() != "README.md":
             total.update(f"{relative.as_posix()}\0{sha256_of(path)}\n".encode())
     return total.hexdigest()
 

@@ -193,6 +193,7 @@ def test_folder_hash_knows_names_and_bytes(folder: Path) -> None:
     first = folder_sha256(folder)
     (folder / ".cache").mkdir()
     (folder / ".cache/x").write_text("hidden")
+    (folder / "README.md").write_text("a card")
     assert folder_sha256(folder) == first
     (folder / "unet/config.json").rename(folder / "unet/confih.json")
     assert folder_sha256(folder) != first
