@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,15 +159,19 @@ def _student(folder: Path) -> RenderableType:
 
 
 def verdicts(found: dict[int, Verdict]) -> RenderableType:
-    """The judge's verdicts by number of steps."""
-    names = list(dict.fromkeys(name for v in found.values() for name in v.by_attribute))
-    table = _table("steps", "prompt accuracy", "one object", "two objects", "FD", *names)
-    for steps, verdict in found.items():
-        shares = [verdict.prompt_accuracy, *(verdict.by_count.get(n, 0.0) for n in (1, 2))]
-        cells = [f"{share:.1%}" for share in shares]
-        cells.append("-" if verdict.fd is None else f"{verdict.fd:.2f}")
-        cells += [f"{verdict.by_attribute[name]:.1%}" for name in names]
-        table.add_row(str(steps), *cells)
+    """The judge's verdicts, a column for each number of steps."""
+    verdicts = found.values()
+    table = _table("", *(f"{steps} step{'s' * (steps != 1)}" for steps in found))
+
+    def row(heading: str, shares: Iterable[float]) -> None:
+        table.add_row(heading, *(f"{share:.1%}" for share in shares))
+
+    row("prompt accuracy", (v.prompt_accuracy for v in verdicts))
+    row("  one object", (v.by_count.get(1, 0.0) for v in verdicts))
+    row("  two objects", (v.by_count.get(2, 0.0) for v in verdicts))
+    table.add_row("FD", *("-" if v.fd is None else f"{v.fd:.2f}" for v in verdicts))
+    for name in dict.fromkeys(name for v in verdicts for name in v.by_attribute):
+        row(name, (v.by_attribute[name] for v in verdicts))
     return table
 
 

@@ -9,6 +9,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from edgeflash import machine, report, report_svg
 from edgeflash.errors import EdgeflashError
+from edgeflash.inspect import verdicts
 from edgeflash.machine import Machine
 from edgeflash.report import Percentiles, Report, System, compare, read_report
 from edgeflash.report_html import Cell, Grid, write_html
@@ -107,6 +109,17 @@ def test_a_narrow_terminal_loses_no_column() -> None:
         assert "…" not in text and "a student with a rather long name" in text
         words = {word for _, heading, _ in report.FIGURES for word in heading.split()}
         assert all(word in text for word in words), text
+
+
+def test_verdicts_fit_a_narrow_terminal() -> None:
+    attributes = dict.fromkeys(["count", "shape", "background"], 0.25)
+    one: Any = SimpleNamespace(
+        prompt_accuracy=0.5, by_count={1: 0.75, 2: 0.125}, by_attribute=attributes, fd=None
+    )
+    text = shown(verdicts(dict.fromkeys((1, 2, 4, 8), one)), width=80)
+    rows = [line.split() for line in text.splitlines()]
+    assert ["two", "objects", *["12.5%"] * 4] in rows and ["background", *["25.0%"] * 4] in rows
+    assert ["1", "step", "2", "steps", "4", "steps", "8", "steps"] in rows
 
 
 def test_the_machine_tells_itself() -> None:
