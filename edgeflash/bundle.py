@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from edgeflash.errors import EdgeflashError
@@ -43,17 +45,23 @@ class TensorSpec(Part):
 
     ``role`` says what a runtime must feed or may read, whatever it is called: tokens [n, s],
     conditioning [n, s, d], sample [n, c, h, w], timestep (rank 0 or [n]), guidance (the
-    w-embedding) [n, d], prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W]. A
-    dimension that is a string is free.
+    w-embedding) [n, d], prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W]. In layout
+    "NC1S" conditioning is [n, d, 1, s]. A dimension that is a string is free.
     """
 
     name: str
     role: str
     shape: tuple[int | str, ...]
     dtype: str
-    layout: str = ""  # "NCHW", "NHWC", "NSC" …; empty where it means nothing
+    layout: str = ""  # "NCHW", "NSC", "NC1S" …; empty where it means nothing
     low: float | None = None  # value range, where it is a promise
     high: float | None = None
+
+    def arranged(self, array: NDArray[Any]) -> NDArray[Any]:
+        """An array as this tensor has it: dtype and layout; no copy where it fits already."""
+        if self.layout == "NC1S":
+            array = array.transpose(0, 2, 1)[:, :, None]
+        return np.asarray(array, self.dtype, order="C")
 
 
 class File(Part):

@@ -9,7 +9,7 @@ functions that use them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
-    from edgeflash.bundle import Component, TensorSpec
+    from edgeflash.bundle import Component, Latent, TensorSpec
     from edgeflash.distill.stage import Stage, Workshop
-    from edgeflash.export.capture import Captured
+    from edgeflash.export.capture import Captured, Network
     from edgeflash.student import Student
 
 Array = NDArray[Any]
@@ -94,6 +94,21 @@ class Target(Plugin, ABC):
         """An input as its ecosystem feeds it; ``whole``: every timestep is a whole number."""
         return spec
 
+    def scales(self, latent: Latent) -> Latent:
+        """How its ecosystem scales what a decoder is fed."""
+        return latent
+
+    def adapt(self, network: Network, latent: Latent) -> Network:
+        """A component, its inputs as ``takes`` has them, as its ecosystem calls it.
+
+        ``latent``: as the student scales latents. What comes back is recorded and captured.
+        """
+        return network
+
+    def rewrite(self, network: Network) -> Network:
+        """The same in operators that suit the device; the recorded answers stay the reference."""
+        return network
+
     def furnish(self, student: Student, out: Path) -> str:
         """Adds what the ecosystem's own pipelines look for beside components and tokenizer.
 
@@ -114,6 +129,15 @@ class Runtime(Plugin, ABC):
     @abstractmethod
     def open(self, folder: Path, component: Component) -> Session:
         """Loads one component of the bundle in ``folder``."""
+
+    def watch(
+        self, folder: Path, component: Component, inputs: Mapping[str, Array]
+    ) -> Iterator[tuple[str, str, Array]]:
+        """Runs a component once: the operator, the name and the value of each tensor on the way.
+
+        Nothing where a runtime cannot look inside.
+        """
+        return iter(())
 
 
 class Session(ABC):

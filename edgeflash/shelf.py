@@ -31,10 +31,15 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # extra -> distributions, as in pyprojec
     "openvino": ("openvino",),
     "openvino-export": ("openvino", "nncf", "openvino-tokenizers"),
     "coreml": ("coremltools",),
+    "coreml-export": ("coremltools", "scikit-learn"),
     "tensorrt": ("tensorrt", "cuda-python"),
     "tensorrt-rtx": ("tensorrt-rtx", "cuda-python"),
 }
-IMPORTED_AS = {"onnxruntime-gpu": "onnxruntime", "cuda-python": "cuda"}  # others: their own name
+IMPORTED_AS = {  # others: their own name
+    "onnxruntime-gpu": "onnxruntime",
+    "cuda-python": "cuda",
+    "scikit-learn": "sklearn",
+}
 
 
 def names(role: type[Plugin]) -> list[str]:

@@ -25,12 +25,14 @@ from edgeflash.golden import Array, Sampler, Tensors, load_tensors, noise_sha256
 from edgeflash.roles import Runtime, Session
 from edgeflash.tokenizer import read_tokenizer
 
-PRECISIONS = ("fp32", "fp16", "int8")  # finest first
+PALETTES = tuple(f"lut{bits}" for bits in (8, 6, 4, 3, 2, 1))
+PRECISIONS = ("fp32", "fp16", "int8", "w8a8", *PALETTES)  # finest first
 FLOORS: dict[str, dict[str, float]] = {  # by precision; a name may be one rung's: "L4.psnr_db"
     "fp32": {"psnr_db": 80.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "fp16": {"psnr_db": 45.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "int8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
 }
+FLOORS |= {name: FLOORS["int8"] for name in ("w8a8", *PALETTES)}
 RATIOS = ("delta_ratio", "timestep_ratio")  # may be as far above 1 as below
 METRICS = {  # that a floor can be set for
     "L1": ("psnr_db", "cosine"),
@@ -104,7 +106,7 @@ def feeds(component: Component, by_role: Mapping[str, Array]) -> Tensors:
     """Arrays of batch 1 under the component's own names, dtypes and, where it is fixed, batch."""
     inputs: Tensors = {}
     for spec in component.inputs:
-        array = np.asarray(by_role[spec.role], spec.dtype)
+        array = spec.arranged(by_role[spec.role])
         fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
         array = np.full((1,), array) if spec.shape and array.ndim == 0 else array
         inputs[spec.name] = np.repeat(array, fixed, axis=0) if fixed > 1 else array

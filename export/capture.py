@@ -6,16 +6,16 @@ prompts, as goldens that ship with the bundle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
-from edgeflash.bundle import TensorSpec
+from edgeflash.bundle import Latent, TensorSpec
 from edgeflash.golden import Array, Sampler, Tensors, rows_to_record
+from edgeflash.roles import Target
 from edgeflash.student import Student
 
 MOST_BATCH = 63  # diffusers' upsampling takes another path from 64 on
@@ -23,8 +23,18 @@ NOTHING_TO_DO = {"aten.contiguous.default", "aten.dropout.default", "aten.alias.
 
 
 @dataclass(frozen=True, eq=False)
+class Network:
+    """A component in torch, with what it takes and gives in this order."""
+
+    component: str
+    module: torch.nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """One recorded call: arrays by tensor name, batch 1."""
+    """One recorded call: arrays by tensor name, batch 1; halves as the float32 that torch saw."""
 
     inputs: Tensors
     outputs: Tensors
@@ -50,27 +60,21 @@ class Captured:
 
 
 class Eager:
-    """A torch module called by role, as the exported component will be; remembers every call."""
+    """A network called by role, as the exported component will be; remembers every call."""
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-    ) -> None:
-        self.module = module
-        self.inputs = inputs
-        self.outputs = outputs
+    def __init__(self, network: Network) -> None:
+        self.network = network
         self.samples: list[Sample] = []
 
     def __call__(self, **by_role: Array) -> Array:
-        given = {s.name: _as_one_row(by_role[s.role], s) for s in self.inputs}
+        network = self.network
+        given = {s.name: _as_one_row(by_role[s.role], s) for s in network.inputs}
         with torch.no_grad():
-            answer = self.module(*(torch.from_numpy(array) for array in given.values()))
+            answer = network.module(*(torch.from_numpy(array) for array in given.values()))
         answers = answer if isinstance(answer, tuple) else (answer,)
-        told: Tensors = {s.name: a.numpy() for s, a in zip(self.outputs, answers, strict=True)}
+        told: Tensors = {s.name: a.numpy() for s, a in zip(network.outputs, answers, strict=True)}
         self.samples.append(Sample(given, told))
-        return told[self.outputs[0].name]
+        return told[network.outputs[0].name]
 
 
 @dataclass
@@ -79,20 +83,22 @@ class Tape:
 
     Attributes:
         student: the student.
+        target: what it will be lowered to.
         sampler: the schedule that is run.
         prompts: one golden each.
         size: of the images, (height, width) in px.
         timestep: fold this one into the denoiser; None: it is an input.
-        takes: how the target takes an input that the family describes; see `Target.takes`.
+        whole: every timestep is a whole number.
         goldens: arrays recorded so far, one table a prompt; see `edgeflash.golden`.
     """
 
     student: Student
+    target: Target
     sampler: Sampler
     prompts: Sequence[str]
     size: tuple[int, int]
     timestep: float | None = None
-    takes: Callable[[TensorSpec], TensorSpec] = lambda spec: spec
+    whole: bool = False
     goldens: list[Tensors] = field(default_factory=list)
 
     def seed(self, number: int) -> int:
@@ -106,11 +112,20 @@ class Tape:
         inputs, outputs = family.signature(
             self.student, component, self.size, folded=self.timestep is not None
         )
-        inputs = tuple(map(self.takes, inputs))
-        network = Eager(module, inputs, outputs)
-        getattr(self, f"_run_{component}")(network)
-        program = to_program(module, inputs, network.samples[0])
-        return Captured(component, program, inputs, outputs, tuple(network.samples))
+        inputs = tuple(self.target.takes(spec, whole=self.whole) for spec in inputs)
+        network = Network(component, module, inputs, outputs)
+        network = self.target.adapt(network, family.latent(self.student))
+        eager = Eager(network)
+        getattr(self, f"_run_{component}")(eager)
+        module = self.target.rewrite(network).module
+        program = to_program(module, network.inputs, eager.samples[0])
+        samples = tuple(eager.samples)
+        return Captured(component, program, network.inputs, network.outputs, samples)
+
+    @property
+    def latent(self) -> Latent:
+        """What the bundle says of its latents."""
+        return self.target.scales(self.student.family.latent(self.student))
 
     def _run_text_encoder(self, network: Eager) -> None:
         folder = self.student.folder / "tokenizer"
@@ -128,7 +143,7 @@ class Tape:
             golden |= self.sampler.record(network, *both, self.seed(number), rows)
 
     def _run_vae_decoder(self, network: Eager) -> None:
-        space = self.student.family.latent(self.student)
+        space = self.latent
         for golden in self.goldens:
             golden["image"] = network(latent=golden["latent"] / space.scale + space.shift)
 
@@ -138,8 +153,10 @@ class Tape:
 
 
 def _as_one_row(array: Array, spec: TensorSpec) -> Array:
-    """In the dtype and rank of ``spec``, batch 1."""
-    array = np.asarray(array, spec.dtype, order="C")
+    """In the dtype, layout and rank of ``spec``, batch 1; what will be halves is not rounded."""
+    if spec.dtype == "float16":
+        spec = spec.model_copy(update={"dtype": "float32"})
+    array = spec.arranged(array)
     return array[None] if spec.shape and array.ndim == 0 else array
 
 
@@ -158,8 +175,9 @@ def to_program(
         arguments.append(example.repeat(repeats) if named else example)
         shapes.append({i: free[d] for i, d in named.items()})
     with torch.no_grad():
+        free_shapes = tuple(shapes) if free else None
         program = torch.export.export(
-            module, tuple(arguments), dynamic_shapes=tuple(shapes), strict=False
+            module, tuple(arguments), dynamic_shapes=free_shapes, strict=False
         )
     _tidy(program)
     return program

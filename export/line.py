@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -166,14 +165,15 @@ def _plan(
     whole = not any(t % 1 for t in times)
     big = sum(p.stat().st_size for p in student.weights("unet").files) > BIG_BYTES
     goldens = min(1 if big else GOLDENS, len(prompts))
-    calibrates = any(target.precision_of(name) == "int8" for name in components)
+    calibrates = any(target.precision_of(name) in ("int8", "w8a8") for name in components)
     tape = Tape(
         student,
+        target,
         Sampler(schedules[default_steps], guidance, shape),
         prompts if calibrates else prompts[:goldens],
         size,
         timestep=times.pop() if fold_timestep and len(times) == 1 else None,
-        takes=partial(target.takes, whole=whole),
+        whole=whole,
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
@@ -225,7 +225,7 @@ def _pack(
         name=student.folder.resolve().name,
         components=components,
         tokenizer=family.tokenizer(student),
-        latent=family.latent(student),
+        latent=tape.latent,
         image=Image(height=tape.size[0], width=tape.size[1]),
         schedules=plan.schedules,
         default_steps=plan.default_steps,

@@ -72,8 +72,8 @@ class Part:
 
 
 def fitted(array: Array, spec: TensorSpec, n: int) -> Array:
-    """``array`` in the dtype and rank of ``spec``; no copy where it fits already."""
-    array = np.asarray(array, dtype=spec.dtype, order="C")
+    """``array`` in the dtype, layout and rank of ``spec``; no copy where it fits already."""
+    array = spec.arranged(array)
     if array.ndim == 0 and spec.shape:
         array = np.full((1 if spec.shape[0] == 1 else n,), array)
     fits = len(array.shape) == len(spec.shape) and all(

@@ -19,7 +19,7 @@ FED = {  # component -> roles of the inputs that the pipeline knows how to fill
 }
 OPTIONAL = {"timestep", "guidance"}
 DTYPES = {"float16", "float32", "float64", "int32", "int64"}
-LAYOUTS = {"", "NCHW", "NSC", "NS", "NC", "N"}
+LAYOUTS = {"", "NCHW", "NSC", "NC1S", "NS", "NC", "N"}
 
 
 def refuse(bundle: Bundle, runtime: Runtime) -> None:

@@ -1,0 +1,87 @@
+"""The folder `Resources` as Apple's Swift package `StableDiffusion` reads it, and what it lacks.
+
+One step works there with an epsilon-prediction student whose one timestep is 999, `--scheduler
+dpmpp` with linspace spacing, `--step-count 1` and `--guidance-scale 0`: that scheduler's first step
+gives the prediction of the clean latent.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.student import Student
+
+FOLDER = "Resources"
+COMPILE = "xcrun coremlcompiler compile"
+
+
+def write_resources(student: Student, out: Path) -> str:
+    """Writes it below a bundle that holds packages and tokenizer.
+
+    Returns:
+        What keeps Apple's package from using it, in one line; "" for nothing.
+
+    Raises:
+        EdgeflashError: Xcode's compiler refuses a package.
+    """
+    folder = out / FOLDER
+    folder.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(out / "tokenizer" / name, folder / name)
+    told = list(lacks(out))
+    spec = student.family.tokenizer(student)
+    if spec.pad_id != spec.end_id:
+        told.append("Swift pads prompts with <|endoftext|>, which this tokenizer does not")
+    if shutil.which("xcrun"):
+        for package in sorted(out.glob("*.mlpackage")):
+            _compile(package, folder)
+    else:
+        told.append(f"compile it on a Mac: for p in *.mlpackage; do {COMPILE} $p {FOLDER}; done")
+    return f"{FOLDER}: {'; '.join(told)}" if told else ""
+
+
+def _compile(package: Path, folder: Path) -> None:
+    ran = subprocess.run([*COMPILE.split(), package, folder], capture_output=True, text=True)
+    if ran.returncode or not (folder / f"{package.stem}.mlmodelc").is_dir():
+        said = " ".join((ran.stderr or ran.stdout).split())[:300]
+        raise EdgeflashError(f"{package.name}: coremlcompiler does not compile it: {said}")
+
+
+def lacks(out: Path) -> Iterator[str]:
+    """What Apple's package looks for in vain in the packages of a bundle."""
+    models = {path.stem: description(path) for path in sorted(out.glob("*.mlpackage"))}
+    chunks = [models[name] for name in ("UnetChunk1", "UnetChunk2") if name in models]
+    first, last = (chunks[0], chunks[-1]) if chunks else (models["Unet"], models["Unet"])
+    taken = first["takes"] | last["takes"]
+    if "timestep" not in taken:
+        yield "it feeds a timestep: export with --keep-timestep"
+    if "timestep_cond" in taken:
+        yield "it cannot feed timestep_cond, the embedded guidance"
+    if len(last["gives"]) != 1:
+        yield "it takes a UNet's only output"
+    conditioning = taken.get("encoder_hidden_states", ())
+    if len(conditioning) != 4 or conditioning[2] != 1:
+        yield "it feeds encoder_hidden_states as [1, d, 1, s]"
+    if "last_hidden_state" not in models["TextEncoder"]["gives"]:
+        yield "it reads last_hidden_state from the text encoder"
+    encoder = models.get("VAEEncoder")
+    if encoder and next(iter(encoder["gives"].values()))[1] != 8:
+        yield "it takes mean and log variance of 4 channels each from the encoder"
+
+
+def description(package: Path) -> dict[str, dict[str, Any]]:
+    """Names and shapes of what a package takes and gives."""
+    from coremltools.models.utils import load_spec
+
+    told = load_spec(str(package)).description
+    if told.functions:
+        told = next(f for f in told.functions if f.name == told.defaultFunctionName)
+    return {
+        which: {port.name: tuple(port.type.multiArrayType.shape) for port in ports}
+        for which, ports in (("takes", told.input), ("gives", told.output))
+    }

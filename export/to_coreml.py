@@ -1,0 +1,223 @@
+"""Core ML programs, named and shaped as Apple's Swift package `StableDiffusion` reads them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from edgeflash.bundle import Bundle, Latent, TensorSpec
+from edgeflash.errors import EdgeflashError
+from edgeflash.parity import psnr_db
+from edgeflash.roles import Array, Target
+from edgeflash.student import Student, folder_sha256
+from edgeflash.verify import FLOORS
+
+if TYPE_CHECKING:
+    from .capture import Captured, Network
+
+MIB = 2**20
+PACKAGES = {
+    "text_encoder": "TextEncoder",
+    "unet": "Unet",
+    "vae_decoder": "VAEDecoder",
+    "vae_encoder": "VAEEncoder",
+}
+INPUTS = {"latent": "z", "image": "x"}  # role -> Apple's name; others keep theirs
+
+
+class CoreMlTarget(Target):
+    """One mlprogram (`.mlpackage`) a component, and the folder `Resources` for Apple's package.
+
+    fp32; fp16; int8: linear weights, one scale a channel; lut8 to lut1: palettes of 2^bits values;
+    w8a8: int8 weights and activations. All but fp32 compute in float16, angles of the timestep
+    excepted. On a Mac with Xcode `Resources` also gets the compiled models.
+
+    One picture a call. Latents are scaled with 0.18215 whatever the student says, because Apple's
+    runtime does so. It feeds a timestep, so one-step students want ``--keep-timestep`` there.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = (
+        "torch",
+        "diffusers",
+        "transformers",
+        "coremltools",
+        "sklearn",
+    )
+    runtime: ClassVar[str] = "coreml"
+
+    precision: Literal[  # type: ignore[assignment]
+        "fp32", "fp16", "int8", "w8a8", "lut8", "lut6", "lut4", "lut3", "lut2", "lut1"
+    ] = Field("fp32", description="of weights and sums")
+    ios: Literal[16, 17, 18] = Field(
+        16, description="oldest iOS to run on; macOS 13, 14 and 15 go with them"
+    )
+    attention: Literal["original", "split_einsum"] = Field(
+        "original", description="of the UNet; split_einsum suits the Neural Engine"
+    )
+    quantized: tuple[str, ...] = Field(
+        ("text_encoder", "unet"), description="components that int8, w8a8 and lut apply to"
+    )
+    rest: Literal["fp32", "fp16"] = Field(
+        "fp16", description="precision of the components that are not quantized"
+    )
+    keep: tuple[str, ...] = Field(
+        (), description="operators to leave unquantized, by name; * stands for anything"
+    )
+    smallest: int = Field(
+        2048, ge=0, description="weights of no more numbers than this stay as they are"
+    )
+    group: int = Field(
+        0, ge=0, description="lut: channels that share a palette; 0: all; else iOS 18"
+    )
+    chunk_mib: float = Field(
+        0, ge=0, description="split a UNet with larger weights into two packages; 0: never"
+    )
+    join: tuple[str, ...] = Field(
+        (), description="bundles of the student at other sizes, to be functions beside this; iOS 18"
+    )
+
+    def precision_of(self, component: str) -> str:
+        skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized
+        return self.rest if skipped else self.precision
+
+    def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
+        half = self.precision != "fp32" and (whole or spec.role != "timestep")
+        shape = (1, *spec.shape[1:])
+        told: dict[str, Any] = {"name": INPUTS.get(spec.role, spec.name), "shape": shape}
+        told["dtype"] = "float16" if half and spec.role != "tokens" else "float32"
+        if spec.role == "conditioning":
+            told |= {"shape": (1, shape[2], 1, shape[1]), "layout": "NC1S"}
+        return spec.model_copy(update=told)
+
+    def scales(self, latent: Latent) -> Latent:
+        from .coreml_networks import SCALE
+
+        return latent.model_copy(update={"scale": SCALE, "shift": 0.0})
+
+    def adapt(self, network: Network, latent: Latent) -> Network:
+        from . import coreml_norms
+        from .coreml_networks import adapted
+
+        if self.precision_of(network.component) != "fp32":
+            coreml_norms.watch(network.module)
+        return adapted(network, latent)
+
+    def rewrite(self, network: Network) -> Network:
+        from . import coreml_norms
+        from .coreml_attention import split_einsum
+
+        coreml_norms.unwatch(network.module)
+        if self.attention == "split_einsum" and network.component == "unet":
+            split_einsum(network.module)
+        coreml_norms.rescale(network.module)
+        return network
+
+    def lower(self, captured: Captured, out: Path) -> list[Path]:
+        from . import coreml_program, quantize_coreml
+
+        name, precision = captured.component, self.precision_of(captured.component)
+        squeezed = precision not in ("fp32", "fp16")
+        if squeezed:
+            quantize_coreml.check(captured, precision, self)
+        others = dict(self._others(captured))
+        in_chunks = self._in_chunks(captured, precision)
+        model = coreml_program.convert(captured, ios=self.ios, half=precision != "fp32")
+        package = out / f"{PACKAGES[name]}.mlpackage"
+
+        def finished(model: Any) -> Any:
+            if not squeezed:
+                return model
+            return quantize_coreml.compress(model, captured, precision, self)
+
+        with tempfile.TemporaryDirectory(prefix="edgeflash-") as scratch:
+            if in_chunks:  # fewer bits come last: what is packed cannot be cut
+                chunks = map(finished, coreml_program.bisected(model, Path(scratch)))
+                return coreml_program.save_chunks(chunks, package, self.chunk_mib)
+            coreml_program.save(finished(model), package)
+            if others:
+                coreml_program.join(package, others, Path(scratch))
+        return coreml_program.package_files(package)
+
+    def _in_chunks(self, captured: Captured, precision: str) -> bool:
+        """Whether the weights alone are more than one package may hold.
+
+        Raises:
+            EdgeflashError: they are, and other options do not go with it.
+        """
+        numbers = sum(weight.numel() for weight in captured.program.parameters())
+        bits = int("".join(filter(str.isdigit, precision.split("a")[0])))
+        if captured.component != "unet" or not 0 < self.chunk_mib < numbers * bits / 8 / MIB:
+            return False
+        if precision == "w8a8":
+            raise EdgeflashError("chunk_mib: ranges of w8a8 are measured on whole UNets: leave it")
+        if self.join:
+            raise EdgeflashError("chunk_mib: chunks cannot be joined with other sizes: leave one")
+        return True
+
+    def _others(self, captured: Captured) -> Iterator[tuple[str, Path]]:
+        """Function and package of other sizes of a component, if it has any.
+
+        Raises:
+            EdgeflashError: bundles that cannot be joined with this export.
+        """
+        if self.join and self.ios < 18:
+            raise EdgeflashError("join: several functions are known since iOS 18: set ios=18")
+        for folder in self.join:
+            bundle = Bundle.open(folder)
+            other = bundle.component(captured.component)
+            height, width = bundle.manifest.image.height, bundle.manifest.image.width
+            wanted = ("coreml", self.precision_of(captured.component))
+            if (other.target, other.precision) != wanted:
+                found = f"{other.target} {other.precision}"
+                raise EdgeflashError(f"join: {folder}: is {found}, not {' '.join(wanted)}")
+            if captured.component == "text_encoder":
+                continue
+            if other.inputs == captured.inputs:
+                raise EdgeflashError(f"join: {folder}: is of the same size, {height}x{width}")
+            package = bundle.folder / f"{PACKAGES[captured.component]}.mlpackage"
+            if not package.is_dir():
+                raise EdgeflashError(f"join: {folder}: its UNet is in chunks; export it as a whole")
+            yield f"size_{height}x{width}", package
+
+    def diverged(self, captured: Captured, out: Path) -> str:
+        """Evaluates it once more with sums in float32, and weights not quantized."""
+        precision = self.precision_of(captured.component)
+        if precision == "fp32":
+            return ""
+        names = sorted(path.stem for path in out.glob(f"{PACKAGES[captured.component]}*.mlpackage"))
+        exact = self.model_copy(update={"precision": "fp16", "chunk_mib": 0, "join": ()})
+        with tempfile.TemporaryDirectory(dir=out, prefix=".fp16-") as scratch:
+            exact.lower(captured, Path(scratch))
+            return _first_astray(captured, Path(scratch), out, names, FLOORS[precision]["psnr_db"])
+
+    def furnish(self, student: Student, out: Path) -> str:
+        """The folder `Resources`, and what still keeps Apple's package from using it."""
+        from .coreml_resources import write_resources
+
+        for folder in self.join:
+            if Bundle.open(folder).manifest.lineage.student_sha256 != folder_sha256(student.folder):
+                raise EdgeflashError(f"join: {folder}: was made from another student")
+        return write_resources(student, out)
+
+
+def _first_astray(
+    captured: Captured, exact: Path, out: Path, names: list[str], floor_db: float
+) -> str:
+    """The first operator whose result misses the floor; "" if none does."""
+    from .coreml_program import evaluated
+
+    sample, whole = captured.samples[0], [PACKAGES[captured.component]]
+    wanted: dict[str, Array] = {
+        name: array for _, name, array in evaluated(exact, whole, captured, sample, halves=False)
+    }
+    for kind, name, found in evaluated(out, names, captured, sample):
+        if name not in wanted or found.dtype.kind != "f" or wanted[name].shape != found.shape:
+            continue
+        if (db := psnr_db(wanted[name], found)) < floor_db:
+            low, high = wanted[name].min(), wanted[name].max()
+            return f"{kind} {name} ({db:.1f} dB, values {low:.4g} to {high:.4g})"
+    return ""

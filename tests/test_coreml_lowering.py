@@ -1,0 +1,391 @@
+"""Core ML, lowering: Apple's layouts and factor, attention, fewer bits, chunks, sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exported import QUIET, Exported
+from torch import nn
+
+from edgeflash import shelf
+from edgeflash.bundle import Bundle, Component, Latent, TensorSpec
+from edgeflash.errors import EdgeflashError
+from edgeflash.export import coreml_norms, coreml_resources
+from edgeflash.export.capture import Captured, Network, Sample, to_program
+from edgeflash.export.coreml_attention import split_einsum
+from edgeflash.export.line import export_student
+from edgeflash.parity import psnr_db
+from edgeflash.roles import Target
+from edgeflash.runtimes.mil_program import Program, data_folder
+from edgeflash.student import Student
+from edgeflash.verify import PRECISIONS, refuse_below, verify
+
+INSTALL = "is not installed: pip install 'edgeflash[coreml-export]'"
+ct = pytest.importorskip("coremltools", reason=f"coremltools {INSTALL}")
+pytest.importorskip("sklearn", reason=f"scikit-learn {INSTALL}")
+
+
+def to(**options: Any) -> Target:
+    return shelf.make(Target, "coreml", options)
+
+
+class Small(nn.Module):
+    """Stands for a UNet: [1, 4, 8, 8] and conditioning [1, 4, 1, 6] -> [1, 4, 8, 8]."""
+
+    def __init__(self, width: int = 64, factor: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = (
+            nn.Conv2d(4, width, 3, padding=1),
+            nn.Conv2d(width, 4, 3, padding=1),
+        )
+        self.inner = nn.Linear(width, width)
+        self.enter.weight.data *= factor
+        self.leave.weight.data /= factor
+        self.register_buffer("mask", torch.full((8, 8), -torch.inf).triu(1))
+
+    def forward(self, sample: Any, encoder_hidden_states: Any) -> Any:
+        x = self.enter(sample + encoder_hidden_states.mean((2, 3), keepdim=True))
+        x = x + self.inner(x.transpose(1, 3)).transpose(1, 3).relu()
+        x = torch.softmax(x.mean((0, 1)) + self.mask, -1) + x
+        return self.leave(x)
+
+
+def small(target: Target, module: nn.Module | None = None) -> Captured:
+    """A captured component whose conversion takes no time."""
+    specs = [
+        TensorSpec(name="sample", role="sample", shape=("n", 4, 8, 8), dtype="float32"),
+        TensorSpec(
+            name="encoder_hidden_states", role="conditioning", shape=("n", 6, 4), dtype="float32"
+        ),
+    ]
+    inputs = tuple(target.takes(spec, whole=True) for spec in specs)
+    output = specs[0].model_copy(
+        update={"name": "noise_pred", "role": "prediction", "shape": (1, 4, 8, 8)}
+    )
+    rng, samples = np.random.default_rng(0), []
+    module = (module or Small()).eval()
+    for _ in range(3):
+        given = {s.name: rng.standard_normal(s.shape).astype(np.float32) for s in inputs}
+        with torch.no_grad():
+            told = module(*map(torch.from_numpy, given.values())).numpy()
+        samples.append(Sample(given, {"noise_pred": told}))
+    program = to_program(module, inputs, samples[0])
+    return Captured("unet", program, inputs, (output,), tuple(samples))
+
+
+def evaluated_db(package: Path, captured: Captured, function: str = "") -> float:
+    """Of the worst recorded call, against torch."""
+    program = Program(package, function)
+    return min(
+        psnr_db(sample.outputs["noise_pred"], program(sample.inputs)["noise_pred"])
+        for sample in captured.samples
+    )
+
+
+def kinds(package: Path) -> list[str]:
+    told = ct.models.utils.load_spec(str(package)).mlProgram.functions["main"]
+    return [op.type for op in told.block_specializations[told.opset].operations]
+
+
+def weight_bytes(package: Path) -> int:
+    return (data_folder(package) / "weights/weight.bin").stat().st_size
+
+
+def test_sums_beyond_half_precision_are_caught(tmp_path: Path) -> None:
+    """Weights that fit and an answer that fits, but what lies between does not."""
+    target = to(precision="fp16")
+    unet = small(target, Small(factor=3e4))
+    target.lower(unet, tmp_path)
+    assert not evaluated_db(tmp_path / "Unet.mlpackage", unet) > 45
+    found = target.diverged(unet, tmp_path)
+    assert found.startswith("add add") and "e+04" in found, "the first sum beyond 65504"
+    fine = to(precision="fp32")
+    fine.lower(small(fine, Small(factor=3e4)), tmp_path / "fp32")
+    assert evaluated_db(tmp_path / "fp32/Unet.mlpackage", unet) > 80
+
+
+class Normed(nn.Module):
+    """A group norm of numbers whose squares half precision cannot hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 4, 1)
+        self.norm = nn.GroupNorm(4, 16)
+        self.enter.weight.data *= 300
+
+    def forward(self, sample: Any, _: Any) -> Any:
+        return self.leave(self.norm(self.enter(sample)))
+
+
+def test_norms_are_scaled_where_half_precision_ends(tmp_path: Path) -> None:
+    target = to(precision="fp16")
+    plain, scaled = small(target, Normed()), Normed().eval()
+    coreml_norms.watch(scaled)
+    for sample in plain.samples:
+        scaled(*map(torch.from_numpy, sample.inputs.values()))
+    coreml_norms.unwatch(scaled)
+    assert scaled.norm.largest > 256
+    coreml_norms.rescale(scaled)
+    assert isinstance(scaled.norm, coreml_norms.ScaledGroupNorm)
+    mended = small(target, scaled)
+    for before, after in zip(plain.samples, mended.samples, strict=True):
+        np.testing.assert_allclose(after.outputs["noise_pred"], before.outputs["noise_pred"], 1e-4)
+    floors_db = []
+    for name, captured in (("plain", plain), ("mended", mended)):
+        target.lower(captured, tmp_path / name)
+        floors_db.append(evaluated_db(tmp_path / name / "Unet.mlpackage", captured))
+    assert floors_db[0] < 45 < floors_db[1]
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+class Moments(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return torch.cat([x, x - 40], 1)
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_apple_s_factor_is_folded_in(tiny: bool) -> None:
+    latent = Latent(channels=4, downsampling=2, scale=0.5, shift=0.25)
+    target = to()
+    x = torch.randn(1, 4, 2, 2)
+    as_student = x / latent.scale + latent.shift
+    apple = target.scales(latent)
+    as_apple = x / apple.scale + apple.shift
+
+    def adapted(component: str, module: nn.Module, role: str) -> nn.Module:
+        spec = TensorSpec(name="x", role=role, shape=("n", 4, 2, 2), dtype="float32")
+        return target.adapt(Network(component, module, (spec,), (spec,)), latent).module
+
+    decoded = adapted("vae_decoder", nn.Identity(), "image")(as_apple)
+    torch.testing.assert_close(decoded, as_student)
+    encoder = nn.Identity() if tiny else Moments()
+    mean, log_variance = adapted("vae_encoder", encoder, "latent")(as_student).chunk(2, 1)
+    torch.testing.assert_close(mean, as_apple)
+    torch.testing.assert_close((mean - apple.shift) * apple.scale, x)
+    if tiny:
+        assert (log_variance == -30).all()
+    else:
+        wanted = (as_student - 40).clamp(-30, 20).exp().sqrt() * latent.scale
+        torch.testing.assert_close(log_variance.exp().sqrt() * apple.scale, wanted)
+
+
+def test_types_of_timesteps() -> None:
+    spec = TensorSpec(name="timestep", role="timestep", shape=("n",), dtype="float32")
+    half = to(precision="fp16")
+    assert half.takes(spec, whole=True).dtype == "float16", "as Apple's Python runner feeds it"
+    assert half.takes(spec, whole=False).dtype == "float32", "halves cannot hold 999.5"
+    assert to().takes(spec, whole=True).dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_linear_projection": True, "attention_head_dim": (2, 4)},
+        {"only_cross_attention": (False, True), "mid_block_type": None},
+    ],
+    ids=str,
+)
+def test_split_attention_gives_the_same(options: dict[str, Any]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    plain: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 24,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    unet = UNet2DConditionModel(**plain | options).eval()
+    given = (torch.randn(1, 4, 8, 6), torch.tensor(500), torch.randn(1, 5, 24))
+    with torch.no_grad():
+        wanted = unet(*given).sample
+        split_einsum(unet)
+        found = unet(*given).sample
+    assert not any(isinstance(m, nn.LayerNorm) for m in unet.modules())
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_that_cannot_be_split_is_refused() -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        attention_type="gated",
+    )
+    said = "gated self-attention cannot be split; use attention=original"
+    with pytest.raises(EdgeflashError, match=said):
+        split_einsum(unet)
+
+
+def test_split_attention_passes_for_the_original(one_step_student: Path, tmp_path: Path) -> None:
+    """A whole UNet, its timestep folded in, in int8 and in two chunks, held to plain torch."""
+    options = {"attention": "split_einsum", "ios": 17, "smallest": 200, "chunk_mib": 0.045}
+    target = to(precision="int8", **options)
+    student = Student.open(one_step_student)
+    bundle = export_student(student, target, tmp_path / "out", console=QUIET)
+    assert all(f.passed for f in bundle.manifest.parity)
+    assert bundle.component("unet").precision == "int8"
+    chunks = [bundle.folder / f"UnetChunk{number}.mlpackage" for number in (1, 2)]
+    assert not (bundle.folder / "Unet.mlpackage").exists(), "chunks outrank it in Swift"
+    assert "einsum" in kinds(chunks[0]) + kinds(chunks[1])
+    assert all("constexpr_affine_dequantize" in kinds(chunk) for chunk in chunks)
+    sizes = [weight_bytes(chunk) for chunk in chunks]
+    assert max(sizes) < 0.65 * sum(sizes)
+    refuse_below(verify(Bundle.open(bundle.folder)), bundle.folder)
+    assert any("--keep-timestep" in told for told in coreml_resources.lacks(bundle.folder))
+
+
+# --- fewer bits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "share", "floor_db"),
+    [
+        ({"precision": "int8"}, "constexpr_affine_dequantize", 0.6, 40),
+        ({"precision": "int8", "ios": 18}, "constexpr_blockwise_shift_scale", 0.6, 40),
+        ({"precision": "lut6"}, "constexpr_lut_to_dense", 0.5, 30),
+        ({"precision": "lut4", "ios": 18, "group": 4}, "constexpr_lut_to_dense", 0.4, 22),
+        ({"precision": "w8a8", "ios": 17}, "quantize", 0.6, 30),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_fewer_bits(
+    options: dict[str, Any], kind: str, share: float, floor_db: float, tmp_path: Path
+) -> None:
+    half = to(precision="fp16", ios=options.get("ios", 16))
+    half.lower(small(half), tmp_path / "fp16")
+    target = to(**options, smallest=500)
+    unet = small(target)
+    target.lower(unet, tmp_path)
+    package = tmp_path / "Unet.mlpackage"
+    assert kind in kinds(package)
+    assert evaluated_db(tmp_path / "fp16/Unet.mlpackage", unet) > evaluated_db(package, unet) + 3
+    assert evaluated_db(package, unet) > floor_db
+    if options["precision"] != "w8a8":
+        assert weight_bytes(package) < share * weight_bytes(tmp_path / "fp16/Unet.mlpackage")
+    assert options["precision"] in PRECISIONS
+
+
+def test_masks_and_what_is_kept_stay(tmp_path: Path) -> None:
+    plain = to(precision="lut2", smallest=0)
+    plain.lower(small(plain), tmp_path / "plain")
+    held = kinds(tmp_path / "plain/Unet.mlpackage").count("constexpr_lut_to_dense")
+    assert held == 3, "two convolutions and a linear layer, not the mask"
+    target = to(precision="lut2", smallest=0, keep=("conv*",))
+    target.lower(small(target), tmp_path)
+    assert kinds(tmp_path / "Unet.mlpackage").count("constexpr_lut_to_dense") < held
+    with pytest.raises(EdgeflashError, match="keep: no operator of unet is called 'attn"):
+        odd = to(precision="lut2", keep=("attn*",))
+        odd.lower(small(odd), tmp_path / "odd")
+
+
+def test_what_cannot_be_squeezed_is_refused(tmp_path: Path) -> None:
+    def refused(module: nn.Module | None = None, **options: Any) -> str:
+        target = to(**options)
+        with pytest.raises(EdgeflashError) as caught:
+            target.lower(small(target, module), tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    broken = Small()
+    broken.inner.weight.data[0, 0] = torch.inf
+    assert "weight inner.weight holds infinities" in refused(broken, precision="lut4")
+    assert "set ios=17" in refused(precision="w8a8")
+    assert "set ios=18" in refused(precision="lut3")
+    assert "group: is known since iOS 18" in refused(precision="lut4", group=8)
+    odd = refused(precision="lut4", group=48, ios=18, smallest=0)
+    assert "does not divide into groups of 48 channels" in odd
+    assert "several functions are known since iOS 18" in refused(join=("nowhere",))
+    assert "chunk 1 of 2 has" in refused(precision="fp16", chunk_mib=0.001)
+    assert "w8a8" in refused(precision="w8a8", ios=17, chunk_mib=0.001)
+
+
+def test_astray_after_quantization_is_named(tmp_path: Path) -> None:
+    target = to(precision="lut1", smallest=0)
+    unet = small(target)
+    target.lower(unet, tmp_path)
+    assert target.diverged(unet, tmp_path).startswith("conv ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Unet.mlpackage"]
+
+
+# --- chunks and sizes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ios", [16, 18])
+def test_chunks_give_what_the_whole_gives(ios: int, tmp_path: Path) -> None:
+    target = to(precision="fp16", ios=ios, chunk_mib=0.014)
+    unet = small(target)
+    files = target.lower(unet, tmp_path)
+    assert {path.relative_to(tmp_path).parts[0] for path in files} == {
+        "UnetChunk1.mlpackage",
+        "UnetChunk2.mlpackage",
+    }
+    last = None
+    for sample in unet.samples:
+        known = dict(sample.inputs)
+        for number in (1, 2):
+            last = Program(tmp_path / f"UnetChunk{number}.mlpackage")
+            known |= last(known)
+        assert psnr_db(sample.outputs["noise_pred"], known["noise_pred"]) > 45
+    assert last is not None and last.outputs == ("noise_pred",)
+
+
+def decoder_at(folder: Path, target: Target, size: tuple[int, int]) -> Captured:
+    """A student's decoder at some size, on one random latent."""
+    student = Student.open(folder)
+    family = student.family
+    inputs, outputs = family.signature(student, "vae_decoder", size)
+    inputs = tuple(target.takes(spec, whole=True) for spec in inputs)
+    network = Network("vae_decoder", family.load(student, "vae_decoder"), inputs, outputs)
+    network = target.adapt(network, family.latent(student))
+    z = np.random.default_rng(0).standard_normal(inputs[0].shape).astype(np.float32)
+    with torch.no_grad():
+        sample = Sample({"z": z}, {"image": network.module(torch.from_numpy(z)).numpy()})
+    program = to_program(network.module, network.inputs, sample)
+    return Captured("vae_decoder", program, network.inputs, network.outputs, (sample,))
+
+
+def test_sizes_share_their_weights(guided: Exported, guided_student: Path, tmp_path: Path) -> None:
+    target = to(precision="fp16", ios=18)
+    square, wide = (decoder_at(guided_student, target, size) for size in ((16, 16), (16, 24)))
+    other = tmp_path / "other"
+    target.lower(square, other)
+    decoder = Component(
+        name="vae_decoder",
+        target="coreml",
+        precision="fp16",
+        files=(),
+        inputs=square.inputs,
+        outputs=square.outputs,
+    )
+    told = guided.bundle.manifest.model_copy(update={"components": (decoder,), "files": ()})
+    (other / "edgeflash.json").write_text(told.model_dump_json())
+    joining = target.model_copy(update={"join": (str(other),)})
+    target.lower(wide, tmp_path / "alone")
+    joining.lower(wide, tmp_path / "both")
+    package = tmp_path / "both/VAEDecoder.mlpackage"
+    assert weight_bytes(package) < 1.1 * weight_bytes(tmp_path / "alone/VAEDecoder.mlpackage")
+    for captured, function in ((wide, ""), (square, "size_16x16")):
+        sample = captured.samples[0]
+        found = Program(package, function)(sample.inputs)["image"]
+        assert psnr_db(sample.outputs["image"], found) > 45
+    with pytest.raises(EdgeflashError, match="is of the same size, 16x16"):
+        joining.lower(square, tmp_path / "again")
