@@ -25,10 +25,6 @@ class Reading(Method):
     A UNet learns to obey a prompt an order of magnitude sooner when the states it attends to
     already tell attributes apart, as CLIP's do for Stable Diffusion. Attributes that a caption
     leaves open teach nothing but their prior; objects whose relation it leaves open count as named.
-
-    Every state also learns what the caption puts at one place of the picture, which its position
-    chooses: attention that knows where it is finds there what to draw, and two objects keep their
-    colours apart.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("shapes",)
@@ -51,20 +47,17 @@ class Reading(Method):
         encoder = self.text_encoder(tokenizer).to(shop.device)
         ids = token_ids(tokenizer, shop.store.captions)
         labels = torch.from_numpy(as_named(shop.store.captions, shop.store.labels))
-        places = torch.from_numpy(by_place(shop.store.captions, shop.store.labels))
-        place = torch.arange(self.max_tokens) % places.shape[1]  # of each state
         end = tokenizer.eos_token_id
 
         def loss(network: _Reader, batch: Batch, generator: torch.Generator) -> Terms:
             logits = network(batch["ids"])
             after = batch["ids"] == end  # the end token and the padding, which is the same token
-            known = batch["labels"][:, None].expand(-1, after.shape[1], -1)
-            known = torch.cat([known, batch["places"][:, place]], 2)[after]
-            parts = zip(HEADS, logits[after].split(SIZES, 1), known.T, strict=True)
+            known = batch["labels"][:, None].expand(-1, after.shape[1], -1)[after]
+            parts = zip(shapes.HEADS, logits[after].split(SIZES, 1), known.T, strict=True)
             return {name: known_cross_entropy(out, k) for name, out, k in parts}
 
         def batch(indices: np.ndarray) -> Batch:
-            return {"ids": ids[indices], "labels": labels[indices], "places": places[indices]}
+            return {"ids": ids[indices], "labels": labels[indices]}
 
         return Stage(
             players={"reader": Player(_Reader(encoder), loss)},
@@ -89,15 +82,8 @@ class Reading(Method):
         )
 
 
-HEADS = {name: len(values) for name, values in shapes.HEADS.items()} | {
-    "there": 2,
-    "shape_there": len(shapes.SHAPES),
-    "colour_there": len(shapes.COLOURS),
-    "size_there": len(shapes.SIZES),
-}
-SIZES = list(HEADS.values())
+SIZES = [len(values) for values in shapes.HEADS.values()]
 RELATION_WORDS = {"left", "right", "above", "over", "below", "under"}
-PLACE_WORDS = RELATION_WORDS | {"center", "top", "bottom"}
 
 
 def as_named(captions: list[str], labels: np.ndarray) -> np.ndarray:
@@ -110,24 +96,6 @@ def as_named(captions: list[str], labels: np.ndarray) -> np.ndarray:
         if caption.find(b) < caption.find(a):
             row[2:] = np.roll(row[2:], 3)
     return labels
-
-
-def by_place(captions: list[str], labels: np.ndarray) -> np.ndarray:
-    """What is at each of `shapes.PLACES`: an object (1) or none (0), its shape, colour and size.
-
-    int64 [n, 5, 4]; -1 for what none has, and for everything if the caption tells no place.
-    """
-    names, places = shapes.ARRANGEMENTS, tuple(shapes.PLACES)
-    held = {place: (place,) for place in places}
-    held |= {"horizontal": ("left", "right"), "vertical": ("top", "bottom")}
-    found = np.full((len(labels), len(places), 4), -1, np.int64)
-    for row, label, caption in zip(found, labels, captions, strict=True):
-        if not PLACE_WORDS & set(caption.replace(",", "").split()):
-            continue
-        row[:, 0] = 0
-        for slot, place in enumerate(held[names[label[0]]]):
-            row[places.index(place)] = 1, *label[2 + 3 * slot : 5 + 3 * slot]
-    return found
 
 
 class _Reader(nn.Module):

@@ -22,7 +22,7 @@ from edgeflash.distill.by_blocks import (
 )
 from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM
-from edgeflash.distill.by_reading import as_named, by_place
+from edgeflash.distill.by_reading import as_named
 from edgeflash.distill.discriminators import hinge_critic
 from edgeflash.distill.process import Process
 from edgeflash.distill.teacher import guided
@@ -255,23 +255,3 @@ def test_objects_count_as_named_where_no_relation_is_told() -> None:
     swapped = labels.copy()
     swapped[0] = [*labels[0, :2], *labels[0, 5:], *labels[0, 2:5]]
     assert (as_named(told, labels) == swapped).all()
-
-
-def test_what_is_at_each_place_is_what_was_drawn_there() -> None:
-    scenes = [shapes.scene(3, i) for i in range(300)]
-    captions = [shapes.caption(scene, 3, i) for i, scene in enumerate(scenes)]
-    found = by_place([c.text for c in captions], np.stack([s.labels() for s in scenes]))
-    pairs = {"horizontal": ["left", "right"], "vertical": ["top", "bottom"]}
-    for row, scene, caption in zip(found, scenes, captions, strict=True):
-        if caption.demand.place is None and caption.demand.relation is None:
-            assert (row == -1).all()
-            continue
-        held = {
-            place: values for place, values in zip(shapes.PLACES, row, strict=True) if values[0]
-        }
-        assert sorted(held) == sorted(pairs.get(scene.arrangement, [scene.arrangement]))
-        for place, thing in zip(pairs.get(scene.arrangement, held), scene.things, strict=True):
-            _, shape, colour, size = held[place]
-            names = shapes.SHAPES[shape], tuple(shapes.COLOURS)[colour], tuple(shapes.SIZES)[size]
-            assert names == thing
-        assert (row[row[:, 0] == 0, 1:] == -1).all()
