@@ -70,15 +70,15 @@ class Denoising(Method):
         unet = self.unet(shape[1], shape[2], width).to(shop.device)
         unet.to(memory_format=torch.channels_last)
 
-        witness = Witness(shape[1], process).to(shop.device) if self.attribute_weight else None
-        if witness and shop.store.labels is None:
-            raise EdgeflashError("denoising.attribute_weight needs [data] kind = 'shapes'")
+        witness, labels = None, shop.store.labels
+        if self.attribute_weight:
+            if labels is None:
+                raise EdgeflashError("denoising.attribute_weight needs [data] kind = 'shapes'")
+            witness = Witness(shape[1], shape[2], process).to(shop.device)
 
         def batch(indices: np.ndarray) -> Batch:
-            made = {"x_0": latents(indices), "c": conditioning(indices)}
-            if witness:
-                made["labels"] = torch.from_numpy(shop.store.labels[indices]).to(shop.device)
-            return made
+            known = {"labels": torch.from_numpy(labels[indices])} if witness else {}
+            return {"x_0": latents(indices), "c": conditioning(indices)} | known
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
@@ -139,13 +139,14 @@ class Denoising(Method):
 
 
 class Witness(nn.Module):
-    """Reads attributes off latents, [n, c, 16, 16], at a quarter of the noise's timesteps."""
+    """Reads attributes off square latents at a quarter of the noise's timesteps."""
 
     OBJECTS = (2, 3, 5, 6)  # heads of shape and colour, which every caption names
 
-    def __init__(self, channels: int, process: Process) -> None:
+    def __init__(self, channels: int, size: int, process: Process) -> None:
         super().__init__()
-        self.judge = Judge((64, 128), channels=channels)
+        halvings = (size // 4).bit_length() - 1  # to 4 x 4
+        self.judge = Judge((64, *[128] * (halvings - 1)), channels=channels)
         self.process = process
 
     def forward(self, x_0: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from edgeflash.distill.by_blocks import (
     pruned_config,
     teacher_name,
 )
-from edgeflash.distill.by_denoising import Denoising
+from edgeflash.distill.by_denoising import Denoising, Witness
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_reading import as_named
 from edgeflash.distill.discriminators import hinge_critic
@@ -158,6 +158,28 @@ def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
         return float(t.float().mean())
 
     assert mean(1) == pytest.approx(499.5, abs=6) and mean(0.5) == pytest.approx(666, abs=6)
+
+
+@torch.no_grad()
+def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"))
+    x_0, labels = torch.randn(6, 4, 16, 16), torch.from_numpy(shapes.batch(0, range(6))[2])
+    labels[3:, 5:] = -1  # one object
+
+    def doubt(labels: torch.Tensor) -> torch.Tensor:
+        return witness.doubt(x_0, labels, torch.Generator().manual_seed(1))
+
+    def changed(column: int) -> torch.Tensor:
+        other = labels.clone()
+        other[:, column] = torch.where(other[:, column] < 0, -1, 1 - other[:, column].clamp(max=1))
+        return doubt(other) != doubt(labels)
+
+    assert not any(changed(column).any() for column in (0, 1, 4, 7))  # place, background, sizes
+    assert changed(2).all() and changed(3).all()
+    assert changed(5).tolist() == changed(6).tolist() == [True] * 3 + [False] * 3
+    assert doubt(labels)[:3].mean() == pytest.approx(4 * np.log(6), rel=0.1)  # knows nothing yet
 
 
 def test_the_critics_margin() -> None:
