@@ -90,9 +90,9 @@ class Denoising(Method):
             output = network(x_t, t, c).sample.float()
             terms = {"denoising": F.mse_loss(output, process.target(x_0, eps, t))}
             if witness:
-                sure = torch.where(empty.to(x_0.device), 0, 1 - t / process.timesteps)
-                doubt = witness.doubt(process.x_0(output, x_t, t), batch["labels"], generator)
-                terms["attributes"] = self.attribute_weight * (sure * doubt).mean()
+                doubt = witness.doubt(process.x_0(output, x_t, t), t, batch["labels"], generator)
+                doubt = torch.where(empty.to(x_0.device), 0, doubt)
+                terms["attributes"] = self.attribute_weight * doubt.mean()
             return terms
 
         players = {"witness": Player(witness, witness.loss)} if witness else {}
@@ -139,9 +139,9 @@ class Denoising(Method):
 
 
 class Witness(nn.Module):
-    """Reads attributes off square latents at a quarter of the noise's timesteps."""
+    """Reads attributes off square latents with a little noise, which hides what is only blurred."""
 
-    OBJECTS = (2, 3, 5, 6)  # heads of shape and colour, which every caption names
+    SHAPES, COLOURS = (2, 5), (3, 6)  # heads of what every caption names
 
     def __init__(self, channels: int, size: int, process: Process) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class Witness(nn.Module):
 
     def forward(self, x_0: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
         """Logits of `shapes.HEADS`, [n, values] each."""
-        t = torch.full((len(x_0),), self.process.timesteps // 4, device=x_0.device)
+        t = torch.full((len(x_0),), self.process.timesteps // 16, device=x_0.device)
         eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
         logits: list[torch.Tensor] = self.judge(self.process.noised(x_0, eps, t))[0]
         return logits
@@ -162,12 +162,19 @@ class Witness(nn.Module):
         return {"witness": torch.stack(losses).sum()}
 
     def doubt(
-        self, x_0: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+        self, x_0: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """Cross-entropy of the objects' shapes and colours, summed, [n]."""
+        """Cross-entropy of the objects' colours and shapes on x_0 as predicted at t, summed, [n].
+
+        The noisier x_t was, the less of a shape can be told: that part falls to 0, as (1 - t/T)^2.
+        """
         logits = self(x_0, generator)
-        parts = [
-            F.cross_entropy(logits[i].float(), labels[:, i], ignore_index=-1, reduction="none")
-            for i in self.OBJECTS
-        ]
-        return torch.stack(parts).sum(0)
+
+        def part(heads: tuple[int, int]) -> torch.Tensor:
+            losses = [
+                F.cross_entropy(logits[i].float(), labels[:, i], ignore_index=-1, reduction="none")
+                for i in heads
+            ]
+            return torch.stack(losses).sum(0)
+
+        return part(self.COLOURS) + (1 - t / self.process.timesteps) ** 2 * part(self.SHAPES)

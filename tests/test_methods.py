@@ -166,10 +166,11 @@ def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None
     betas = torch.linspace(1e-4, 0.02, 1000)
     witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"))
     x_0, labels = torch.randn(6, 4, 16, 16), torch.from_numpy(shapes.batch(0, range(6))[2])
+    t = torch.zeros(6)
     labels[3:, 5:] = -1  # one object
 
     def doubt(labels: torch.Tensor) -> torch.Tensor:
-        return witness.doubt(x_0, labels, torch.Generator().manual_seed(1))
+        return witness.doubt(x_0, t, labels, torch.Generator().manual_seed(1))
 
     def changed(column: int) -> torch.Tensor:
         other = labels.clone()
@@ -180,6 +181,8 @@ def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None
     assert changed(2).all() and changed(3).all()
     assert changed(5).tolist() == changed(6).tolist() == [True] * 3 + [False] * 3
     assert doubt(labels)[:3].mean() == pytest.approx(4 * np.log(6), rel=0.1)  # knows nothing yet
+    t = torch.full((6,), 1000)  # no shape can be told
+    assert not changed(2).any() and changed(3).all()
 
 
 def test_the_critics_margin() -> None:
