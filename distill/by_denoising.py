@@ -45,7 +45,7 @@ class Denoising(Method):
         1.0, gt=0, description="t = T u^power, u uniform; below 1: more of the noisy ones"
     )
     betas: Literal["linear", "scaled_linear"] = Field(
-        "linear", description="noise of DDPM, or the lesser one of Stable Diffusion"
+        "scaled_linear", description="noise of DDPM, or the lesser one of Stable Diffusion"
     )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions, for CFG")
     attribute_weight: float = Field(
