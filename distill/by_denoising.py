@@ -141,7 +141,7 @@ class Denoising(Method):
 class Witness(nn.Module):
     """Reads attributes off square latents with a little noise, which hides what is only blurred."""
 
-    SHAPES, COLOURS = (2, 5), (3, 6)  # heads of what every caption names
+    COLOURS, OUTLINES = (3, 6), (2, 4, 5, 7)  # heads of both objects: outlines are shape and size
 
     def __init__(self, channels: int, size: int, process: Process) -> None:
         super().__init__()
@@ -164,17 +164,17 @@ class Witness(nn.Module):
     def doubt(
         self, x_0: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
     ) -> torch.Tensor:
-        """Cross-entropy of the objects' colours and shapes on x_0 as predicted at t, summed, [n].
+        """Cross-entropy of colours, shapes and sizes on x_0 as predicted at t, summed, [n].
 
-        The noisier x_t was, the less of a shape can be told: that part falls to 0, as (1 - t/T)^2.
+        The noisier x_t was, the less of outlines can be told: they count (1 - t/T)^2.
         """
         logits = self(x_0, generator)
 
-        def part(heads: tuple[int, int]) -> torch.Tensor:
+        def part(heads: tuple[int, ...]) -> torch.Tensor:
             losses = [
                 F.cross_entropy(logits[i].float(), labels[:, i], ignore_index=-1, reduction="none")
                 for i in heads
             ]
             return torch.stack(losses).sum(0)
 
-        return part(self.COLOURS) + (1 - t / self.process.timesteps) ** 2 * part(self.SHAPES)
+        return part(self.COLOURS) + (1 - t / self.process.timesteps) ** 2 * part(self.OUTLINES)
