@@ -71,25 +71,34 @@ def _encoder(vae: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: vae.encode(x).latent_dist.mean * vae.config.scaling_factor
 
 
-@torch.no_grad()
 def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
     """Text encoder states [n, s, d] of the store's captions, and those of no caption [1, s, d].
 
     The text encoder is the student's, which is the teacher's unless a stage replaced it.
     """
-    folder = shop.student / "text_encoder"
+    encode = _text_encoder(shop, [*shop.store.captions, ""])
+    key = f"conditioning {_weights_key(shop.student / 'text_encoder')}"
+    return shop.store.cached(key, encode), encode(np.array([-1])).float()
+
+
+def conditioning_of(shop: Workshop, text: str) -> Tensor:
+    """Text encoder states [1, s, d] of one text."""
+    return _text_encoder(shop, [text])(np.array([0])).float()
+
+
+def _text_encoder(shop: Workshop, texts: list[str]) -> Rows:
+    """Texts of given indices -> text encoder states [n, s, d]."""
     encoder = shop.load(shop.student, "text_encoder")
     name = Student.unfinished(shop.student).class_of("tokenizer")[1]
     tokenizer = getattr(transformers, name).from_pretrained(str(shop.student / "tokenizer"))
-    ids = token_ids(tokenizer, [*shop.store.captions, ""])
+    ids = token_ids(tokenizer, texts)
 
     @torch.no_grad()
     def encode(indices: np.ndarray) -> Tensor:
         states: Tensor = encoder(ids[indices].to(shop.device)).last_hidden_state
         return states
 
-    rows = shop.store.cached(f"conditioning {_weights_key(folder)}", encode)
-    return rows, encode(np.array([-1])).float()
+    return encode
 
 
 def _weights_key(folder: Path) -> str:

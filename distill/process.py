@@ -78,6 +78,11 @@ class Process:
         """x_t ~ q(x_t | x_0), all [n, c, h, w]."""
         return self.alpha(t) * x_0 + self.sigma(t) * eps
 
+    def as_sampled(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t, but noise alone at the last timestep, where sampling begins (arXiv 2305.08891)."""
+        last = (t == self.timesteps - 1)[:, None, None, None]
+        return torch.where(last, eps, self.noised(x_0, eps, t))
+
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should put out."""
         if self.predicts == "epsilon":
