@@ -17,10 +17,10 @@ from edgeflash.roles import Method
 
 from .encoded import cached_conditioning, cached_latents, conditioning_of
 from .features import Sees, encoder_features, judge_features, vision_features
-from .few_steps import few_step_scheduler, ladder
+from .few_steps import estimate, few_step_scheduler, ladder
 from .heads import Head, Heads, fooling, hinge, r1
 from .judge import load_judge
-from .process import Process
+from .process import Process, noise_like
 from .rollout import denoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided, plain
@@ -180,7 +180,7 @@ class Duel:
 
     def student_loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         options, c = self.options, batch["c"]
-        x = self.made(network, batch["x_0"], c, generator)
+        x = self.made(network, batch, generator)
         picture = self.decode(x)
         terms: Terms = {}
         if options.adversarial_weight:
@@ -196,7 +196,7 @@ class Duel:
 
     def critic_loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         with torch.no_grad():
-            x = self.made(self.student, batch["x_0"], batch["c"], generator)
+            x = self.made(self.student, batch, generator)
             fake_maps, _ = self.sees(self.decode(x))
             real_maps, embedding = self.sees(batch["pictures"])
         told = self.told(batch["c"], embedding)
@@ -207,13 +207,10 @@ class Duel:
             terms["r1"] = self.options.r1_weight * r1(real, real_maps)
         return terms
 
-    def made(self, network: Any, x_0: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
-        """x: what the student makes of x_0 noised to its own timesteps, drawn with equal odds."""
-        step = torch.randint(len(self.times), (len(x_0),), generator=generator)
-        s = self.times[step.to(x_0.device)]
-        x_s = self.process.as_sampled(x_0, _like(x_0, generator), s)
-        x, _ = plain(network, self.process, x_s, s, c)
-        return x
+    def made(self, network: Any, batch: Batch, generator: torch.Generator) -> Tensor:
+        """x, at timesteps drawn with equal odds."""
+        shares = torch.ones(len(self.times))
+        return estimate(network, self.process, batch, self.times, shares, generator)
 
     def told(self, c: Tensor, embedding: Tensor) -> Tensor | None:
         """The heads' condition [n, e]: the caption's mean state, the real picture's embedding."""
@@ -228,7 +225,7 @@ class Duel:
         """L_distill (eq. 4) of samples x, or of the pictures that they were decoded to."""
         t = torch.randint(self.process.timesteps, (len(x),), generator=generator).to(x.device)
         with torch.no_grad():
-            x_t = self.process.noised(x, _like(x, generator), t)
+            x_t = self.process.noised(x, noise_like(x, generator), t)
             wanted = self.wanted(x, x_t, t, c)
             if self.options.distance == "pixels":
                 wanted = self.decode(wanted)
@@ -258,8 +255,3 @@ class Duel:
         quiet = (t < self.process.timesteps // 5)[:, None, None, None]  # little noise is in x_t
         delta_d = torch.where(quiet, without, without - bad)
         return delta_d + self.options.guidance * (with_c - without)
-
-
-def _like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of x's shape."""
-    return torch.randn(x.shape, generator=generator).to(x.device)

@@ -110,3 +110,8 @@ class Process:
     def ddim(self, x_0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
         """x_s on the straight line through x_0 and eps: one DDIM step to timestep s."""
         return self.alpha(s) * x_0 + self.sigma(s) * eps
+
+
+def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of x's shape, where x lives."""
+    return torch.randn(x.shape, generator=generator).to(x.device)

@@ -56,7 +56,7 @@ def test_the_last_timestep_is_given_noise_alone() -> None:
     it, student = process(), Shift(M, S)
     game, batch = duel(ADD(), it, student=student), rows(400)
     for x_0 in (batch["x_0"], batch["x_0"] + 9):
-        game.made(student, x_0, batch["c"], seeded())
+        game.made(student, batch | {"x_0": x_0}, seeded())
     (x, other), (s, _) = student.given, student.seen
     times, counts = s.unique(return_counts=True)
     assert times.tolist() == [249, 499, 749, 999] and counts.min() > 70
