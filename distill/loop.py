@@ -54,7 +54,9 @@ class _Turn:
         self.rate = player.learning_rate or options.learning_rate
         self.weight_decay = options.weight_decay
         weights = [p for p in player.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=self.rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(
+            weights, lr=self.rate, betas=player.betas, weight_decay=self.weight_decay
+        )
         course = get_scheduler(
             "constant_with_warmup" if options.decay == "constant" else options.decay,
             optimizer,

@@ -35,6 +35,7 @@ class Player:
     loss: Loss
     learning_rate: float | None = None  # None: the method's
     every: int = 1  # takes its turn at every so many steps
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
 
 
 @dataclass

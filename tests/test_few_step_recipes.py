@@ -23,6 +23,7 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
     "dmd": ({"by": "dmd"}, "LCMScheduler", FOUR_STEPS),
     "dmd at 399": ({"by": "dmd"} | ONE_STEP, "LCMScheduler", {1: [399]}),
     "add": ({"by": "add"}, "LCMScheduler", FOUR_STEPS),
+    "ufogen": ({"by": "ufogen"}, "LCMScheduler", FOUR_STEPS),
     "ladd": ({"by": "ladd", "solver_steps": 2}, "LCMScheduler", FOUR_STEPS),
 }
 
@@ -70,6 +71,7 @@ def test_step_counts_are_those_of_the_last_sampler() -> None:
         ({"by": "dmd", "denoising_timestep": 2000}, r"dmd\.denoising_timestep: at most 1000"),
         ({"by": "add", "student_steps": 3}, r"add\.student_steps: 3 do not divide"),
         ({"by": "ladd", "shares": [1] * 3, "first_shares": [1] * 3}, r"ladd\.shares: 3 do not"),
+        ({"by": "ufogen", "segments": 3}, r"ufogen\.segments: 3 do not divide"),
         ({"by": "tcd", "ddim_steps": 2000}, r"tcd\.ddim_steps: at most 1000"),
     ],
 )
