@@ -40,7 +40,8 @@ class ADD(Method):
     x_psi what the guided teacher sees in x noised anew (eq. 4): c = alpha_t ("exponential"), or
     alpha_t sigma_t / 2, whose gradient in latents is that of SDS with w = sigma_t^2 (arXiv
     2209.14988); "nfsd" leaves the noise out of that gradient (arXiv 2310.17590). |.|^2 is a mean
-    over elements. Student and sampler (`LCMScheduler`) stop at 999, 749, 499 and 249.
+    over elements. Student and sampler (`LCMScheduler`) stop at 999, 749, 499 and 249; Stability's
+    demo of the published weights takes ancestral Euler steps from 999, 899, 799 and 699.
 
     The paper's features are those of DINOv2 ViT-S, ``features = "facebook/dinov2-small"``, and its
     conditions CLIP ViT-g's text and DINOv2 ViT-L's picture embedding; here they are the student's

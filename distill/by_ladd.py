@@ -91,8 +91,9 @@ class LADD(Method):
         if self.latents == "pictures":
             latents = cached_latents(shop)
         else:
-            made = {"guidance": self.guidance, "steps": self.solver_steps}
-            latents = sampled_latents(shop, teacher, process, texts, **made)
+            latents = sampled_latents(
+                shop, teacher, process, texts, guidance=self.guidance, steps=self.solver_steps
+            )
         seen = transformers(teacher)
         width = TIME_CHANNELS + nothing.shape[-1]
         heads = [Head(t.config.in_channels, width, self.head_width, dims=2) for t in seen]

@@ -59,13 +59,15 @@ class Head(nn.Module):
         scores: Tensor = self.score((x + self.mix(x)) / sqrt(2)).flatten(2)
         if self.project is None:
             return scores[:, 0]
-        return (scores * self.project(condition)[..., None]).sum(1) / sqrt(PROJECTION)
+        wanted: Tensor = self.project(condition)[..., None]
+        return (scores * wanted).sum(1) / sqrt(PROJECTION)
 
 
 def _conv(before: int, after: int, dims: Literal[1, 2], kernel: int) -> nn.Module:
-    kind = nn.Conv1d if dims == 1 else nn.Conv2d
-    wraps = "circular" if dims == 1 else "zeros"
-    return spectral_norm(kind(before, after, kernel, padding=kernel // 2, padding_mode=wraps))
+    pad = kernel // 2
+    if dims == 2:
+        return spectral_norm(nn.Conv2d(before, after, kernel, padding=pad))
+    return spectral_norm(nn.Conv1d(before, after, kernel, padding=pad, padding_mode="circular"))
 
 
 def _block(before: int, after: int, dims: Literal[1, 2], kernel: int) -> nn.Module:

@@ -68,15 +68,15 @@ def test_scores_beyond_the_margin_cost_a_critic_nothing() -> None:
 def test_r1_is_on_what_the_heads_are_given() -> None:
     a, maps = random(12), [random(4, 3, 2, 2).requires_grad_()]
     linear = [maps[0].flatten(1) @ a[:, None]]
-    assert float(r1(linear, maps)) == pytest.approx(float(a.square().sum()), rel=1e-5)
+    assert float(r1(linear, maps).detach()) == pytest.approx(float(a.square().sum()), rel=1e-5)
     constant = [0 * maps[0].flatten(1)]
-    assert float(r1(constant, maps)) == 0
+    assert float(r1(constant, maps).detach()) == 0
 
     head, x = Head(3, 0, 8, 1).double(), random(2, 3, 3, 3).double().requires_grad_()
     for _ in range(20):
         head(x, None)  # until the power iterations stand still
     head.eval()
-    ours = float(r1([head(x, None)], [x]))
+    ours = float(r1([head(x, None)], [x]).detach())
     steps = 1e-5 * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
     slopes = [float((head(x + h, None) - head(x - h, None)).sum()) / 2e-5 for h in steps]
     assert ours == pytest.approx(sum(slope**2 for slope in slopes) / len(x), rel=1e-3)
