@@ -49,9 +49,10 @@ class ADD(Method):
     is at hand for every teacher. "judge", made for the shapes, must not then also score them.
 
     A step makes x twice and decodes three times, once each with gradients, asks the teacher twice
-    the batch, and the feature network four times. Published at one step for SD 1.5, COCO 2017, 5 k,
-    512 px: FID 19.7, CLIP 0.326; for SD 2.1 20.6 and 0.319, of L_adv alone 20.8 and 0.315, of
-    L_distill alone 315.6 and 0.076. Learning rates and the teacher's guidance were not found.
+    the batch, and the feature network four times; all of them lie in memory. Published at one step
+    for SD 1.5, COCO 2017, 5 k, 512 px: FID 19.7, CLIP 0.326; for SD 2.1 20.6 and 0.319, of L_adv
+    alone 20.8 and 0.315, of L_distill alone 315.6 and 0.076. Learning rates and the teacher's
+    guidance were not found.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
