@@ -14,7 +14,6 @@ from torch import Tensor
 from edgeflash import shapes
 from edgeflash.distill.by_blocks import (
     Blocks,
-    Taps,
     feature_pairs,
     prune,
     pruned_config,
@@ -24,6 +23,7 @@ from edgeflash.distill.by_denoising import Denoising, Witness
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_reading import as_named
 from edgeflash.distill.discriminators import hinge_critic
+from edgeflash.distill.features import Taps
 from edgeflash.distill.process import Process
 from edgeflash.distill.teacher import guided
 from edgeflash.errors import EdgeflashError
