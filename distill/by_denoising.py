@@ -77,8 +77,10 @@ class Denoising(Method):
             witness = Witness(shape[1], shape[2], process).to(shop.device)
 
         def batch(indices: np.ndarray) -> Batch:
-            known = {"labels": torch.from_numpy(labels[indices])} if witness else {}
-            return {"x_0": latents(indices), "c": conditioning(indices)} | known
+            made = {"x_0": latents(indices), "c": conditioning(indices)}
+            if labels is not None:
+                made["labels"] = torch.from_numpy(labels[indices])
+            return made
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
