@@ -393,9 +393,3 @@ def test_a_teacher_from_nothing(tmp_path: Path) -> None:
     (log,) = (tmp_path / "teacher.run" / "3-denoising" / "metrics.jsonl").read_text().splitlines()
     assert {"witness/witness", "unet/denoising", "unet/attributes"} <= set(json.loads(log))
     assert not (out / "witness").exists()
-
-
-def test_an_auxiliary_classifier_needs_labels(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, stage=[{"by": "denoising", "attribute_weight": 1, "steps": 1}])
-    with pytest.raises(EdgeflashError, match=r"attribute_weight needs .* 'shapes'"):
-        distill(recipe, tmp_path / "s")

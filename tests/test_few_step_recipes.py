@@ -80,3 +80,9 @@ def test_what_a_teachers_timesteps_do_not_allow_is_said(
 ) -> None:
     with pytest.raises(EdgeflashError, match=said):
         distill(small_recipe(tmp_path, stage=[stage], sampling=None), tmp_path / "student")
+
+
+def test_an_auxiliary_classifier_needs_labels(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, stage=[{"by": "denoising", "attribute_weight": 1, "steps": 1}])
+    with pytest.raises(EdgeflashError, match=r"attribute_weight needs .* 'shapes'"):
+        distill(recipe, tmp_path / "s")
