@@ -70,7 +70,9 @@ def export(
     student: Annotated[Path, typer.Argument(help="Student, diffusers folder or checkpoint.")],
     to: Annotated[str, typer.Option(help="Target; see edgeflash list.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Bundle folder.")] = Path("bundle"),
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, int8; more: edgeflash list TARGET.")
+    ] = "fp32",
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
     size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
     guidance: Annotated[

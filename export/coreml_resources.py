@@ -37,6 +37,8 @@ def write_resources(student: Student, out: Path) -> str:
     spec = student.family.tokenizer(student)
     if spec.pad_id != spec.end_id:
         told.append("Swift pads prompts with <|endoftext|>, which this tokenizer does not")
+    for found in sorted({s.prediction for s in student.schedules().values()} - {"epsilon"}):
+        told.append(f"Swift's samplers take epsilon, and this student predicts {found}")
     if shutil.which("xcrun"):
         for package in sorted(out.glob("*.mlpackage")):
             _compile(package, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 import subprocess
@@ -141,9 +142,13 @@ def test_what_apple_s_package_misses_is_told(
     monkeypatch.setattr(shutil, "which", lambda name: None)
     folder = Path(shutil.copytree(drawn.bundle.folder, tmp_path / "b"))
     shutil.rmtree(folder / "Resources")
-    student = Student.open(guided_student)
-    said = coreml_resources.write_resources(student, folder)
-    assert said.startswith("Resources: compile it on a Mac") and "\n" not in said
+    shutil.copytree(guided_student, tmp_path / "s")
+    sampler = tmp_path / "s/scheduler/scheduler_config.json"
+    config = json.loads(sampler.read_text()) | {"prediction_type": "v_prediction"}
+    sampler.write_text(json.dumps(config))
+    said = coreml_resources.write_resources(Student.open(tmp_path / "s"), folder)
+    assert said.startswith("Resources: Swift's samplers take epsilon") and "\n" not in said
+    assert "v_prediction; compile it on a Mac" in said
     shutil.rmtree(folder / "Unet.mlpackage")
     shutil.copytree(folder / "TextEncoder.mlpackage", folder / "Unet.mlpackage")
     told = " ".join(coreml_resources.lacks(folder))
