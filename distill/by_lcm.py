@@ -18,6 +18,7 @@ from .encoded import cached_conditioning, cached_latents
 from .process import Process, noise_config
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
+from .witness import WEIGHT, Witness
 
 SIGMA_DATA = 0.5
 
@@ -26,7 +27,8 @@ class LCM(Method):
     """LCM (arXiv 2310.04378, alg. 1): f(x_t) = f(x_s), x_s one guided teacher DDIM step below x_t.
 
     The guidance weight w is drawn for each sample and folded in; the student takes no w-embedding
-    and is sampled without guidance. The student keeps an `LCMScheduler`.
+    and is sampled without guidance. The student keeps an `LCMScheduler`. ``attribute_weight`` adds
+    what a `Witness` says of f(x_t), as a reward (arXiv 2403.11027, sec. 4).
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -40,6 +42,7 @@ class LCM(Method):
     w_max: float = Field(15.0, ge=0, description="greatest guidance weight")
     huber_c: float = Field(1e-3, gt=0, description="width of the pseudo-Huber loss")
     timestep_scaling: float = Field(10.0, gt=0, description="in the boundary scalings")
+    attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
 
     @model_validator(mode="after")
     def _ordered(self) -> LCM:
@@ -59,9 +62,13 @@ class LCM(Method):
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        witness = None
+        if self.attribute_weight:
+            witness = Witness.at(shop, "lcm", latents, process)
 
         def batch(indices: np.ndarray) -> Batch:
-            return {"x_0": latents(indices), "c": conditioning(indices)}
+            known = witness.known(indices) if witness else {}
+            return {"x_0": latents(indices), "c": conditioning(indices)} | known
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, c, count = batch["x_0"], batch["c"], len(batch["x_0"])
@@ -74,12 +81,16 @@ class LCM(Method):
             x_s = process.ddim(clean, noise, s)
             with torch.no_grad():
                 wanted = self.consistency(target, process, x_s, s, c)
-            return {
-                "consistency": self.huber(self.consistency(network, process, x_t, t, c), wanted)
-            }
+            told = self.consistency(network, process, x_t, t, c)
+            terms = {"consistency": self.huber(told, wanted)}
+            if witness:
+                doubt = witness.doubt(told, batch["labels"], generator)
+                terms["attributes"] = self.attribute_weight * doubt.mean()
+            return terms
 
+        players = witness.players() if witness else {}
         return Stage(
-            players={"student": Player(student, loss)},
+            players=players | {"student": Player(student, loss)},
             batch=batch,
             results={"unet": student, "scheduler": lcm_scheduler(shop.teacher, self)},
             averages={"unet": average(student, self.ema)} if self.ema else {},
