@@ -288,6 +288,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "gather_nd": gather_nd,
     "gelu": gelu,
     "greater_equal": lambda x, y: x >= y,
+    "identity": lambda x: x,
     "layer_norm": layer_norm,
     "linear": linear,
     "matmul": matmul,

@@ -181,7 +181,7 @@ def test_xcode_compiles_where_it_is(
 
 def test_verify_needs_no_torch(drawn: Exported) -> None:
     code = (
-        "import sys; sys.modules['torch'] = sys.modules['sklearn'] = None\n"
+        "import sys; sys.modules |= dict.fromkeys(['torch', 'transformers', 'sklearn'])\n"
         "from edgeflash.bundle import Bundle\n"
         "from edgeflash.verify import refuse_below, verify\n"
         f"refuse_below(verify(Bundle.open({str(drawn.bundle.folder)!r})), 'x')"
@@ -193,13 +193,14 @@ def test_verify_needs_no_torch(drawn: Exported) -> None:
 # --- faults ---------------------------------------------------------------------------------------
 
 
-def test_altered_weights_are_caught(drawn: Exported, tmp_path: Path) -> None:
+def test_swapped_weights_are_caught(drawn: Exported, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(drawn.bundle.folder, tmp_path / "b"))
     blob = data_folder(folder / "Unet.mlpackage") / "weights/weight.bin"
     data = np.fromfile(blob, np.uint8)
     heads = [struct.unpack_from("<IIQQ", data, at) for at in range(0, len(data) - 24, 64)]
     length, start = max(head[2:] for head in heads if head[0] == SENTINEL)
-    data[start : start + length].view(np.float16)[:] *= 2
+    largest = data[start : start + length].view(np.float16)
+    largest[:] = largest[::-1].copy()
     data.tofile(blob)
     with pytest.raises(EdgeflashError, match="sha256"):
         Bundle.open(folder, check="sha256")

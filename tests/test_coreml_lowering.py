@@ -355,7 +355,7 @@ def decoder_at(folder: Path, target: Target, size: tuple[int, int]) -> Captured:
     inputs, outputs = family.signature(student, "vae_decoder", size)
     inputs = tuple(target.takes(spec, whole=True) for spec in inputs)
     network = Network("vae_decoder", family.load(student, "vae_decoder"), inputs, outputs)
-    network = target.adapt(network, family.latent(student))
+    network = target.rewrite(target.adapt(network, family.latent(student)))
     z = np.random.default_rng(0).standard_normal(inputs[0].shape).astype(np.float32)
     with torch.no_grad():
         sample = Sample({"z": z}, {"image": network.module(torch.from_numpy(z)).numpy()})
