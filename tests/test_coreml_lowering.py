@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import QUIET, Exported
+from exported import QUIET
+from tiny_bundle import tiny
 from torch import nn
 
 from edgeflash import shelf
-from edgeflash.bundle import Bundle, Component, Latent, TensorSpec
+from edgeflash.bundle import Bundle, Component, Image, Latent, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import coreml_norms, coreml_resources
 from edgeflash.export.capture import Captured, Network, Sample, to_program
@@ -365,7 +366,7 @@ def decoder_at(folder: Path, target: Target, size: tuple[int, int]) -> Captured:
     return Captured("vae_decoder", program, network.inputs, network.outputs, (sample,))
 
 
-def test_sizes_share_their_weights(guided: Exported, guided_student: Path, tmp_path: Path) -> None:
+def test_sizes_share_their_weights(guided_student: Path, tmp_path: Path) -> None:
     target = to(precision="fp16", ios=18)
     square, wide = (decoder_at(guided_student, target, size) for size in ((16, 16), (16, 24)))
     other = tmp_path / "other"
@@ -378,8 +379,9 @@ def test_sizes_share_their_weights(guided: Exported, guided_student: Path, tmp_p
         inputs=square.inputs,
         outputs=square.outputs,
     )
-    told = guided.bundle.manifest.model_copy(update={"components": (decoder,), "files": ()})
-    (other / "edgeflash.json").write_text(told.model_dump_json())
+    told = {"components": (decoder,), "image": Image(height=16, width=16)}
+    manifest = Bundle.open(tiny(tmp_path / "tiny")).manifest.model_copy(update=told)
+    (other / "edgeflash.json").write_text(manifest.model_dump_json())
     joining = target.model_copy(update={"join": (str(other),)})
     target.lower(wide, tmp_path / "alone")
     joining.lower(wide, tmp_path / "both")
