@@ -55,7 +55,7 @@ class Witness(nn.Module):
 
     def players(self) -> dict[str, Player]:
         """Itself, to be trained before the network it looks at."""
-        return {"witness": Player(self, self.loss)}
+        return {"witness": Player(self, self.loss, learning_rate=2e-3)}
 
     def forward(self, x_0: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Logits of `shapes.HEADS`, [n, values] each."""
