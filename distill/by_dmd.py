@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import LCMScheduler
 from pydantic import Field, model_validator
@@ -17,7 +16,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .discriminators import UnetCritic, softplus_critic
-from .encoded import cached_conditioning, cached_latents
+from .encoded import cached_samples
 from .losses import matching
 from .process import Process, noise_config
 from .rollout import renoised
@@ -84,7 +83,7 @@ class DMD(Method):
             raise EdgeflashError(
                 f"dmd.denoising_timestep: at most {process.timesteps} of this teacher's"
             )
-        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        batch, nothing = cached_samples(shop)
         fake = shop.load(shop.teacher, "unet").train()
         duel = Duel(
             options=self,
@@ -94,9 +93,6 @@ class DMD(Method):
             process=process,
             nothing=nothing,
         )
-
-        def batch(indices: np.ndarray) -> Batch:
-            return {"x_0": latents(indices), "c": conditioning(indices)}
 
         return Stage(
             players={

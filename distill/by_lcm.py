@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 from diffusers import LCMScheduler
 from pydantic import Field, model_validator
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .encoded import cached_conditioning, cached_latents
+from .encoded import cached_samples
 from .process import Process, noise_config
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
@@ -58,10 +57,7 @@ class LCM(Method):
         process = Process.of(shop.teacher, shop.device)
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
-        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
-
-        def batch(indices: np.ndarray) -> Batch:
-            return {"x_0": latents(indices), "c": conditioning(indices)}
+        batch, nothing = cached_samples(shop)
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, c, count = batch["x_0"], batch["c"], len(batch["x_0"])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgeflash.student import Student
 
-from .stage import Workshop
+from .stage import Batch, Workshop
 
 Rows = Callable[[np.ndarray], Tensor]
 
@@ -90,6 +90,12 @@ def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
 
     rows = shop.store.cached(f"conditioning {_weights_key(folder)}", encode)
     return rows, encode(np.array([-1])).float()
+
+
+def cached_samples(shop: Workshop) -> tuple[Callable[[np.ndarray], Batch], Tensor]:
+    """Batches of the store's latents ``x_0`` and conditioning ``c``, and that of no caption."""
+    latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+    return lambda indices: {"x_0": latents(indices), "c": conditioning(indices)}, nothing
 
 
 def _weights_key(folder: Path) -> str:

@@ -51,7 +51,8 @@ class Process:
         """The process a diffusers folder's scheduler config describes.
 
         Raises:
-            EdgeflashError: a scheduler without a variance-preserving noise schedule.
+            EdgeflashError: a scheduler without a variance-preserving noise schedule, or one that
+                ends in pure noise, of which a prediction of epsilon tells nothing.
         """
         from diffusers import DDPMScheduler
 
@@ -60,19 +61,28 @@ class Process:
             name = config.get("_class_name")
             raise EdgeflashError(f"{folder / 'scheduler'}: {name} has no variance-preserving noise")
         scheduler = DDPMScheduler(**noise_config(folder))
-        return cls(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type)
+        predicts = scheduler.config.prediction_type
+        if predicts == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+            raise EdgeflashError(
+                f"{folder / 'scheduler'}: its noise ends without signal (rescale_betas_zero_snr), "
+                "which goes with v_prediction or sample, but it says epsilon: mend one of the two"
+            )
+        return cls(scheduler.alphas_cumprod.to(device), predicts)
 
     @property
     def timesteps(self) -> int:
         return len(self.abar)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t for timesteps int64 [n], as [n, 1, 1, 1]."""
-        return self.abar[t].sqrt()[:, None, None, None]
+        """alpha_t for timesteps int64 [n], as [n, 1, 1, 1]; -1 is the clean sample."""
+        return self._abar(t).sqrt()[:, None, None, None]
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t for timesteps int64 [n], as [n, 1, 1, 1]."""
-        return (1 - self.abar[t]).sqrt()[:, None, None, None]
+        """sigma_t for timesteps int64 [n], as [n, 1, 1, 1]; -1 is the clean sample."""
+        return (1 - self._abar(t)).sqrt()[:, None, None, None]
+
+    def _abar(self, t: Tensor) -> Tensor:
+        return torch.where(t < 0, 1.0, self.abar[t])
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0), all [n, c, h, w]."""
@@ -105,3 +115,26 @@ class Process:
     def ddim(self, x_0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
         """x_s on the straight line through x_0 and eps: one DDIM step to timestep s."""
         return self.alpha(s) * x_0 + self.sigma(s) * eps
+
+
+def trailing(timesteps: int, count: int) -> Tensor:
+    """Where a sampler of ``count`` steps stops: int64 [count + 1], from the last timestep to -1.
+
+    That is diffusers' "trailing" spacing: 999, 749, 499, 249 and the clean sample for four of 1000.
+    """
+    return torch.linspace(timesteps, 0, count + 1, dtype=torch.float64).round().long() - 1
+
+
+def ddim_scheduler(folder: Path, count: int) -> Any:
+    """The sampler of ``count`` DDIM steps that stops there, with a diffusers folder's noise.
+
+    `DDIMScheduler` counts T // ``count`` back, which misses its own next timestep where that is no
+    whole number. First-order DPM-Solver++ is DDIM (arXiv 2211.01095) without that.
+    """
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+    noise = noise_config(folder)
+    scheduler = DDIMScheduler(**noise, clip_sample=False, timestep_spacing="trailing")
+    if scheduler.config.num_train_timesteps % count == 0:
+        return scheduler
+    return DPMSolverMultistepScheduler(**noise, solver_order=1, timestep_spacing="trailing")

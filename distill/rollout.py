@@ -22,10 +22,11 @@ def ddim(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Te
 
     Args:
         x: [n, c, h, w] at times[0].
-        times: timesteps int64 [n], each below the one before.
+        times: timesteps int64 [n], each below the one before; -1 is the clean sample.
     """
     for t, s in pairwise(times):
         x = process.ddim(*ask(x, t), s)
+    torch.clear_autocast_cache()  # weights that were cast in here would stay without gradients
     return x
 
 
@@ -44,5 +45,5 @@ def renoised(
     for t, s in pairwise(times):
         x_0, _ = ask(x, t)
         x = process.noised(x_0, torch.randn(x.shape, generator=generator).to(x.device), s)
-    torch.clear_autocast_cache()  # weights that were cast in here would stay without gradients
+    torch.clear_autocast_cache()  # as above
     return x

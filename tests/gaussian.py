@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from edgeflash.distill.process import Process
+from edgeflash.schedule import Schedule
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 M, S = 0.7, 0.5
@@ -57,3 +58,16 @@ def posterior(it: Process, m: float = M, s: float = S) -> Any:
         return m + it.alpha(t) * s**2 * gap, it.sigma(t) * gap
 
     return network(it, sees)
+
+
+def sampled(schedule: Schedule, net: Any, x: Tensor) -> Tensor:
+    """The loop of a runtime, for samplers without fresh noise."""
+    for step in schedule.steps:
+        t = torch.full((len(x),), int(step.t))
+        x = step.a * x + step.b * net(step.in_scale * x, t, NOTHING).sample
+    return x
+
+
+def says(value: Callable[[Tensor], Tensor]) -> Any:
+    """A network of x_0 that looks at nothing but its conditioning [n, 1, 1]."""
+    return lambda x, t, c: SimpleNamespace(sample=0 * x + value(c)[..., None])

@@ -21,6 +21,7 @@ from gaussian import (
     normal,
     posterior,
     process,
+    says,
     seeded,
     teacher_folder,
     variance,
@@ -80,9 +81,6 @@ def test_a_fake_score_that_is_the_teachers_moves_nothing() -> None:
 
 
 def test_the_teacher_is_guided_by_cfgs_scale() -> None:
-    def says(value: Callable[[Tensor], Tensor]) -> Any:
-        return lambda x, t, c: SimpleNamespace(sample=0 * x + value(c)[..., None])
-
     x, c = torch.ones(2, 1, 2, 2, requires_grad=True), torch.full((2, 1, 1), 3.0)
     others = {"teacher": says(lambda c: c), "fake": says(torch.zeros_like)}
     game = duel(DMD(real_guidance=1.75), nothing=torch.ones(1, 1, 1), **others)

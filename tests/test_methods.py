@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,6 +79,20 @@ def test_a_perfect_output_gives_back_sample_and_noise(predicts: str) -> None:
     assert torch.allclose(it.x_0(output, x_t, t), x_0, atol=2e-4)
     assert torch.allclose(it.eps(output, x_t, t), eps, atol=2e-4)
     assert torch.allclose(it.ddim(x_0, eps, t), x_t, atol=1e-6)
+
+
+def test_below_the_first_timestep_a_sample_is_clean() -> None:
+    x_0, eps, t = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2), torch.tensor([-1, -1])
+    assert torch.equal(process().ddim(x_0, eps, t), x_0)
+
+
+def test_noise_that_ends_without_signal_is_no_epsilon_predictors(tmp_path: Path) -> None:
+    for predicts in ("epsilon", "v_prediction"):
+        config = {"prediction_type": predicts, "rescale_betas_zero_snr": True}
+        DDPMScheduler(**config).save_pretrained(str(tmp_path / predicts / "scheduler"))
+    assert Process.of(tmp_path / "v_prediction", torch.device("cpu")).abar[-1] == 0
+    with pytest.raises(EdgeflashError, match=r"ends without signal .* says epsilon: mend"):
+        Process.of(tmp_path / "epsilon", torch.device("cpu"))
 
 
 def test_v_is_the_velocity_diffusers_computes() -> None:
