@@ -14,7 +14,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import cached_samples
-from .process import Process, ddim_scheduler, trailing
+from .process import Process, ddim_scheduler, noise_like, trailing
 from .rollout import ddim
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked
@@ -129,7 +129,7 @@ class Lesson:
 
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, count, process, options = batch["x_0"], len(batch["x_0"]), self.process, self.options
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        eps = noise_like(x_0, generator)
         n = torch.randint(options.denoising_steps, (count,), generator=generator)
         t, u, s = (time.to(x_0.device) for time in options.times(n, process.timesteps))
         empty = torch.rand(count, generator=generator) < options.caption_dropout

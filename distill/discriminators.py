@@ -57,8 +57,7 @@ class UnetCritic(nn.Module):
             nn.Flatten(),
             nn.Linear(width, 1),
         )
-        inner = unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
-        inner.register_forward_hook(self._keep)
+        _innermost(unet).register_forward_hook(self._keep)
 
     def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
         self._features = output if isinstance(output, Tensor) else output[0]
@@ -66,6 +65,57 @@ class UnetCritic(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Judged:
         sample = self.unet(x_t, t, c).sample
         return Judged(sample, self.head(self._features))
+
+
+class FrozenCritic(nn.Module):
+    """Patches judged by a frozen UNet's innermost features; the head alone is trained and saved.
+
+    The layers are Flash Diffusion's (arXiv 2406.02347, its authors' code); theirs ends in one score
+    for 8x8 features, this one in a score for every second cell, so that any size will do.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self._features = lambda *asked: inner_features(unet, *asked)  # no module of this one's
+        self.head = nn.Sequential(
+            nn.Conv2d(unet.config.block_out_channels[-1], 64, 3, 1, 1),
+            nn.SiLU(),
+            nn.Conv2d(64, 128, 3, 2, 1, bias=False),
+            nn.SiLU(),
+            nn.GroupNorm(4, 128),
+            nn.Conv2d(128, 1, 3, 1, 1, bias=False),
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """Scores [n, 1, h, w] of noised samples at t [n] under c [n, s, d]; positive means real."""
+        scores: Tensor = self.head(self._features(x_t, t, c)).float()
+        return scores
+
+
+def inner_features(unet: Any, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """What a UNet's innermost block puts out, [n, w, h, w]; nothing beyond it is computed."""
+
+    def stop(_: nn.Module, __: Any, output: Any) -> None:
+        raise _Reached(output if isinstance(output, Tensor) else output[0])
+
+    handle = _innermost(unet).register_forward_hook(stop)
+    try:
+        unet(x_t, t, c)
+    except _Reached as reached:
+        return reached.features
+    finally:
+        handle.remove()
+    raise AssertionError("the innermost block was not called")
+
+
+class _Reached(Exception):
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+def _innermost(unet: Any) -> Any:
+    return unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
 
 
 def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:

@@ -117,6 +117,11 @@ class Process:
         return self.alpha(s) * x_0 + self.sigma(s) * eps
 
 
+def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of x's shape, on x's device; drawn on the generator's."""
+    return torch.randn(x.shape, generator=generator).to(x.device)
+
+
 def trailing(timesteps: int, count: int) -> Tensor:
     """Where a sampler of ``count`` steps stops: int64 [count + 1], from the last timestep to -1.
 

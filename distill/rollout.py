@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .process import Process
+from .process import Process, noise_like
 
 Asked = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x_t [n, c, h, w], t [n] -> x_0, eps
 
@@ -44,6 +44,6 @@ def renoised(
     """
     for t, s in pairwise(times):
         x_0, _ = ask(x, t)
-        x = process.noised(x_0, torch.randn(x.shape, generator=generator).to(x.device), s)
+        x = process.noised(x_0, noise_like(x, generator), s)
     torch.clear_autocast_cache()  # as above
     return x

@@ -31,6 +31,7 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
         "DDIMScheduler",
         {2: [999, 499]},
     ),
+    "imagine": ({"by": "imagine"}, "DPMSolverMultistepScheduler", {3: [999, 666, 332]}),
 }
 GUIDED = {"perflow", "reflow", "progressive"}  # those that are sampled with guidance
 
@@ -79,6 +80,7 @@ def test_step_counts_are_those_of_the_last_sampler() -> None:
         ({"by": "perflow", "windows": 3}, r"perflow\.windows: 3 do not divide"),
         ({"by": "dmd", "denoising_timestep": 2000}, r"dmd\.denoising_timestep: at most 1000"),
         ({"by": "tcd", "ddim_steps": 2000}, r"tcd\.ddim_steps: at most 1000"),
+        ({"by": "imagine", "denoising_steps": 1001}, r"imagine\.denoising_steps: at most 1000"),
         (
             {"by": "progressive", "denoising_steps": 501},
             r"progressive\.denoising_steps: at most 500",
