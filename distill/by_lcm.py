@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 import torch
-from diffusers import LCMScheduler
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .consistency import consistency, lcm_scheduler
 from .encoded import cached_samples
-from .process import Process, noise_config
+from .losses import pseudo_huber
+from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
-
-SIGMA_DATA = 0.5
 
 
 class LCM(Method):
@@ -69,15 +67,17 @@ class LCM(Method):
             clean, noise = guided(teacher, process, x_t, t, c, nothing, w.to(x_0.device))
             x_s = process.ddim(clean, noise, s)
             with torch.no_grad():
-                wanted = self.consistency(target, process, x_s, s, c)
-            return {
-                "consistency": self.huber(self.consistency(network, process, x_t, t, c), wanted)
-            }
+                wanted = consistency(target, process, x_s, s, c, self.timestep_scaling)
+            told = consistency(network, process, x_t, t, c, self.timestep_scaling)
+            return {"consistency": pseudo_huber(told, wanted, self.huber_c)}
 
         return Stage(
             players={"student": Player(student, loss)},
             batch=batch,
-            results={"unet": student, "scheduler": lcm_scheduler(shop.teacher, self)},
+            results={
+                "unet": student,
+                "scheduler": lcm_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling),
+            },
             averages={"unet": average(student, self.ema)} if self.ema else {},
             targets=[(target, student)],
         )
@@ -87,31 +87,3 @@ class LCM(Method):
         skip = timesteps // self.ddim_steps
         t = (n + 1) * skip - 1
         return t, (t - skip).clamp(min=0)
-
-    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """c_skip and c_out, [n, 1, 1, 1]: f(x, 0) = x whatever the network says."""
-        scaled = self.timestep_scaling * t.float()[:, None, None, None]
-        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
-        c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
-        return c_skip, c_out
-
-    def consistency(
-        self, unet: nn.Module, process: Process, x: Tensor, t: Tensor, c: Tensor
-    ) -> Tensor:
-        """f(x, t) = c_skip x + c_out x_0(x, t), eq. 9; [n, c, h, w]."""
-        c_skip, c_out = self.scalings(t)
-        return c_skip * x + c_out * process.x_0(unet(x, t, c).sample.float(), x, t)
-
-    def huber(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pseudo-Huber distance, arXiv 2310.14189 eq. 7, mean over elements."""
-        return ((a - b).square() + self.huber_c**2).sqrt().mean() - self.huber_c
-
-
-def lcm_scheduler(teacher: Path, options: LCM) -> LCMScheduler:
-    """The sampler the student is made for, with the teacher's betas and the loss's grid."""
-    return LCMScheduler(
-        **noise_config(teacher),
-        clip_sample=False,
-        original_inference_steps=options.ddim_steps,
-        timestep_scaling=options.timestep_scaling,
-    )

@@ -123,6 +123,14 @@ def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
+def least_squares_critic(real: Tensor, fake: Tensor) -> Tensor:
+    """The critic's least squares (arXiv 1611.04076, eq. 2) on sigmoids, 1/4 when it knows nothing.
+
+    The other side's loss is ``(1 - sigmoid(fake)).square()``.
+    """
+    return 0.5 * ((1 - real.sigmoid()).square().mean() + fake.sigmoid().square().mean())
+
+
 def softplus_critic(real: Tensor, fake: Tensor) -> Tensor:
     """The critic's cross-entropy (arXiv 1406.2661, eq. 1) on logits, 2 log 2 when it knows nothing.
 

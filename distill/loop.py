@@ -165,7 +165,8 @@ def _step(
     """One step of every player whose turn it is; returns the mean of each of their loss terms."""
     generator = generator_for(seed, step)
     told: dict[str, float] = {}
-    batches = [stage.batch(part) for part in np.array_split(indices, options.accumulate)]
+    parts, count = np.array_split(indices, options.accumulate), {"step": torch.tensor(step)}
+    batches = [stage.batch(part) | count for part in parts]
     for name, turn in turns.items():
         if step % turn.player.every:
             continue

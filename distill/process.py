@@ -81,6 +81,10 @@ class Process:
         """sigma_t for timesteps int64 [n], as [n, 1, 1, 1]; -1 is the clean sample."""
         return (1 - self._abar(t)).sqrt()[:, None, None, None]
 
+    def ratio(self, t: Tensor) -> Tensor:
+        """sigma_t / alpha_t for timesteps int64 [n], as [n, 1, 1, 1]: the noise of x / alpha."""
+        return self.sigma(t) / self.alpha(t)
+
     def _abar(self, t: Tensor) -> Tensor:
         return torch.where(t < 0, 1.0, self.abar[t])
 

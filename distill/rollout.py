@@ -31,6 +31,21 @@ def ddim(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Te
 
 
 @torch.no_grad()
+def heun(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Tensor:
+    """The same ODE by Heun's steps of two calls each, in x / alpha over sigma / alpha.
+
+    There dx = eps d(sigma / alpha): arXiv 2206.00364, alg. 1. ``times`` do not reach the clean one.
+    """
+    for t, s in pairwise(times):
+        start, span = x / process.alpha(t), process.ratio(s) - process.ratio(t)
+        _, eps = ask(x, t)
+        _, later = ask(process.alpha(s) * (start + span * eps), s)
+        x = process.alpha(s) * (start + span * (eps + later) / 2)
+    torch.clear_autocast_cache()  # as above
+    return x
+
+
+@torch.no_grad()
 def renoised(
     ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor], generator: torch.Generator
 ) -> Tensor:

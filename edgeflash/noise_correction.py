@@ -15,7 +15,8 @@ def corrected(schedule: Schedule) -> Schedule:
     """
     if len(schedule.steps) == 1:
         return schedule
-    first, entry, following = schedule.steps[0], *schedule.entries[:2]
+    first = schedule.steps[0]
+    entry, following = schedule.entries[:2]
     assert first.in_scale == 1 and not first.needs_noise, first
     alpha, sigma = following.p, following.q
     of_x, of_output = _x_0(schedule.prediction, entry.p, entry.q)

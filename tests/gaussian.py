@@ -60,6 +60,16 @@ def posterior(it: Process, m: float = M, s: float = S) -> Any:
     return network(it, sees)
 
 
+def exact(it: Process) -> Any:
+    """Where the exact ODE ends: f*(x, t) = m + s (x - alpha m) / sqrt(V), the consistency map."""
+
+    def sees(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x_0 = M + S * (x - it.alpha(t) * M) / variance(it, t).sqrt()
+        return x_0, (x - it.alpha(t) * x_0) / it.sigma(t)
+
+    return network(it, sees)
+
+
 def sampled(schedule: Schedule, net: Any, x: Tensor) -> Tensor:
     """The loop of a runtime, for samplers without fresh noise."""
     for step in schedule.steps:

@@ -31,6 +31,22 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
         "DDIMScheduler",
         {2: [999, 499]},
     ),
+    "consistency": (
+        {"by": "consistency"},
+        "LCMScheduler",
+        {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]},
+    ),
+    "consistency, training": (
+        {"by": "consistency", "kind": "training", "inference_steps": 1},
+        "LCMScheduler",
+        {1: [999]},
+    ),
+    "flash": (
+        {"by": "flash", "teacher_steps": 4, "modes": [[0, 1, 0, 0]], "dmd_weights": [0.7]}
+        | {"gan_weights": [0.3]},
+        "LCMScheduler",
+        {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]},
+    ),
     "imagine": ({"by": "imagine"}, "DPMSolverMultistepScheduler", {3: [999, 666, 332]}),
 }
 GUIDED = {"perflow", "reflow", "progressive"}  # those that are sampled with guidance
@@ -80,6 +96,11 @@ def test_step_counts_are_those_of_the_last_sampler() -> None:
         ({"by": "perflow", "windows": 3}, r"perflow\.windows: 3 do not divide"),
         ({"by": "dmd", "denoising_timestep": 2000}, r"dmd\.denoising_timestep: at most 1000"),
         ({"by": "tcd", "ddim_steps": 2000}, r"tcd\.ddim_steps: at most 1000"),
+        (
+            {"by": "consistency", "inference_steps": 1001},
+            r"consistency\.inference_steps: at most 1000",
+        ),
+        ({"by": "flash", "teacher_steps": 1004}, r"flash\.teacher_steps: at most 1000"),
         ({"by": "imagine", "denoising_steps": 1001}, r"imagine\.denoising_steps: at most 1000"),
         (
             {"by": "progressive", "denoising_steps": 501},

@@ -16,7 +16,7 @@ from gaussian import (
     M,
     S,
     batch,
-    network,
+    exact,
     normal,
     posterior,
     process,
@@ -38,16 +38,6 @@ from edgeflash.student import Student
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PLAIN = {"guidance": 1, "gan_weight": 0}
-
-
-def exact(it: Process) -> Any:
-    """Where the exact ODE ends: f*(x, t) = m + s (x - alpha m) / sqrt(V)."""
-
-    def sees(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        x_0 = M + S * (x - it.alpha(t) * M) / variance(it, t).sqrt()
-        return x_0, (x - it.alpha(t) * x_0) / it.sigma(t)
-
-    return network(it, sees)
 
 
 def lesson(options: Imagine, it: Process | None = None, **others: Any) -> Lesson:

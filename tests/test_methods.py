@@ -24,7 +24,9 @@ from edgeflash.distill.by_blocks import (
 from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_reading import as_named
-from edgeflash.distill.discriminators import hinge_critic
+from edgeflash.distill.consistency import consistency, scalings
+from edgeflash.distill.discriminators import hinge_critic, least_squares_critic
+from edgeflash.distill.losses import pseudo_huber
 from edgeflash.distill.process import Process
 from edgeflash.distill.teacher import guided
 from edgeflash.errors import EdgeflashError
@@ -120,7 +122,7 @@ def test_guidance_follows_lcms_convention_and_makes_one_call() -> None:
 
 def test_lcms_boundary_scalings_and_grid() -> None:
     lcm = LCM()
-    c_skip, c_out = lcm.scalings(torch.tensor([0, 19, 999]))
+    c_skip, c_out = scalings(torch.tensor([0, 19, 999]))
     assert c_skip.flatten().tolist() == pytest.approx([1, 6.925e-6, 2.5e-9], rel=1e-2)
     assert c_out.flatten().tolist() == pytest.approx([0, 1, 1], abs=1e-5)
     t, s = lcm.times(torch.arange(50), 1000)
@@ -130,14 +132,14 @@ def test_lcms_boundary_scalings_and_grid() -> None:
 
 
 def test_the_huber_distance_is_zero_at_zero_and_l1_far_away() -> None:
-    lcm, a = LCM(), torch.randn(4, 4)
-    assert float(lcm.huber(a, a)) == pytest.approx(0, abs=1e-9)
-    assert float(lcm.huber(a, a + 5)) == pytest.approx(5, rel=1e-3)
+    a = torch.randn(4, 4)
+    assert float(pseudo_huber(a, a, 1e-3)) == pytest.approx(0, abs=1e-9)
+    assert float(pseudo_huber(a, a + 5, 1e-3)) == pytest.approx(5, rel=1e-3)
 
 
 def test_the_exact_consistency_map_of_a_gaussian_has_no_lcm_loss() -> None:
     """x_0 ~ N(m, s^2): teacher E[x_0|x_t], student f* = m + s (x - alpha m) / sqrt(V)."""
-    m, s, it, lcm = 0.7, 0.5, process("sample"), LCM(huber_c=1e-6)
+    m, s, it, lcm = 0.7, 0.5, process("sample"), LCM()
 
     def parts(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, variance = it.alpha(t), it.alpha(t) ** 2 * s**2 + it.sigma(t) ** 2
@@ -158,8 +160,8 @@ def test_the_exact_consistency_map_of_a_gaussian_has_no_lcm_loss() -> None:
         x_t, c = it.noised(x_0, eps, t), torch.zeros(500, 1, 1)
         clean, noise = guided(posterior, it, x_t, t, c, c[:1], torch.zeros(500))
         x_s = it.ddim(clean, noise, below)
-        ours = lcm.consistency(student, it, x_t, t, c)
-        return float(lcm.huber(ours, lcm.consistency(student, it, x_s, below, c)))
+        ours = consistency(student, it, x_t, t, c)
+        return float(pseudo_huber(ours, consistency(student, it, x_s, below, c), 1e-6))
 
     assert loss(exact) < 0.002  # the solver's own error at 50 steps
     assert loss(posterior) > 5 * loss(exact)
@@ -178,6 +180,14 @@ def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
 def test_the_critics_margin() -> None:
     assert float(hinge_critic(torch.ones(3), -torch.ones(3))) == 0
     assert float(hinge_critic(torch.zeros(3), torch.zeros(3))) == 2
+
+
+def test_least_squares_part_real_from_made() -> None:
+    assert float(least_squares_critic(torch.zeros(3), torch.zeros(3))) == 0.25
+    sure = torch.full((3,), 9.0)
+    assert (
+        float(least_squares_critic(sure, -sure)) < 1e-6 < float(least_squares_critic(-sure, sure))
+    )
 
 
 @pytest.mark.parametrize(
