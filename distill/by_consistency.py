@@ -93,7 +93,7 @@ class Consistency(Method):
         lesson = Lesson(
             options=self,
             teacher=shop.load(source, "unet").requires_grad_(False) if distils else None,
-            target=average(student, self.target_ema if distils else self.decay),
+            target=average(student, self.target_ema if distils else self.mu),
             process=process,
             nothing=nothing,
         )
@@ -112,8 +112,8 @@ class Consistency(Method):
         first, last = self.scales_min**2, (self.scales_max + 1) ** 2
         return max(1, ceil(sqrt(step / self.steps * (last - first) + first) - 1))
 
-    def decay(self, step: int) -> float:
-        """Of the target network in training, mu(k) = mu_0^(s_0 / intervals)."""
+    def mu(self, step: int) -> float:
+        """Decay of the target network in training, mu(k) = mu_0^(s_0 / intervals)."""
         return exp(self.scales_min * log(self.target_ema) / self.intervals(step))
 
     def grid(self, process: Process, step: int) -> Tensor:
@@ -122,7 +122,8 @@ class Consistency(Method):
         ratios = process.ratio(every).flatten()
         wanted = karras(self.intervals(step) + 1, float(ratios[0]), float(ratios[-1]))
         gaps = wanted.to(ratios).log()[:, None] - ratios.log()
-        return gaps.abs().argmin(1).unique()
+        grid: Tensor = gaps.abs().argmin(1).unique()  # type: ignore[no-untyped-call]
+        return grid
 
     def between(self, told: Tensor, wanted: Tensor) -> Tensor:
         if self.distance == "huber":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from math import gcd
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ class FrozenCritic(nn.Module):
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        self._features = lambda *asked: inner_features(unet, *asked)  # no module of this one's
+        self._features = partial(inner_features, unet)  # so that the UNet is no module of this one
         self.head = nn.Sequential(
             nn.Conv2d(unet.config.block_out_channels[-1], 64, 3, 1, 1),
             nn.SiLU(),

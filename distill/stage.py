@@ -93,7 +93,7 @@ def average(network: nn.Module, decay: float | Callable[[int], float]) -> Averag
     ``decay`` may depend on how many steps came before; the first step copies ``network``.
     """
 
-    def move(averages: list[Tensor], weights: list[Tensor], steps: Tensor) -> None:
+    def move(averages: Any, weights: Any, steps: Any) -> None:
         now = decay(int(steps)) if callable(decay) else decay
         get_ema_multi_avg_fn(now)(averages, weights, steps)  # type: ignore[no-untyped-call]
 

@@ -80,7 +80,7 @@ def inpaint(picture: UInt8, painted: NDArray[np.bool_]) -> Edit:
 
 def colourise(picture: UInt8) -> Edit:
     """Keeps the luminance of a picture [h, w, 3]: of colours, the part along that axis."""
-    axis = (LUMINANCE / np.linalg.norm(LUMINANCE))[:, None, None]
+    axis = (LUMINANCE / np.linalg.norm(LUMINANCE)).astype(np.float32)[:, None, None]
     along = (axis * _planes(picture)).sum(0)
 
     def project(x: Float32) -> Float32:

@@ -310,7 +310,8 @@ class TextToImage:
         """x after step i, p x_0 + q noise, with the edit in the picture of x_0."""
         p, q = schedule.entries[i + 1].p, schedule.steps[i].c
         with self._stage("vae_decoder") as (part, _):
-            pixels = edit.project(self._pixels(part, (x - q * fresh) / p).clip(0, 255))
+            clean = ((x - q * fresh) / p).astype(np.float32, copy=False)
+            pixels = edit.project(self._pixels(part, clean).clip(0, 255))
         with self._stage("vae_encoder") as (part, _):
             return p * self._encode(part, pixels) + q * fresh
 

@@ -79,7 +79,7 @@ def test_the_grid_goes_from_end_to_end_by_distinct_timesteps() -> None:
 def test_training_refines_its_grid_as_the_code_does(step: int, entries: int, decay: float) -> None:
     options = Consistency(kind="training", steps=800_000, scales_max=200)
     assert options.intervals(step) + 1 == entries
-    assert options.decay(step) == pytest.approx(decay, abs=1e-6)
+    assert options.mu(step) == pytest.approx(decay, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_an_average_follows_by_the_decay_of_the_step() -> None:
         network.weight.data.fill_(value)
         copy.update_parameters(network)
     assert float(copy.module.weight) == pytest.approx(0.2 * (0.1 * 1 + 0.9 * 2) + 0.8 * 3)
-    assert exp(2 * log(0.95)) == pytest.approx(Consistency(kind="training").decay(0))
+    assert exp(2 * log(0.95)) == pytest.approx(Consistency(kind="training").mu(0))
 
 
 def test_what_does_not_go_together_is_said(tmp_path: Path) -> None:

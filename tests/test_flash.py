@@ -77,8 +77,8 @@ def test_a_batch_starts_at_one_place_and_from_pure_noise_at_the_first(tmp_path: 
     assert seen == {0, 1}
 
 
-@pytest.mark.parametrize("first", [0, 8, 24])
-def test_the_teacher_walks_to_the_end_of_its_path(tmp_path: Path, first: int) -> None:
+@pytest.mark.parametrize(("first", "error"), [(0, 0.08), (8, 0.08), (24, 0.12)])
+def test_the_teacher_walks_to_the_end_of_its_path(tmp_path: Path, first: int, error: float) -> None:
     it, calls = process(), []
     answer = posterior(it)
 
@@ -92,7 +92,7 @@ def test_the_teacher_walks_to_the_end_of_its_path(tmp_path: Path, first: int) ->
         found = taught.sample(x, first, torch.zeros(50, 1, 1), 1.0)
         assert calls == taught.solver.timesteps[first:].tolist()
         wanted = exact(it)(x, torch.tensor([calls[0]]), NOTHING).sample
-        assert float((found - wanted).abs().max()) < 0.08  # of DDIM from pure noise: 0.15
+        assert float((found - wanted).abs().max()) < error  # of DDIM from pure noise: 0.15
 
 
 def test_guidance_is_drawn_between_its_bounds(tmp_path: Path) -> None:
