@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from pydantic import Field
@@ -16,7 +15,8 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .encoded import cached_conditioning, cached_latents
+from .encoded import cached_samples
+from .features import Taps
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
@@ -55,12 +55,9 @@ class Blocks(Method):
         student, copied = prune(before, self.rule)
         student.to(shop.device, memory_format=torch.channels_last)
         process = Process.of(shop.teacher, shop.device)
-        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        batch, nothing = cached_samples(shop)
         pairs = feature_pairs(teacher, student)
         taught, learnt = Taps([t for t, _ in pairs]), Taps([s for _, s in pairs])
-
-        def batch(indices: np.ndarray) -> Batch:
-            return {"x_0": latents(indices), "c": conditioning(indices)}
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
@@ -183,25 +180,3 @@ def _last_layer(block: Any) -> nn.Module:
     layers = getattr(block, "attentions", None) or block.resnets
     layer: nn.Module = layers[-1]
     return layer
-
-
-class Taps:
-    """Keeps what modules put out in the latest forward pass."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._latest: dict[int, Tensor] = {}
-        for place, module in enumerate(modules):
-            module.register_forward_hook(self._hook(place))
-
-    def _hook(self, place: int) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            while not isinstance(output, Tensor):  # blocks return tuples, transformers a dataclass
-                output = output[0]
-            self._latest[place] = output
-
-        return keep
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """In the order of the modules."""
-        return [self._latest[place] for place in sorted(self._latest)]

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .consistency import consistency, lcm_scheduler
+from .consistency import consistency
 from .encoded import cached_samples
+from .few_steps import few_step_scheduler
 from .losses import pseudo_huber
 from .process import Process, noise_like
 from .rollout import heun
@@ -100,7 +101,10 @@ class Consistency(Method):
         return Stage(
             players={"student": Player(student, lesson.loss)},
             batch=batch,
-            results={"unet": student, "scheduler": lcm_scheduler(source, self.inference_steps)},
+            results={
+                "unet": student,
+                "scheduler": few_step_scheduler(source, self.inference_steps),
+            },
             averages={"unet": average(student, self.ema)} if self.ema else {},
             targets=[(lesson.target, student)],
         )

@@ -21,7 +21,7 @@ from .losses import matching
 from .process import Process, noise_config, noise_like
 from .rollout import renoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
-from .teacher import guided, plain
+from .teacher import asked, plain
 
 
 class DMD(Method):
@@ -191,6 +191,6 @@ class Duel:
         with torch.no_grad():
             x_t = process.noised(x, noise_like(x, generator), t)
             fake, _ = plain(self.fake, process, x_t, t, c)
-            w = torch.full((len(x),), options.real_guidance - 1, device=x.device)
-            real, _ = guided(self.teacher, process, x_t, t, c, self.nothing, w)
+            ask = asked(self.teacher, process, c, self.nothing, options.real_guidance)
+            real, _ = ask(x_t, t)
         return matching(x, real, fake)

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .consistency import consistency, lcm_scheduler
+from .consistency import consistency
 from .discriminators import FrozenCritic, least_squares_critic
 from .encoded import cached_samples
+from .few_steps import few_step_scheduler
 from .losses import matching
 from .process import Process, noise_config, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
@@ -110,7 +111,7 @@ class Flash(Method):
         players = {"student": Player(lesson.student, lesson.student_loss)}
         if lesson.critic:
             players["critic"] = Player(lesson.critic, lesson.critic_loss, every=2)
-        scheduler = lcm_scheduler(shop.teacher, self.denoising_steps)
+        scheduler = few_step_scheduler(shop.teacher, self.denoising_steps)
         return Stage(
             players=players,
             batch=batch,

@@ -17,8 +17,9 @@ from edgeflash.roles import Method
 
 from .discriminators import FrozenCritic, hinge_critic
 from .encoded import cached_samples
-from .process import Process, ddim_scheduler, noise_like, trailing
-from .rollout import ddim
+from .few_steps import ddim_scheduler, trailing
+from .process import Process, noise_like
+from .rollout import ddim, denoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked, plain
 
@@ -159,9 +160,8 @@ class Lesson:
     def target(self, x: Tensor, eps: Tensor, gamma: Tensor, c: Tensor) -> Tensor:
         """The teacher's x_0 for samples x that it is given noised by eps to gamma, [n, c, h, w]."""
         ask = asked(self.teacher, self.process, c, self.nothing, self.options.guidance)
-        left = torch.linspace(1, 0, self.options.teacher_steps + 1)
-        times = [((gamma + 1) * share).round().long() - 1 for share in left.tolist()]
-        return ddim(ask, self.process, self.process.noised(x, eps, gamma), times)
+        x_t = self.process.noised(x, eps, gamma)
+        return denoised(ask, self.process, x_t, gamma, self.options.teacher_steps)
 
     def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples as the critic sees them, at any timestep."""

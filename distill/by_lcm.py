@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .consistency import consistency, lcm_scheduler
+from .consistency import consistency
 from .encoded import cached_samples
+from .few_steps import few_step_scheduler
 from .losses import pseudo_huber
-from .process import Process
+from .process import Process, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
 
@@ -59,7 +60,7 @@ class LCM(Method):
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, c, count = batch["x_0"], batch["c"], len(batch["x_0"])
-            eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+            eps = noise_like(x_0, generator)
             n = torch.randint(self.ddim_steps, (count,), generator=generator)
             w = self.w_min + (self.w_max - self.w_min) * torch.rand(count, generator=generator)
             t, s = (time.to(x_0.device) for time in self.times(n, process.timesteps))
@@ -76,7 +77,9 @@ class LCM(Method):
             batch=batch,
             results={
                 "unet": student,
-                "scheduler": lcm_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling),
+                "scheduler": few_step_scheduler(
+                    shop.teacher, self.ddim_steps, self.timestep_scaling
+                ),
             },
             averages={"unet": average(student, self.ema)} if self.ema else {},
             targets=[(target, student)],

@@ -16,7 +16,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import cached_samples
-from .process import Process, noise_config
+from .process import Process, noise_config, noise_like
 from .rollout import ddim
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked
@@ -108,14 +108,12 @@ class Lesson:
 
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, count, process, options = batch["x_0"], len(batch["x_0"]), self.process, self.options
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        eps = noise_like(x_0, generator)
         t = torch.randint(process.timesteps, (count,), generator=generator).to(x_0.device)
         empty = torch.rand(count, generator=generator) < options.caption_dropout
         c = torch.where(empty[:, None, None].to(x_0.device), self.nothing, batch["c"])
         start, end = options.window(t, process.timesteps)
-        z_s = process.noised(x_0, eps, start)
-        first = (start == process.timesteps - 1)[:, None, None, None]
-        z_s = torch.where(first, eps, z_s)  # as sampling begins, and as reflow's pairs do
+        z_s = process.as_sampled(x_0, eps, start)  # as reflow's pairs begin
         ask = asked(self.teacher, process, c, self.nothing, options.guidance)
         z_e = ddim(ask, process, z_s, options.times(start, end))
         x_0, eps = line(process, z_s, z_e, start, end)

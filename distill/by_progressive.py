@@ -14,7 +14,8 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import cached_samples
-from .process import Process, ddim_scheduler, noise_like, trailing
+from .few_steps import ddim_scheduler, trailing
+from .process import Process, noise_like
 from .rollout import ddim
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked
@@ -135,8 +136,7 @@ class Lesson:
         empty = torch.rand(count, generator=generator) < options.caption_dropout
         c = torch.where(empty[:, None, None].to(x_0.device), self.nothing, batch["c"])
         kept = options.scales(count, generator)
-        first = (t == process.timesteps - 1)[:, None, None, None]
-        x_t = torch.where(first, eps, process.noised(x_0, eps, t))  # as sampling begins
+        x_t = process.as_sampled(x_0, eps, t)
         ask = asked(
             self.teacher, process, c, self.nothing, options.guidance if kept is None else kept
         )

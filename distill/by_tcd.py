@@ -16,7 +16,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import cached_samples
-from .process import Process, noise_config
+from .process import Process, noise_config, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided, plain
 
@@ -107,7 +107,7 @@ class Lesson:
 
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        eps = noise_like(x_0, generator)
         entries = options.draws(len(x_0), generator)
         t, u, s = (time.to(x_0.device) for time in options.times(*entries, process.timesteps))
         spread = options.w_max - options.w_min

@@ -1,14 +1,12 @@
-"""The consistency function of latent diffusion models, and the sampler that applies it."""
+"""The consistency function of latent diffusion models."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from diffusers import LCMScheduler
 from torch import Tensor
 
-from .process import Process, noise_config
+from .process import Process
 
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
@@ -33,18 +31,3 @@ def consistency(
     """f(x, t) = c_skip x + c_out x_0(x, t), arXiv 2310.04378 eq. 9; [n, c, h, w]."""
     c_skip, c_out = scalings(t, timestep_scaling)
     return c_skip * x + c_out * process.x_0(unet(x, t, c).sample.float(), x, t)
-
-
-def lcm_scheduler(
-    teacher: Path, steps: int, timestep_scaling: float = TIMESTEP_SCALING
-) -> LCMScheduler:
-    """f, then fresh noise, at every so many of ``steps`` even timesteps, with the teacher's betas.
-
-    That is multistep consistency sampling (arXiv 2303.01469, alg. 1).
-    """
-    return LCMScheduler(
-        **noise_config(teacher),
-        clip_sample=False,
-        original_inference_steps=steps,
-        timestep_scaling=timestep_scaling,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 from itertools import pairwise
 from math import gcd
@@ -49,16 +50,9 @@ class UnetCritic(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
-        width = unet.config.block_out_channels[-1]
-        self.head = nn.Sequential(
-            nn.Conv2d(width, width, 3, 2, 1),
-            nn.GroupNorm(gcd(width // 4, 32), width),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(width, 1),
-        )
-        _innermost(unet).register_forward_hook(self._keep)
+        self.head = _inner_head(unet)
+        inner = unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
+        inner.register_forward_hook(self._keep)
 
     def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
         self._features = output if isinstance(output, Tensor) else output[0]
@@ -66,6 +60,25 @@ class UnetCritic(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Judged:
         sample = self.unet(x_t, t, c).sample
         return Judged(sample, self.head(self._features))
+
+
+class EncoderCritic(nn.Module):
+    """The encoder half of a UNet, with a head on its innermost features.
+
+    The head's last layer begins at zero, so that at first the critic knows nothing.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = encoder_half(unet)
+        self.head = _inner_head(unet)
+        for parameter in self.head[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """Logits [n, 1] of noised samples [n, c, h, w] at t [n] under c [n, s, d]."""
+        logits: Tensor = self.head(self.unet(x_t, t, c).sample)
+        return logits.float()
 
 
 class FrozenCritic(nn.Module):
@@ -77,7 +90,7 @@ class FrozenCritic(nn.Module):
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        self._features = partial(inner_features, unet)  # so that the UNet is no module of this one
+        self._sees = partial(encoder_half(unet))  # so that the UNet is no module of this one
         self.head = nn.Sequential(
             nn.Conv2d(unet.config.block_out_channels[-1], 64, 3, 1, 1),
             nn.SiLU(),
@@ -89,34 +102,32 @@ class FrozenCritic(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """Scores [n, 1, h, w] of noised samples at t [n] under c [n, s, d]; positive means real."""
-        scores: Tensor = self.head(self._features(x_t, t, c)).float()
-        return scores
+        scores: Tensor = self.head(self._sees(x_t, t, c).sample)
+        return scores.float()
 
 
-def inner_features(unet: Any, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-    """What a UNet's innermost block puts out, [n, w, h, w]; nothing beyond it is computed."""
-
-    def stop(_: nn.Module, __: Any, output: Any) -> None:
-        raise _Reached(output if isinstance(output, Tensor) else output[0])
-
-    handle = _innermost(unet).register_forward_hook(stop)
-    try:
-        unet(x_t, t, c)
-    except _Reached as reached:
-        return reached.features
-    finally:
-        handle.remove()
-    raise AssertionError("the innermost block was not called")
+def encoder_half(unet: Any) -> Any:
+    """A UNet on the same weights that puts out its innermost features, and computes no more."""
+    half = copy(unet)
+    half._modules = unet._modules | {
+        "up_blocks": nn.ModuleList(),
+        "conv_norm_out": None,
+        "conv_out": nn.Identity(),
+    }
+    return half
 
 
-class _Reached(Exception):
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        self.features = features
-
-
-def _innermost(unet: Any) -> Any:
-    return unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
+def _inner_head(unet: Any) -> nn.Sequential:
+    """One logit of a UNet's innermost features, of any size."""
+    width = unet.config.block_out_channels[-1]
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, 2, 1),
+        nn.GroupNorm(gcd(width // 4, 32), width),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 1),
+    )
 
 
 def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:

@@ -92,6 +92,11 @@ class Process:
         """x_t ~ q(x_t | x_0), all [n, c, h, w]."""
         return self.alpha(t) * x_0 + self.sigma(t) * eps
 
+    def as_sampled(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t, but noise alone at the last timestep, where sampling begins (arXiv 2305.08891)."""
+        last = (t == self.timesteps - 1)[:, None, None, None]
+        return torch.where(last, eps, self.noised(x_0, eps, t))
+
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should put out."""
         if self.predicts == "epsilon":
@@ -122,28 +127,5 @@ class Process:
 
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of x's shape, on x's device; drawn on the generator's."""
+    """Standard normal noise of x's shape, where x lives."""
     return torch.randn(x.shape, generator=generator).to(x.device)
-
-
-def trailing(timesteps: int, count: int) -> Tensor:
-    """Where a sampler of ``count`` steps stops: int64 [count + 1], from the last timestep to -1.
-
-    That is diffusers' "trailing" spacing: 999, 749, 499, 249 and the clean sample for four of 1000.
-    """
-    return torch.linspace(timesteps, 0, count + 1, dtype=torch.float64).round().long() - 1
-
-
-def ddim_scheduler(folder: Path, count: int) -> Any:
-    """The sampler of ``count`` DDIM steps that stops there, with a diffusers folder's noise.
-
-    `DDIMScheduler` counts T // ``count`` back, which misses its own next timestep where that is no
-    whole number. First-order DPM-Solver++ is DDIM (arXiv 2211.01095) without that.
-    """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    noise = noise_config(folder)
-    scheduler = DDIMScheduler(**noise, clip_sample=False, timestep_spacing="trailing")
-    if scheduler.config.num_train_timesteps % count == 0:
-        return scheduler
-    return DPMSolverMultistepScheduler(**noise, solver_order=1, timestep_spacing="trailing")

@@ -46,6 +46,20 @@ def heun(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Te
 
 
 @torch.no_grad()
+def denoised(ask: Asked, process: Process, x: Tensor, t: Tensor, steps: int) -> Tensor:
+    """x_0 that so many DDIM steps, evenly spaced down from t, lead to.
+
+    Args:
+        x: [n, c, h, w] at t.
+        t: timesteps int64 [n].
+        steps: calls of the network.
+    """
+    times = [((t + 1) * (steps - i) // steps - 1).clamp(min=0) for i in range(steps)]
+    x_0, _ = ask(ddim(ask, process, x, times), times[-1])
+    return x_0
+
+
+@torch.no_grad()
 def renoised(
     ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor], generator: torch.Generator
 ) -> Tensor:

@@ -17,6 +17,7 @@ from gaussian import (
     NOTHING,
     M,
     S,
+    Shift,
     batch,
     normal,
     posterior,
@@ -33,24 +34,11 @@ from edgeflash.distill.by_dmd import DMD, Duel
 from edgeflash.distill.discriminators import (
     FrozenCritic,
     UnetCritic,
-    inner_features,
+    encoder_half,
     softplus_critic,
 )
 from edgeflash.distill.run import distill
 from edgeflash.schedule import lower_schedule
-
-
-class Shift(nn.Module):
-    """A student whose sample is m + s x, with m to learn; notes the timesteps it is called at."""
-
-    def __init__(self, m: float, s: float) -> None:
-        super().__init__()
-        self.m, self.s = nn.Parameter(torch.tensor(m)), s
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Any:
-        self.seen.append(t)
-        return SimpleNamespace(sample=self.m + self.s * x)
 
 
 def duel(options: DMD, **others: Any) -> Duel:
@@ -206,7 +194,7 @@ def test_a_frozen_unet_judges_through_a_head_and_runs_half_way(mid: str | None) 
     asked = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.randn(3, 5, 12)
     whole = UnetCritic(unet)
     whole(*asked)
-    assert torch.equal(inner_features(unet, *asked), whole._features)
+    assert torch.equal(encoder_half(unet)(*asked).sample, whole._features)
 
 
 def test_a_critic_that_knows_nothing_and_one_that_knows() -> None:

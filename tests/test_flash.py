@@ -23,6 +23,7 @@ from gaussian import batch as plain_batch
 from torch import Tensor
 
 from edgeflash.distill.by_flash import Flash, Lesson
+from edgeflash.distill.few_steps import few_step_scheduler
 from edgeflash.distill.process import Process
 from edgeflash.schedule import lower_schedule
 
@@ -173,9 +174,7 @@ def test_the_critic_is_shown_data_first(tmp_path: Path) -> None:
 
 
 def test_the_students_tables_stop_at_the_modes(tmp_path: Path) -> None:
-    from edgeflash.distill.consistency import lcm_scheduler
-
-    scheduler = lcm_scheduler(teacher_folder(tmp_path), Flash().denoising_steps)
+    scheduler = few_step_scheduler(teacher_folder(tmp_path), Flash().denoising_steps)
     ladders = {n: [s.t for s in lower_schedule(scheduler, n).steps] for n in (1, 2, 4)}
     assert ladders == {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]}
 

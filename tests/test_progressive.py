@@ -27,7 +27,8 @@ from test_distill import small_recipe
 from torch import Tensor
 
 from edgeflash.distill.by_progressive import Lesson, Progressive, halved
-from edgeflash.distill.process import Process, ddim_scheduler, trailing
+from edgeflash.distill.few_steps import ddim_scheduler, trailing
+from edgeflash.distill.process import Process
 from edgeflash.distill.rollout import ddim
 from edgeflash.distill.run import distill
 from edgeflash.distill.teacher import asked

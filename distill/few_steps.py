@@ -1,0 +1,93 @@
+"""The few timesteps that a student is trained at, and the samplers that stop at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
+from torch import Tensor
+
+from edgeflash.errors import EdgeflashError
+
+from .consistency import TIMESTEP_SCALING
+from .process import Process, noise_config, noise_like
+from .stage import Batch
+from .teacher import plain
+
+
+def ladder(process: Process, steps: int, option: str) -> Tensor:
+    """Timesteps that divide time evenly, the noisiest first: 999, 749, 499, 249; int64 [steps].
+
+    Raises:
+        EdgeflashError: they do not divide it; ``option`` says who asked.
+    """
+    if process.timesteps % steps:
+        raise EdgeflashError(
+            f"{option}: {steps} do not divide this teacher's {process.timesteps} timesteps"
+        )
+    return trailing(process.timesteps, steps)[:-1].to(process.abar.device)
+
+
+def trailing(timesteps: int, steps: int) -> Tensor:
+    """Where a sampler of so many steps stops: int64 [steps + 1], from the last timestep to -1.
+
+    That is diffusers' "trailing" spacing: 999, 666, 332 and the clean sample for three of 1000.
+    """
+    return torch.linspace(timesteps, 0, steps + 1, dtype=torch.float64).round().long() - 1
+
+
+def estimate(
+    network: Any,
+    process: Process,
+    batch: Batch,
+    times: Tensor,
+    shares: Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """x [n, c, h, w], which a student makes of x_0 noised, and of noise alone at the last timestep.
+
+    Args:
+        network: the student.
+        process: the teacher's noise.
+        batch: x_0 [n, c, h, w] and its conditioning c.
+        times: the student's timesteps, int64.
+        shares: how often each of them is drawn, in any unit.
+        generator: for all draws.
+    """
+    x_0 = batch["x_0"]
+    drawn = torch.multinomial(shares, len(x_0), replacement=True, generator=generator)
+    s = times[drawn.to(times.device)]
+    x_s = process.as_sampled(x_0, noise_like(x_0, generator), s)
+    x, _ = plain(network, process, x_s, s, batch["c"])
+    return x
+
+
+def few_step_scheduler(
+    teacher: Path, steps: int, timestep_scaling: float = TIMESTEP_SCALING
+) -> LCMScheduler:
+    """x_0, or LCM's f, then fresh noise, at ``steps`` even timesteps, with the teacher's betas.
+
+    Of fewer steps it chooses among these. It is multistep consistency sampling (arXiv 2303.01469,
+    alg. 1).
+    """
+    return LCMScheduler(
+        **noise_config(teacher),
+        clip_sample=False,
+        original_inference_steps=steps,
+        timestep_scaling=timestep_scaling,
+    )
+
+
+def ddim_scheduler(teacher: Path, steps: int) -> Any:
+    """The sampler of so many DDIM steps that stops where `trailing` says, with the teacher's betas.
+
+    `DDIMScheduler` counts T // ``steps`` back, which misses its own next timestep where that is no
+    whole number. First-order DPM-Solver++ is DDIM (arXiv 2211.01095) without that.
+    """
+    noise = noise_config(teacher)
+    scheduler = DDIMScheduler(**noise, clip_sample=False, timestep_spacing="trailing")
+    if scheduler.config.num_train_timesteps % steps == 0:
+        return scheduler
+    return DPMSolverMultistepScheduler(**noise, solver_order=1, timestep_spacing="trailing")
