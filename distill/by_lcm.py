@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -12,19 +13,21 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .consistency import consistency
-from .encoded import cached_samples
+from .encoded import cached_conditioning, cached_latents
 from .few_steps import few_step_scheduler
 from .losses import pseudo_huber
 from .process import Process, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
+from .witness import WEIGHT, Witness
 
 
 class LCM(Method):
     """LCM (arXiv 2310.04378, alg. 1): f(x_t) = f(x_s), x_s one guided teacher DDIM step below x_t.
 
     The guidance weight w is drawn for each sample and folded in; the student takes no w-embedding
-    and is sampled without guidance. The student keeps an `LCMScheduler`.
+    and is sampled without guidance. The student keeps an `LCMScheduler`. ``attribute_weight`` adds
+    what a `Witness` says of f(x_t), as a reward (arXiv 2403.11027, sec. 4).
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -38,6 +41,7 @@ class LCM(Method):
     w_max: float = Field(15.0, ge=0, description="greatest guidance weight")
     huber_c: float = Field(1e-3, gt=0, description="width of the pseudo-Huber loss")
     timestep_scaling: float = Field(10.0, gt=0, description="in the boundary scalings")
+    attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
 
     @model_validator(mode="after")
     def _ordered(self) -> LCM:
@@ -56,7 +60,14 @@ class LCM(Method):
         process = Process.of(shop.teacher, shop.device)
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
-        batch, nothing = cached_samples(shop)
+        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        witness = None
+        if self.attribute_weight:
+            witness = Witness.at(shop, "lcm", latents, process)
+
+        def batch(indices: np.ndarray) -> Batch:
+            known = witness.known(indices) if witness else {}
+            return {"x_0": latents(indices), "c": conditioning(indices)} | known
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, c, count = batch["x_0"], batch["c"], len(batch["x_0"])
@@ -70,10 +81,15 @@ class LCM(Method):
             with torch.no_grad():
                 wanted = consistency(target, process, x_s, s, c, self.timestep_scaling)
             told = consistency(network, process, x_t, t, c, self.timestep_scaling)
-            return {"consistency": pseudo_huber(told, wanted, self.huber_c)}
+            terms = {"consistency": pseudo_huber(told, wanted, self.huber_c)}
+            if witness:
+                doubt = witness.doubt(told, batch["labels"], generator)
+                terms["attributes"] = self.attribute_weight * doubt.mean()
+            return terms
 
+        players = witness.players() if witness else {}
         return Stage(
-            players={"student": Player(student, loss)},
+            players=players | {"student": Player(student, loss)},
             batch=batch,
             results={
                 "unet": student,

@@ -20,7 +20,7 @@ from edgeflash.distill.by_blocks import (
     pruned_config,
     teacher_name,
 )
-from edgeflash.distill.by_denoising import Denoising, Witness
+from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_reading import as_named
 from edgeflash.distill.consistency import consistency, scalings
@@ -29,6 +29,7 @@ from edgeflash.distill.features import Taps
 from edgeflash.distill.losses import pseudo_huber
 from edgeflash.distill.process import Process
 from edgeflash.distill.teacher import guided
+from edgeflash.distill.witness import Witness
 from edgeflash.errors import EdgeflashError
 
 SD15 = {
@@ -181,13 +182,14 @@ def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
 def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None:
     torch.manual_seed(0)
     betas = torch.linspace(1e-4, 0.02, 1000)
-    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"))
-    x_0, labels = torch.randn(6, 4, 16, 16), torch.from_numpy(shapes.batch(0, range(6))[2])
-    t = torch.zeros(6)
+    known = shapes.batch(0, range(6))[2]
+    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"), known)
+    x_0, labels = torch.randn(6, 4, 16, 16), witness.known(np.arange(6))["labels"]
+    t = None
     labels[3:, 5:] = -1  # one object
 
     def doubt(labels: torch.Tensor) -> torch.Tensor:
-        return witness.doubt(x_0, t, labels, torch.Generator().manual_seed(1))
+        return witness.doubt(x_0, labels, torch.Generator().manual_seed(1), t)
 
     def changed(column: int) -> torch.Tensor:
         other = labels.clone()
