@@ -186,8 +186,7 @@ class Lesson:
         shares = self.options.shares(self.options.phase(int(batch["step"])))
         first = int(torch.multinomial(shares, 1, generator=generator))
         t = self.solver.timesteps[first].to(x_0.device).expand(len(x_0))
-        eps = noise_like(x_0, generator)
-        return (self.process.noised(x_0, eps, t) if first else eps), t, first
+        return self.process.as_sampled(x_0, noise_like(x_0, generator), t), t, first
 
     @torch.no_grad()
     def sample(self, x: Tensor, first: int, c: Tensor, scale: float) -> Tensor:

@@ -52,10 +52,12 @@ def edit_of(
     Raises:
         EdgeflashError: an unknown name, a picture or mask missing or idle, or a size that is off.
     """
-    if name is None and mask is None:
+    if name is None:
+        if mask is not None:
+            raise EdgeflashError("--mask says where to paint: add --edit inpaint")
         return None
     if name not in EDITS:
-        raise unknown("edit", name or "", EDITS)
+        raise unknown("edit", name, EDITS)
     if picture is None:
         raise EdgeflashError(f"--edit {name}: give the picture with --image")
     if (mask is None) == (name == "inpaint"):

@@ -119,7 +119,7 @@ class TextToImage:
     """A bundle on a runtime, ready to draw.
 
     Components are loaded when first needed and kept. With ``low_memory`` only one is loaded at a
-    time: each is closed when its stage ends.
+    time, in edits the denoiser and one half of the autoencoder: each is closed when its stage ends.
 
     Raises:
         EdgeflashError: the bundle asks for something that is not on offer here.

@@ -106,7 +106,7 @@ def test_what_cannot_be_edited_is_said(tmp_path: Path) -> None:
     ("name", "picture", "mask", "said"),
     [
         ("repaint", PICTURE, None, r"no edit 'repaint' .* did you mean 'inpaint'"),
-        (None, PICTURE, PICTURE, r"no edit '' \(have: colourise, enlarge, inpaint\)"),
+        (None, PICTURE, PICTURE, r"--mask says where to paint: add --edit inpaint"),
         ("colourise", None, None, r"give the picture with --image"),
         ("inpaint", PICTURE, None, r"--edit inpaint: give --mask, a picture that is white"),
         ("colourise", PICTURE, PICTURE, r"--edit colourise: leave out --mask"),
