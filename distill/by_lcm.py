@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from diffusers import LCMScheduler
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from .encoded import cached_conditioning, cached_latents
 from .few_steps import few_step_scheduler
 from .losses import pseudo_huber
 from .process import Process, noise_like
+from .rollout import renoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
 from .witness import WEIGHT, Witness
@@ -27,7 +29,8 @@ class LCM(Method):
 
     The guidance weight w is drawn for each sample and folded in; the student takes no w-embedding
     and is sampled without guidance. The student keeps an `LCMScheduler`. ``attribute_weight`` adds
-    what a `Witness` says of f(x_t), as a reward (arXiv 2403.11027, sec. 4).
+    what a `Witness` says of f(x_t), as a reward (arXiv 2403.11027, sec. 4). ``own_steps`` shows the
+    student what it will meet in use, its own samples noised again (arXiv 2405.05224, sec. 4.1).
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -42,11 +45,19 @@ class LCM(Method):
     huber_c: float = Field(1e-3, gt=0, description="width of the pseudo-Huber loss")
     timestep_scaling: float = Field(10.0, gt=0, description="in the boundary scalings")
     attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
+    own_steps: int = Field(
+        0,
+        ge=0,
+        description="half of a batch is met on the way of the student's own sampling, in 1 to so "
+        "many steps; 0: all of it is data, noised",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> LCM:
         if self.w_min > self.w_max:
             raise ValueError(f"w_min {self.w_min} is greater than w_max {self.w_max}")
+        if self.own_steps > self.ddim_steps:
+            raise ValueError(f"own_steps {self.own_steps} is greater than ddim_steps")
         return self
 
     def step_counts(self) -> range:
@@ -60,6 +71,8 @@ class LCM(Method):
         process = Process.of(shop.teacher, shop.device)
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
+        scheduler = few_step_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling)
+        ways = self.ways(scheduler, process.timesteps)
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
         witness = None
         if self.attribute_weight:
@@ -74,8 +87,15 @@ class LCM(Method):
             eps = noise_like(x_0, generator)
             n = torch.randint(self.ddim_steps, (count,), generator=generator)
             w = self.w_min + (self.w_max - self.w_min) * torch.rand(count, generator=generator)
+            if ways:
+                way = ways[int(torch.randint(len(ways), (), generator=generator))]
+                n[count // 2 :] = way[-1]
             t, s = (time.to(x_0.device) for time in self.times(n, process.timesteps))
             x_t = process.noised(x_0, eps, t)
+            if ways:
+                x_t[count // 2 :] = self.own(
+                    network, process, eps[count // 2 :], way, c[count // 2 :], generator
+                )
             clean, noise = guided(teacher, process, x_t, t, c, nothing, w.to(x_0.device))
             x_s = process.ddim(clean, noise, s)
             with torch.no_grad():
@@ -91,12 +111,7 @@ class LCM(Method):
         return Stage(
             players=players | {"student": Player(student, loss)},
             batch=batch,
-            results={
-                "unet": student,
-                "scheduler": few_step_scheduler(
-                    shop.teacher, self.ddim_steps, self.timestep_scaling
-                ),
-            },
+            results={"unet": student, "scheduler": scheduler},
             averages={"unet": average(student, self.ema)} if self.ema else {},
             targets=[(target, student)],
         )
@@ -106,3 +121,31 @@ class LCM(Method):
         skip = timesteps // self.ddim_steps
         t = (n + 1) * skip - 1
         return t, (t - skip).clamp(min=0)
+
+    def ways(self, scheduler: LCMScheduler, timesteps: int) -> list[Tensor]:
+        """Where sampling in 1 to own_steps steps may stand: the grid entries passed till there."""
+        skip, found = timesteps // self.ddim_steps, []
+        for steps in range(1, self.own_steps + 1):
+            scheduler.set_timesteps(steps)
+            entries = (scheduler.timesteps + 1) // skip - 1
+            found += [entries[: i + 1] for i in range(steps)]
+        return found
+
+    def own(
+        self,
+        unet: nn.Module,
+        process: Process,
+        noise: Tensor,
+        way: Tensor,
+        c: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """x [n, c, h, w] at the last grid entry of a way that begins with noise; no gradients."""
+        t, _ = self.times(way.to(noise.device), process.timesteps)
+        return renoised(
+            lambda x, t: (consistency(unet, process, x, t, c, self.timestep_scaling), x),
+            process,
+            noise,
+            [time.expand(len(noise)) for time in t],
+            generator,
+        )

@@ -19,6 +19,7 @@ from edgeflash.recipe import recipe_of
 FOUR_STEPS = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]}
 ONE_STEP = {"denoising_steps": 1, "denoising_timestep": 400}
 CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
+    "lcm": ({"by": "lcm", "own_steps": 4, "ddim_steps": 20}, "LCMScheduler", FOUR_STEPS),
     "tcd": ({"by": "tcd"}, "TCDScheduler", {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]}),
     "perflow": ({"by": "perflow", "windows": 2}, "DDIMScheduler", {2: [999, 499]}),
     "reflow": ({"by": "perflow", "windows": 1}, "DDIMScheduler", {25: []}),
