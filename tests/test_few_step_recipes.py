@@ -49,7 +49,7 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
         {"by": "flash", "teacher_steps": 4, "modes": [[0, 1, 0, 0]], "dmd_weights": [0.7]}
         | {"gan_weights": [0.3]},
         "LCMScheduler",
-        {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]},
+        FOUR_STEPS,
     ),
     "imagine": ({"by": "imagine"}, "DPMSolverMultistepScheduler", {3: [999, 666, 332]}),
     "add": ({"by": "add"}, "LCMScheduler", FOUR_STEPS),
