@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -14,14 +13,15 @@ from torch import Tensor, nn
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .consistency import consistency
 from .encoded import cached_conditioning, cached_latents
-from .process import Process, noise_config
+from .few_steps import few_step_scheduler
+from .losses import pseudo_huber
+from .process import Process, noise_like
 from .rollout import renoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
 from .witness import WEIGHT, Witness
-
-SIGMA_DATA = 0.5
 
 
 class LCM(Method):
@@ -71,7 +71,7 @@ class LCM(Method):
         process = Process.of(shop.teacher, shop.device)
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
-        scheduler = lcm_scheduler(shop.teacher, self)
+        scheduler = few_step_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling)
         ways = self.ways(scheduler, process.timesteps)
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
         witness = None
@@ -84,7 +84,7 @@ class LCM(Method):
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, c, count = batch["x_0"], batch["c"], len(batch["x_0"])
-            eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+            eps = noise_like(x_0, generator)
             n = torch.randint(self.ddim_steps, (count,), generator=generator)
             w = self.w_min + (self.w_max - self.w_min) * torch.rand(count, generator=generator)
             if ways:
@@ -99,9 +99,9 @@ class LCM(Method):
             clean, noise = guided(teacher, process, x_t, t, c, nothing, w.to(x_0.device))
             x_s = process.ddim(clean, noise, s)
             with torch.no_grad():
-                wanted = self.consistency(target, process, x_s, s, c)
-            told = self.consistency(network, process, x_t, t, c)
-            terms = {"consistency": self.huber(told, wanted)}
+                wanted = consistency(target, process, x_s, s, c, self.timestep_scaling)
+            told = consistency(network, process, x_t, t, c, self.timestep_scaling)
+            terms = {"consistency": pseudo_huber(told, wanted, self.huber_c)}
             if witness:
                 doubt = witness.doubt(told, batch["labels"], generator)
                 terms["attributes"] = self.attribute_weight * doubt.mean()
@@ -143,37 +143,9 @@ class LCM(Method):
         """x [n, c, h, w] at the last grid entry of a way that begins with noise; no gradients."""
         t, _ = self.times(way.to(noise.device), process.timesteps)
         return renoised(
-            lambda x, t: (self.consistency(unet, process, x, t, c), x),
+            lambda x, t: (consistency(unet, process, x, t, c, self.timestep_scaling), x),
             process,
             noise,
             [time.expand(len(noise)) for time in t],
             generator,
         )
-
-    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """c_skip and c_out, [n, 1, 1, 1]: f(x, 0) = x whatever the network says."""
-        scaled = self.timestep_scaling * t.float()[:, None, None, None]
-        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
-        c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
-        return c_skip, c_out
-
-    def consistency(
-        self, unet: nn.Module, process: Process, x: Tensor, t: Tensor, c: Tensor
-    ) -> Tensor:
-        """f(x, t) = c_skip x + c_out x_0(x, t), eq. 9; [n, c, h, w]."""
-        c_skip, c_out = self.scalings(t)
-        return c_skip * x + c_out * process.x_0(unet(x, t, c).sample.float(), x, t)
-
-    def huber(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pseudo-Huber distance, arXiv 2310.14189 eq. 7, mean over elements."""
-        return ((a - b).square() + self.huber_c**2).sqrt().mean() - self.huber_c
-
-
-def lcm_scheduler(teacher: Path, options: LCM) -> LCMScheduler:
-    """The sampler the student is made for, with the teacher's betas and the loss's grid."""
-    return LCMScheduler(
-        **noise_config(teacher),
-        clip_sample=False,
-        original_inference_steps=options.ddim_steps,
-        timestep_scaling=options.timestep_scaling,
-    )
