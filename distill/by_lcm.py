@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import LCMScheduler
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
@@ -74,42 +75,16 @@ class LCM(Method):
         scheduler = few_step_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling)
         ways = self.ways(scheduler, process.timesteps)
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
-        witness = None
-        if self.attribute_weight:
-            witness = Witness.at(shop, "lcm", latents, process)
+        witness = Witness.at(shop, "lcm", latents, process) if self.attribute_weight else None
+        lesson = Lesson(self, teacher, target, process, nothing, ways, witness)
 
         def batch(indices: np.ndarray) -> Batch:
             known = witness.known(indices) if witness else {}
             return {"x_0": latents(indices), "c": conditioning(indices)} | known
 
-        def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
-            x_0, c, count = batch["x_0"], batch["c"], len(batch["x_0"])
-            eps = noise_like(x_0, generator)
-            n = torch.randint(self.ddim_steps, (count,), generator=generator)
-            w = self.w_min + (self.w_max - self.w_min) * torch.rand(count, generator=generator)
-            if ways:
-                way = ways[int(torch.randint(len(ways), (), generator=generator))]
-                n[count // 2 :] = way[-1]
-            t, s = (time.to(x_0.device) for time in self.times(n, process.timesteps))
-            x_t = process.noised(x_0, eps, t)
-            if ways:
-                x_t[count // 2 :] = self.own(
-                    network, process, eps[count // 2 :], way, c[count // 2 :], generator
-                )
-            clean, noise = guided(teacher, process, x_t, t, c, nothing, w.to(x_0.device))
-            x_s = process.ddim(clean, noise, s)
-            with torch.no_grad():
-                wanted = consistency(target, process, x_s, s, c, self.timestep_scaling)
-            told = consistency(network, process, x_t, t, c, self.timestep_scaling)
-            terms = {"consistency": pseudo_huber(told, wanted, self.huber_c)}
-            if witness:
-                doubt = witness.doubt(told, batch["labels"], generator)
-                terms["attributes"] = self.attribute_weight * doubt.mean()
-            return terms
-
         players = witness.players() if witness else {}
         return Stage(
-            players=players | {"student": Player(student, loss)},
+            players=players | {"student": Player(student, lesson.loss)},
             batch=batch,
             results={"unet": student, "scheduler": scheduler},
             averages={"unet": average(student, self.ema)} if self.ema else {},
@@ -131,21 +106,62 @@ class LCM(Method):
             found += [entries[: i + 1] for i in range(steps)]
         return found
 
+
+@dataclass(frozen=True)
+class Lesson:
+    """The loss of the student, who may be met on its own ways."""
+
+    options: LCM
+    teacher: Any
+    target: Any
+    process: Process
+    nothing: Tensor
+    ways: list[Tensor]
+    witness: Witness | None
+
+    def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
+        x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
+        w = options.w_min + (options.w_max - options.w_min) * torch.rand(
+            len(c), generator=generator
+        )
+        x_t, t, s = self.start(network, x_0, c, generator)
+        clean, noise = guided(self.teacher, process, x_t, t, c, self.nothing, w.to(c.device))
+        x_s = process.ddim(clean, noise, s)
+        with torch.no_grad():
+            wanted = self.consistency(self.target, x_s, s, c)
+        told = self.consistency(network, x_t, t, c)
+        terms = {"consistency": pseudo_huber(told, wanted, options.huber_c)}
+        if self.witness:
+            doubt = self.witness.doubt(told, batch["labels"], generator)
+            terms["attributes"] = options.attribute_weight * doubt.mean()
+        return terms
+
+    def start(
+        self, network: Any, x_0: Tensor, c: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t [n, c, h, w], t and s int64 [n]: of data, and of own samples in the second half."""
+        count, half, eps = len(x_0), len(x_0) // 2, noise_like(x_0, generator)
+        n = torch.randint(self.options.ddim_steps, (count,), generator=generator)
+        if self.ways:
+            way = self.ways[int(torch.randint(len(self.ways), (), generator=generator))]
+            n[half:] = way[-1]
+        t, s = (time.to(x_0.device) for time in self.options.times(n, self.process.timesteps))
+        x_t = self.process.noised(x_0, eps, t)
+        if self.ways:
+            x_t[half:] = self.own(network, eps[half:], way, c[half:], generator)
+        return x_t, t, s
+
     def own(
-        self,
-        unet: nn.Module,
-        process: Process,
-        noise: Tensor,
-        way: Tensor,
-        c: Tensor,
-        generator: torch.Generator,
+        self, network: Any, noise: Tensor, way: Tensor, c: Tensor, generator: torch.Generator
     ) -> Tensor:
         """x [n, c, h, w] at the last grid entry of a way that begins with noise; no gradients."""
-        t, _ = self.times(way.to(noise.device), process.timesteps)
-        return renoised(
-            lambda x, t: (consistency(unet, process, x, t, c, self.timestep_scaling), x),
-            process,
-            noise,
-            [time.expand(len(noise)) for time in t],
-            generator,
-        )
+        t, _ = self.options.times(way.to(noise.device), self.process.timesteps)
+        times = [time.expand(len(noise)) for time in t]
+
+        def ask(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            return self.consistency(network, x, t, c), x
+
+        return renoised(ask, self.process, noise, times, generator)
+
+    def consistency(self, unet: Any, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return consistency(unet, self.process, x, t, c, self.options.timestep_scaling)

@@ -21,7 +21,7 @@ from edgeflash.distill.by_blocks import (
     teacher_name,
 )
 from edgeflash.distill.by_denoising import Denoising
-from edgeflash.distill.by_lcm import LCM
+from edgeflash.distill.by_lcm import LCM, Lesson
 from edgeflash.distill.by_reading import as_named
 from edgeflash.distill.consistency import consistency, scalings
 from edgeflash.distill.discriminators import hinge_critic, least_squares_critic
@@ -184,13 +184,14 @@ def test_an_lcm_student_is_met_where_its_own_sampler_stands() -> None:
     assert ways[0] == [19] and ways[3:] == [
         three[:1], three[:2], three, [19], [19, 14], [19, 14, 9], [19, 14, 9, 4]
     ]  # fmt: skip
+    lesson = Lesson(lcm, None, None, it, torch.zeros(1), [], None)
     noise, generator = torch.randn(4000, 1, 2, 2), torch.Generator().manual_seed(0)
-    x = lcm.own(exact, it, noise, torch.tensor([19, 14, 4]), noise, generator)
+    x = lesson.own(exact, noise, torch.tensor([19, 14, 4]), noise, generator)
     t = torch.tensor([249])
     assert float(x.mean()) == pytest.approx(float(it.alpha(t)) * m, rel=0.03)
     spread = (it.alpha(t) ** 2 * s**2 + it.sigma(t) ** 2).sqrt()
     assert float(x.std()) == pytest.approx(float(spread), rel=0.03)
-    assert lcm.own(exact, it, noise, torch.tensor([19]), noise, generator) is noise
+    assert lesson.own(exact, noise, torch.tensor([19]), noise, generator) is noise
 
 
 def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
