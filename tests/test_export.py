@@ -271,13 +271,17 @@ def test_what_int8_leaves_alone(guided: Exported) -> None:
         names = left_alone(path, unet, shelf.make(Target, "onnx", options))
         return sorted(kinds[name] for name in names if kinds[name] in ("Conv", "MatMul", "Gemm"))
 
-    convolutions, gemms = 2, sum(kind == "Gemm" for kind in kinds.values())
+    gemms = sum(kind == "Gemm" for kind in kinds.values())
+    shortcuts = 4  # one of each up block's resnets
+    convolutions = 2 + shortcuts
     attention = 2 * 2 * 4  # scores and sums, self and cross, in four transformers
     context = 2 * 4  # keys and values of the prompt
     expected = ["Conv"] * convolutions + ["Gemm"] * gemms + ["MatMul"] * (attention + context)
     assert left() == expected
-    assert left(attention=True, edges=True) == ["Gemm"] * gemms
-    assert left(attention=True, edges=True, keep=["node_conv2d_5"]) == ["Conv"] + ["Gemm"] * gemms
+    everything = {"attention": True, "edges": True, "shortcuts": True}
+    assert left(**everything) == ["Gemm"] * gemms
+    assert left(**everything | {"shortcuts": False}) == ["Conv"] * shortcuts + ["Gemm"] * gemms
+    assert left(**everything, keep=["node_conv2d_5"]) == ["Conv"] + ["Gemm"] * gemms
 
 
 def test_programs_that_need_decomposing_are_translated_too(tmp_path: Path) -> None:
