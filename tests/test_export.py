@@ -111,7 +111,9 @@ def test_int8_weights_are_int8_where_it_pays(one_step: Exported) -> None:
     makers = {name: node for node in graph.node for name in node.output}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     floats = [node for node in convolutions if node.input[1] not in makers]
-    assert floats == [convolutions[0], convolutions[-1]], "first and last stay in float"
+    assert floats[0] == convolutions[0] and floats[-1] == convolutions[-1]
+    between = {makers[node.input[0]].op_type for node in floats[1:-1]}
+    assert between == {"Concat"}, "first, last and shortcuts stay in float"
 
 
 def test_nothing_is_named_that_does_not_ship(guided_student: Path, tmp_path: Path) -> None:
