@@ -15,7 +15,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .consistency import consistency
-from .encoded import cached_conditioning, cached_latents
+from .encoded import cached_samples
 from .few_steps import few_step_scheduler
 from .losses import pseudo_huber
 from .process import Process, noise_like
@@ -74,14 +74,11 @@ class LCM(Method):
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
         scheduler = few_step_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling)
         ways = self.ways(scheduler, process.timesteps)
-        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
-        witness = Witness.at(shop, "lcm", latents, process) if self.attribute_weight else None
+        batch, nothing = cached_samples(shop)
+        witness = None
+        if self.attribute_weight:
+            witness = Witness.at(shop, "lcm", batch(np.arange(1)), process)
         lesson = Lesson(self, teacher, target, process, nothing, ways, witness)
-
-        def batch(indices: np.ndarray) -> Batch:
-            known = witness.known(indices) if witness else {}
-            return {"x_0": latents(indices), "c": conditioning(indices)} | known
-
         players = witness.players() if witness else {}
         return Stage(
             players=players | {"student": Player(student, lesson.loss)},

@@ -148,9 +148,19 @@ def sampled_latents(
 
 
 def cached_samples(shop: Workshop) -> tuple[Callable[[np.ndarray], Batch], Tensor]:
-    """Batches of the store's latents ``x_0`` and conditioning ``c``, and that of no caption."""
+    """Batches of the store's latents and their conditioning, and that of no caption [1, s, d].
+
+    A batch has ``x_0`` [n, c, h, w], ``c`` [n, s, d] and, of the shapes scenes, ``labels`` of
+    `shapes.HEADS`, int64 [n, heads].
+    """
     latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
-    return lambda indices: {"x_0": latents(indices), "c": conditioning(indices)}, nothing
+    labels = shop.store.labels
+
+    def batch(indices: np.ndarray) -> Batch:
+        known = {} if labels is None else {"labels": torch.from_numpy(labels[indices])}
+        return {"x_0": latents(indices), "c": conditioning(indices)} | known
+
+    return batch, nothing
 
 
 def _weights_key(folder: Path) -> str:

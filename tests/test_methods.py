@@ -208,9 +208,8 @@ def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
 def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None:
     torch.manual_seed(0)
     betas = torch.linspace(1e-4, 0.02, 1000)
-    known = shapes.batch(0, range(6))[2]
-    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"), known)
-    x_0, labels = torch.randn(6, 4, 16, 16), witness.known(np.arange(6))["labels"]
+    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"))
+    x_0, labels = torch.randn(6, 4, 16, 16), torch.from_numpy(shapes.batch(0, range(6))[2])
     t = None
     labels[3:, 5:] = -1  # one object
 
@@ -229,6 +228,17 @@ def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None
     assert doubt(labels)[:3].mean() == pytest.approx(nothing_known, rel=0.1)
     t = torch.full((6,), 1000)  # no shape can be told
     assert not changed(2).any() and changed(3).all()
+
+
+def test_an_auxiliary_classifier_looks_through_noise_of_many_strengths() -> None:
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"))
+    seen: list[torch.Tensor] = []
+    witness.judge.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    witness(torch.zeros(256, 4, 16, 16), torch.Generator().manual_seed(0))
+    strength = seen[0].flatten(1).std(1)
+    assert strength.min() == pytest.approx(0.21, abs=0.02)  # sigma of t = 62
+    assert strength.max() == pytest.approx(0.51, abs=0.02)  # of t = 165
 
 
 def test_the_critics_margin() -> None:
