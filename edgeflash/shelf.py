@@ -134,6 +134,9 @@ def validated(model: type[P], options: dict[str, Any], where: str) -> P:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
+        if not field:  # options that do not go together
+            said = first["msg"].removeprefix("Value error, ")
+            raise EdgeflashError(f"{where}: {said}") from None
         if first["type"] == "extra_forbidden":
             raise unknown(f"option in {where}:", field, model.model_fields) from None
         raise EdgeflashError(f"{where}: {field} = {first['input']!r}: {first['msg']}") from None

@@ -75,7 +75,7 @@ def _norms(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _remember(norm: Any, inputs: tuple[Tensor, ...]) -> None:
-    x = inputs[0]
+    x = inputs[0].detach()
     if isinstance(norm, nn.GroupNorm):
         x = x.reshape(len(x), norm.num_groups, -1)
     largest = float((x - x.mean(-1, keepdim=True)).abs().max())

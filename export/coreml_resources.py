@@ -39,12 +39,23 @@ def write_resources(student: Student, out: Path) -> str:
         told.append("Swift pads prompts with <|endoftext|>, which this tokenizer does not")
     for found in sorted({s.prediction for s in student.schedules().values()} - {"epsilon"}):
         told.append(f"Swift's samplers take epsilon, and this student predicts {found}")
-    if shutil.which("xcrun"):
+    if _has_compiler():
         for package in sorted(out.glob("*.mlpackage")):
             _compile(package, folder)
     else:
-        told.append(f"compile it on a Mac: for p in *.mlpackage; do {COMPILE} $p {FOLDER}; done")
+        told.append(
+            f"compile it with Xcode, in the bundle: "
+            f"for p in *.mlpackage; do {COMPILE} $p {FOLDER}; done"
+        )
     return f"{FOLDER}: {'; '.join(told)}" if told else ""
+
+
+def _has_compiler() -> bool:
+    """Whether Xcode is there; its command line tools, which have xcrun too, do not do."""
+    if not shutil.which("xcrun"):
+        return False
+    tool = COMPILE.split()[1]
+    return subprocess.run(["xcrun", "--find", tool], capture_output=True).returncode == 0
 
 
 def _compile(package: Path, folder: Path) -> None:

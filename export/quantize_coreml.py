@@ -22,21 +22,10 @@ KINDS = ("conv", "linear")  # operators whose weights are compressed: no mask, n
 PALETTE = "lut"
 
 
-def check(captured: Captured, precision: str, options: CoreMlTarget) -> None:
-    """Whether a component can be quantized so.
-
-    Raises:
-        EdgeflashError: a weight that is not finite, of which no palette can be made, or a precision
-            that the oldest iOS asked for does not know.
-    """
+def check(captured: Captured, precision: str) -> None:
+    """Raises where a weight is not finite, of which no palette and no scale can be made."""
     import torch
 
-    newer = {"w8a8": 17, "lut3": 18}.get(precision, 16)
-    if options.group and precision.startswith(PALETTE):
-        newer = 18
-    if options.ios < newer:
-        what = "group" if newer == 18 and precision != "lut3" else precision
-        raise EdgeflashError(f"{what}: is known since iOS {newer}: set ios={newer}, or leave it")
     for name, weight in captured.program.named_parameters():
         if not torch.isfinite(weight).all():
             raise EdgeflashError(
@@ -49,9 +38,9 @@ def compress(model: Any, captured: Captured, precision: str, options: CoreMlTarg
     """Another model: the weights of convolutions and linear layers in fewer bits.
 
     Raises:
-        EdgeflashError: a pattern that fits no operator, or a weight that cannot be grouped so.
+        EdgeflashError: a weight that cannot be grouped so.
     """
-    kept = _named(model, captured.component, options.keep)
+    kept = {layer.name for layer in layers(model.get_spec()) if _fits(layer.name, options.keep)}
     with hushed():
         import coremltools.optimize.coreml as cto
 
@@ -61,11 +50,11 @@ def compress(model: Any, captured: Captured, precision: str, options: CoreMlTarg
             op_type_configs=dict.fromkeys(KINDS, _scheme(precision, options)),
             op_name_configs=dict.fromkeys(kept),
         )
-        if precision.startswith(PALETTE):
-            found = cto.palettize_weights(model, config)
-        else:
-            found = cto.linear_quantize_weights(model, config)
-    _refuse_left_out(found, captured.component, kept, options)
+        if not precision.startswith(PALETTE):
+            return cto.linear_quantize_weights(model, config)
+        found = cto.palettize_weights(model, config)
+    if options.group:
+        _refuse_left_out(found, captured.component, kept, options)
     return found
 
 
@@ -84,25 +73,29 @@ def _scheme(precision: str, options: CoreMlTarget) -> Any:
     )
 
 
-def _named(model: Any, component: str, patterns: tuple[str, ...]) -> set[str]:
-    """The operators of ``KINDS`` that fit patterns, in which * stands for anything.
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
-    Raises:
-        EdgeflashError: a pattern that fits none.
-    """
-    names = [layer.name for layer in layers(model)]
-    found: set[str] = set()
+
+def check_kept(patterns: tuple[str, ...], out: Path) -> None:
+    """Raises where a pattern fits no operator of ``KINDS`` in any package of a bundle."""
+    if not patterns:
+        return
+    from coremltools.models.utils import load_spec
+
+    packages = sorted(out.glob("*.mlpackage"))
+    names = [layer.name for path in packages for layer in layers(load_spec(str(path)))]
     for pattern in patterns:
-        fitting = fnmatch.filter(names, pattern)
-        if not fitting:
-            raise EdgeflashError(f"keep: no operator of {component} is called {pattern!r}")
-        found.update(fitting)
-    return found
+        if not any(_fits(name, (pattern,)) for name in names):
+            raise EdgeflashError(
+                f"keep: no convolution or linear layer is called {pattern!r}: their names are like "
+                f"{', '.join(names[:3])}"
+            )
 
 
 def _refuse_left_out(model: Any, component: str, kept: set[str], options: CoreMlTarget) -> None:
     """coremltools passes over what it cannot group; that is no palettized model."""
-    for layer in layers(model):
+    for layer in layers(model.get_spec()):
         left = layer.held_as == "const" and math.prod(layer.shape) > options.smallest
         if left and layer.name not in kept:
             raise EdgeflashError(
@@ -128,9 +121,9 @@ class Layer:
     held_as: str
 
 
-def layers(model: Any) -> Iterator[Layer]:
-    """The operators of ``KINDS`` in an `MLModel`, in the order they run."""
-    for function in model.get_spec().mlProgram.functions.values():
+def layers(spec: Any) -> Iterator[Layer]:
+    """The operators of ``KINDS`` in a `Model` message, in the order they run."""
+    for function in spec.mlProgram.functions.values():
         makers: dict[str, Any] = {}
         for operation in function.block_specializations[function.opset].operations:
             makers |= {output.name: operation for output in operation.outputs}
@@ -158,7 +151,7 @@ def _quantize_activations(model: Any, captured: Captured, kept: set[str]) -> Any
     from coremltools.models.utils import _apply_graph_pass
 
     ranges, ranks = measured(model, captured)
-    alone = {layer.name for layer in layers(model) if ranks[layer.gives] < 3}
+    alone = {layer.name for layer in layers(model.get_spec()) if ranks[layer.gives] < 3}
     scheme = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8")
     config = cto.OptimizationConfig(
         op_type_configs=dict.fromkeys(KINDS, scheme),

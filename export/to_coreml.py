@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edgeflash.bundle import Bundle, Latent, TensorSpec
 from edgeflash.errors import EdgeflashError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .capture import Captured, Network
 
 MIB = 2**20
+COMPARED = 2**18  # numbers of a tensor, evenly spread: all tensors of a network are in memory
 PACKAGES = {
     "text_encoder": "TextEncoder",
     "unet": "Unet",
@@ -27,6 +28,8 @@ PACKAGES = {
     "vae_encoder": "VAEEncoder",
 }
 INPUTS = {"latent": "z", "image": "x"}  # role -> Apple's name; others keep theirs
+FED = {"tokens": "text_encoder", "latent": "vae_decoder", "image": "vae_encoder"}  # others: unet
+Part = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
 
 
 class CoreMlTarget(Target):
@@ -58,7 +61,7 @@ class CoreMlTarget(Target):
     attention: Literal["original", "split_einsum"] = Field(
         "original", description="of the UNet; split_einsum suits the Neural Engine"
     )
-    quantized: tuple[str, ...] = Field(
+    quantized: tuple[Part, ...] = Field(
         ("text_encoder", "unet"), description="components that int8, w8a8 and lut apply to"
     )
     rest: Literal["fp32", "fp16"] = Field(
@@ -80,12 +83,27 @@ class CoreMlTarget(Target):
         (), description="bundles of the student at other sizes, to be functions beside this; iOS 18"
     )
 
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        newer = {"w8a8": 17, "lut3": 18}.get(self.precision, 16)
+        asked = f"precision {self.precision}"
+        if self.group or self.join:
+            newer, asked = 18, "group" if self.group else "join"
+        if self.ios < newer:
+            raise ValueError(f"{asked}: is known since iOS {newer}: set ios={newer}, or leave it")
+        if self.chunk_mib and self.precision == "w8a8":
+            raise ValueError("chunk_mib: ranges of w8a8 are measured on whole UNets: leave one")
+        if self.chunk_mib and self.join:
+            raise ValueError("chunk_mib: chunks cannot be joined with other sizes: leave one")
+        return self
+
     def precision_of(self, component: str) -> str:
         skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized
         return self.rest if skipped else self.precision
 
     def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
-        half = self.precision != "fp32" and (whole or spec.role != "timestep")
+        half = self.precision_of(FED.get(spec.role, "unet")) != "fp32"
+        half = half and (whole or spec.role != "timestep")
         shape = (1, *spec.shape[1:])
         told: dict[str, Any] = {"name": INPUTS.get(spec.role, spec.name), "shape": shape}
         told["dtype"] = "float16" if half and spec.role != "tokens" else "float32"
@@ -122,9 +140,8 @@ class CoreMlTarget(Target):
         name, precision = captured.component, self.precision_of(captured.component)
         squeezed = precision not in ("fp32", "fp16")
         if squeezed:
-            quantize_coreml.check(captured, precision, self)
+            quantize_coreml.check(captured, precision)
         others = dict(self._others(captured))
-        in_chunks = self._in_chunks(captured, precision)
         model = coreml_program.convert(captured, ios=self.ios, half=precision != "fp32")
         package = out / f"{PACKAGES[name]}.mlpackage"
 
@@ -133,8 +150,9 @@ class CoreMlTarget(Target):
                 return model
             return quantize_coreml.compress(model, captured, precision, self)
 
-        with tempfile.TemporaryDirectory(prefix="edgeflash-") as scratch:
-            if in_chunks:  # fewer bits come last: what is packed cannot be cut
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".coreml-") as scratch:
+            if self._in_chunks(captured, precision):  # fewer bits last: what is packed stays whole
                 chunks = map(finished, coreml_program.bisected(model, Path(scratch)))
                 return coreml_program.save_chunks(chunks, package, self.chunk_mib)
             coreml_program.save(finished(model), package)
@@ -143,20 +161,10 @@ class CoreMlTarget(Target):
         return coreml_program.package_files(package)
 
     def _in_chunks(self, captured: Captured, precision: str) -> bool:
-        """Whether the weights alone are more than one package may hold.
-
-        Raises:
-            EdgeflashError: they are, and other options do not go with it.
-        """
+        """Whether the weights alone are more than one package may hold."""
         numbers = sum(weight.numel() for weight in captured.program.parameters())
         bits = int("".join(filter(str.isdigit, precision.split("a")[0])))
-        if captured.component != "unet" or not 0 < self.chunk_mib < numbers * bits / 8 / MIB:
-            return False
-        if precision == "w8a8":
-            raise EdgeflashError("chunk_mib: ranges of w8a8 are measured on whole UNets: leave it")
-        if self.join:
-            raise EdgeflashError("chunk_mib: chunks cannot be joined with other sizes: leave one")
-        return True
+        return captured.component == "unet" and 0 < self.chunk_mib < numbers * bits / 8 / MIB
 
     def _others(self, captured: Captured) -> Iterator[tuple[str, Path]]:
         """Function and package of other sizes of a component, if it has any.
@@ -164,8 +172,6 @@ class CoreMlTarget(Target):
         Raises:
             EdgeflashError: bundles that cannot be joined with this export.
         """
-        if self.join and self.ios < 18:
-            raise EdgeflashError("join: several functions are known since iOS 18: set ios=18")
         for folder in self.join:
             bundle = Bundle.open(folder)
             other = bundle.component(captured.component)
@@ -196,11 +202,13 @@ class CoreMlTarget(Target):
 
     def furnish(self, student: Student, out: Path) -> str:
         """The folder `Resources`, and what still keeps Apple's package from using it."""
+        from . import quantize_coreml
         from .coreml_resources import write_resources
 
         for folder in self.join:
             if Bundle.open(folder).manifest.lineage.student_sha256 != folder_sha256(student.folder):
                 raise EdgeflashError(f"join: {folder}: was made from another student")
+        quantize_coreml.check_kept(self.keep, out)
         return write_resources(student, out)
 
 
@@ -212,12 +220,18 @@ def _first_astray(
 
     sample, whole = captured.samples[0], [PACKAGES[captured.component]]
     wanted: dict[str, Array] = {
-        name: array for _, name, array in evaluated(exact, whole, captured, sample, halves=False)
+        name: _some(array)
+        for _, name, array in evaluated(exact, whole, captured, sample, halves=False)
     }
-    for kind, name, found in evaluated(out, names, captured, sample):
+    for kind, name, array in evaluated(out, names, captured, sample):
+        found = _some(array)
         if name not in wanted or found.dtype.kind != "f" or wanted[name].shape != found.shape:
             continue
         if (db := psnr_db(wanted[name], found)) < floor_db:
             low, high = wanted[name].min(), wanted[name].max()
             return f"{kind} {name} ({db:.1f} dB, values {low:.4g} to {high:.4g})"
     return ""
+
+
+def _some(array: Array) -> Array:
+    return array.ravel()[:: max(1, array.size // COMPARED)].copy()

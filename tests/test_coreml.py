@@ -148,7 +148,7 @@ def test_what_apple_s_package_misses_is_told(
     sampler.write_text(json.dumps(config))
     said = coreml_resources.write_resources(Student.open(tmp_path / "s"), folder)
     assert said.startswith("Resources: Swift's samplers take epsilon") and "\n" not in said
-    assert "v_prediction; compile it on a Mac" in said
+    assert "v_prediction; compile it with Xcode" in said
     shutil.rmtree(folder / "Unet.mlpackage")
     shutil.copytree(folder / "TextEncoder.mlpackage", folder / "Unet.mlpackage")
     told = " ".join(coreml_resources.lacks(folder))
@@ -163,6 +163,8 @@ def test_xcode_compiles_where_it_is(
     status = 0
 
     def compiler(words: list[Any], **_: Any) -> Any:
+        if words[1] == "--find":
+            return SimpleNamespace(returncode=72 if status == 72 else 0)
         assert words[:3] == ["xcrun", "coremlcompiler", "compile"]
         if status == 0:
             (Path(words[4]) / f"{Path(words[3]).stem}.mlmodelc").mkdir()
@@ -177,6 +179,9 @@ def test_xcode_compiles_where_it_is(
     status = 1
     with pytest.raises(EdgeflashError, match=r"coremlcompiler does not compile it: error: no$"):
         coreml_resources.write_resources(student, folder)
+    shutil.rmtree(folder / "Resources")
+    status = 72  # as xcrun says where only Xcode's command line tools are
+    assert "compile it with Xcode" in coreml_resources.write_resources(student, folder)
 
 
 def test_verify_needs_no_torch(drawn: Exported) -> None:

@@ -19,6 +19,7 @@ from edgeflash.export import coreml_norms, coreml_resources
 from edgeflash.export.capture import Captured, Network, Sample, to_program
 from edgeflash.export.coreml_attention import split_einsum
 from edgeflash.export.line import export_student
+from edgeflash.export.quantize_coreml import check_kept
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
 from edgeflash.runtimes.mil_program import Program, data_folder
@@ -186,6 +187,13 @@ def test_types_of_timesteps() -> None:
     assert to().takes(spec, whole=True).dtype == "float32"
 
 
+def test_what_stays_in_fp32_takes_floats() -> None:
+    target = to(precision="int8", quantized=("unet",), rest="fp32")
+    for role, dtype in (("latent", "float32"), ("image", "float32"), ("sample", "float16")):
+        spec = TensorSpec(name="x", role=role, shape=("n", 4, 2, 2), dtype="float32")
+        assert target.takes(spec, whole=True).dtype == dtype
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -295,15 +303,15 @@ def test_masks_and_what_is_kept_stay(tmp_path: Path) -> None:
     target = to(precision="lut2", smallest=0, keep=("conv*",))
     target.lower(small(target), tmp_path)
     assert kinds(tmp_path / "Unet.mlpackage").count("constexpr_lut_to_dense") < held
-    with pytest.raises(EdgeflashError, match="keep: no operator of unet is called 'attn"):
-        odd = to(precision="lut2", keep=("attn*",))
-        odd.lower(small(odd), tmp_path / "odd")
+    check_kept(("conv*",), tmp_path)
+    with pytest.raises(EdgeflashError, match=r"keep: no convol.* called 'attn\*': .* like conv"):
+        check_kept(("conv*", "attn*"), tmp_path)
 
 
 def test_what_cannot_be_squeezed_is_refused(tmp_path: Path) -> None:
     def refused(module: nn.Module | None = None, **options: Any) -> str:
-        target = to(**options)
         with pytest.raises(EdgeflashError) as caught:
+            target = to(**options)
             target.lower(small(target, module), tmp_path / "out")
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -311,12 +319,15 @@ def test_what_cannot_be_squeezed_is_refused(tmp_path: Path) -> None:
     broken = Small()
     broken.inner.weight.data[0, 0] = torch.inf
     assert "weight inner.weight holds infinities" in refused(broken, precision="lut4")
-    assert "set ios=17" in refused(precision="w8a8")
-    assert "set ios=18" in refused(precision="lut3")
+    told = "target 'coreml': precision w8a8: is known since iOS 17: set ios=17, or leave it"
+    assert refused(precision="w8a8") == told
+    assert "set ios=18" in refused(precision="lut3", ios=17)
     assert "group: is known since iOS 18" in refused(precision="lut4", group=8)
+    assert "'unt'" in refused(precision="int8", quantized=("unt",))
     odd = refused(precision="lut4", group=48, ios=18, smallest=0)
     assert "does not divide into groups of 48 channels" in odd
-    assert "several functions are known since iOS 18" in refused(join=("nowhere",))
+    assert "join: is known since iOS 18" in refused(join=("nowhere",))
+    assert "cannot be joined" in refused(join=("nowhere",), ios=18, chunk_mib=1)
     assert "chunk 1 of 2 has" in refused(precision="fp16", chunk_mib=0.001)
     assert "w8a8" in refused(precision="w8a8", ios=17, chunk_mib=0.001)
 
