@@ -57,15 +57,16 @@ class ScaledGroupNorm(nn.Module):
         self.weight, self.bias = whole.weight, whole.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        grouped = x.unflatten(1, (self.groups, -1))
+        grouped = x.reshape(len(x), self.groups, -1, *x.shape[2:])
         axes = tuple(range(2, grouped.ndim))
         centred = (grouped - grouped.mean(axes, keepdim=True)) * self.factor
         variance = (centred * centred).mean(axes, keepdim=True)
-        normed = (centred / torch.sqrt(variance + self.eps)).flatten(1, 2)
+        normed: Tensor = (centred / torch.sqrt(variance + self.eps)).reshape(x.shape)
         if self.weight is None:
             return normed
         shape = (1, -1, *(1,) * (x.ndim - 2))
-        return normed * self.weight.reshape(shape) + self.bias.reshape(shape)
+        out: Tensor = normed * self.weight.reshape(shape) + self.bias.reshape(shape)
+        return out
 
 
 def _norms(network: nn.Module) -> Iterator[tuple[str, Any]]:

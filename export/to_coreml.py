@@ -30,6 +30,7 @@ PACKAGES = {
 INPUTS = {"latent": "z", "image": "x"}  # role -> Apple's name; others keep theirs
 FED = {"tokens": "text_encoder", "latent": "vae_decoder", "image": "vae_encoder"}  # others: unet
 Part = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+Precision = Literal["fp32", "fp16", "int8", "w8a8", "lut8", "lut6", "lut4", "lut3", "lut2", "lut1"]
 
 
 class CoreMlTarget(Target):
@@ -52,9 +53,9 @@ class CoreMlTarget(Target):
     )
     runtime: ClassVar[str] = "coreml"
 
-    precision: Literal[  # type: ignore[assignment]
-        "fp32", "fp16", "int8", "w8a8", "lut8", "lut6", "lut4", "lut3", "lut2", "lut1"
-    ] = Field("fp32", description="of weights and sums")
+    precision: Precision = Field(  # type: ignore[assignment]
+        "fp32", description="of weights and sums"
+    )
     ios: Literal[16, 17, 18] = Field(
         16, description="oldest iOS to run on; macOS 13, 14 and 15 go with them"
     )

@@ -70,18 +70,18 @@ def matmul(x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = Fa
     return x @ (y.swapaxes(-1, -2) if transpose_y else y)
 
 
-def einsum(values: Sequence[Array], equation: str) -> Array:
+def einsum(values: Sequence[Array], equation: str) -> Any:
     return np.einsum(equation, *values, optimize=True)
 
 
-def attention(query: Array, key: Array, value: Array, attn_mask: Array | None = None) -> Array:
+def attention(query: Array, key: Array, value: Array, attn_mask: Array | None = None) -> Any:
     scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
     if attn_mask is not None and attn_mask.dtype == bool:
         attn_mask = np.where(attn_mask, np.float32(0), np.float32(-np.inf))
     return softmax(scores if attn_mask is None else scores + attn_mask) @ value
 
 
-def softmax(x: Array, axis: int = -1) -> Array:
+def softmax(x: Array, axis: int = -1) -> Any:
     powers = np.exp(x - x.max(axis=int(axis), keepdims=True))
     return powers / powers.sum(axis=int(axis), keepdims=True)
 
@@ -92,7 +92,7 @@ def layer_norm(
     gamma: Array | None = None,
     beta: Array | None = None,
     epsilon: float = 1e-5,
-) -> Array:
+) -> Any:
     over = tuple(range(x.ndim)) if axes is None else tuple(int(axis) % x.ndim for axis in axes)
     centred = x - x.mean(over, keepdims=True)
     found = centred / np.sqrt((centred**2).mean(over, keepdims=True) + epsilon)
@@ -117,7 +117,7 @@ def batch_norm(
     return x * factor.reshape(shape) + shift.reshape(shape)
 
 
-def gelu(x: Array, mode: str = "EXACT") -> Array:
+def gelu(x: Array, mode: str = "EXACT") -> Any:
     if mode == "EXACT":
         return 0.5 * x * (1 + erf(x / np.float32(math.sqrt(2))))
     if mode == "TANH_APPROXIMATION":
@@ -155,7 +155,7 @@ def silu(x: Array) -> Array:
     return x * sigmoid(x)
 
 
-def reduce_mean(x: Array, axes: Array, keep_dims: bool = False) -> Array:
+def reduce_mean(x: Array, axes: Array, keep_dims: bool = False) -> Any:
     return x.mean(tuple(int(axis) for axis in axes), keepdims=bool(keep_dims))
 
 
@@ -171,9 +171,7 @@ def gather(
     return x.take(indices, int(axis))
 
 
-def gather_nd(
-    x: Array, indices: Array, batch_dims: int = 0, validate_indices: bool = False
-) -> Array:
+def gather_nd(x: Array, indices: Array, batch_dims: int = 0, validate_indices: bool = False) -> Any:
     if batch_dims:
         raise NotImplementedError(f"batch_dims {batch_dims}")
     return x[tuple(np.moveaxis(indices, -1, 0))]
@@ -187,7 +185,7 @@ def slice_by_index(
     begin_mask: Array | None = None,
     end_mask: Array | None = None,
     squeeze_mask: Array | None = None,
-) -> Array:
+) -> Any:
     masks = [np.zeros(x.ndim, bool) if m is None else m for m in (begin_mask, end_mask)]
     steps = np.ones(x.ndim, int) if stride is None else stride
     cut: list[Any] = []
@@ -250,7 +248,7 @@ def dequantize(
     return along(scale, input, axis).astype(np.float32) * (input.astype(np.float32) - zero)
 
 
-def along(numbers: Array, array: Array, axis: int | None) -> Array:
+def along(numbers: Array, array: Array, axis: Array | int | None) -> Array:
     """One number, or one for each index of an axis, in the rank of ``array``."""
     if not numbers.ndim:
         return numbers
