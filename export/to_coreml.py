@@ -69,7 +69,7 @@ class CoreMlTarget(Target):
         "fp16", description="precision of the components that are not quantized"
     )
     keep: tuple[str, ...] = Field(
-        (), description="operators to leave unquantized, by name; * stands for anything"
+        (), description="layers to leave unquantized, by name, of any component; *: anything"
     )
     smallest: int = Field(
         2048, ge=0, description="weights of no more numbers than this stay as they are"
@@ -191,7 +191,12 @@ class CoreMlTarget(Target):
             yield f"size_{height}x{width}", package
 
     def diverged(self, captured: Captured, out: Path) -> str:
-        """Evaluates it once more with sums in float32, and weights not quantized."""
+        """Evaluates it once more with sums in float32, and weights not quantized.
+
+        Of a quantized one it names a layer, if it can: that ``keep`` can leave alone.
+        """
+        from .quantize_coreml import KINDS
+
         precision = self.precision_of(captured.component)
         if precision == "fp32":
             return ""
@@ -199,7 +204,12 @@ class CoreMlTarget(Target):
         exact = self.model_copy(update={"precision": "fp16", "chunk_mib": 0, "join": ()})
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp16-") as scratch:
             exact.lower(captured, Path(scratch))
-            return _first_astray(captured, Path(scratch), out, names, FLOORS[precision]["psnr_db"])
+            floor_db = FLOORS[precision]["psnr_db"]
+            astray = _astray(captured, Path(scratch), out, names, floor_db)
+            kind, first = next(astray, ("", ""))
+            if precision == "fp16" or kind in KINDS:
+                return first
+            return next((told for kind, told in astray if kind in KINDS), first)
 
     def furnish(self, student: Student, out: Path) -> str:
         """The folder `Resources`, and what still keeps Apple's package from using it."""
@@ -213,10 +223,10 @@ class CoreMlTarget(Target):
         return write_resources(student, out)
 
 
-def _first_astray(
+def _astray(
     captured: Captured, exact: Path, out: Path, names: list[str], floor_db: float
-) -> str:
-    """The first operator whose result misses the floor; "" if none does."""
+) -> Iterator[tuple[str, str]]:
+    """Kinds and figures of the operators whose results miss the floor, in the order they run."""
     from .coreml_program import evaluated
 
     sample, whole = captured.samples[0], [PACKAGES[captured.component]]
@@ -230,8 +240,7 @@ def _first_astray(
             continue
         if (db := psnr_db(wanted[name], found)) < floor_db:
             low, high = wanted[name].min(), wanted[name].max()
-            return f"{kind} {name} ({db:.1f} dB, values {low:.4g} to {high:.4g})"
-    return ""
+            yield kind, f"{kind} {name} ({db:.1f} dB, values {low:.4g} to {high:.4g})"
 
 
 def _some(array: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Core ML, lowering: Apple's layouts and factor, attention, fewer bits, chunks, sizes."""
+"""Core ML, lowering: Apple's layouts and factor, attention, chunks, sizes."""
 
 from __future__ import annotations
 
@@ -9,93 +9,25 @@ import numpy as np
 import pytest
 import torch
 from exported import QUIET
+from small_coreml import Small, evaluated_db, kinds, small, to, weight_bytes
 from tiny_bundle import tiny
 from torch import nn
 
-from edgeflash import shelf
 from edgeflash.bundle import Bundle, Component, Image, Latent, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import coreml_norms, coreml_resources
 from edgeflash.export.capture import Captured, Network, Sample, to_program
 from edgeflash.export.coreml_attention import split_einsum
 from edgeflash.export.line import export_student
-from edgeflash.export.quantize_coreml import check_kept
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
-from edgeflash.runtimes.mil_program import Program, data_folder
+from edgeflash.runtimes.mil_program import Program
 from edgeflash.student import Student
-from edgeflash.verify import PRECISIONS, refuse_below, verify
+from edgeflash.verify import refuse_below, verify
 
 INSTALL = "is not installed: pip install 'edgeflash[coreml-export]'"
-ct = pytest.importorskip("coremltools", reason=f"coremltools {INSTALL}")
+pytest.importorskip("coremltools", reason=f"coremltools {INSTALL}")
 pytest.importorskip("sklearn", reason=f"scikit-learn {INSTALL}")
-
-
-def to(**options: Any) -> Target:
-    return shelf.make(Target, "coreml", options)
-
-
-class Small(nn.Module):
-    """Stands for a UNet: [1, 4, 8, 8] and conditioning [1, 4, 1, 6] -> [1, 4, 8, 8]."""
-
-    def __init__(self, width: int = 64, factor: float = 1.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.enter, self.leave = (
-            nn.Conv2d(4, width, 3, padding=1),
-            nn.Conv2d(width, 4, 3, padding=1),
-        )
-        self.inner = nn.Linear(width, width)
-        self.enter.weight.data *= factor
-        self.leave.weight.data /= factor
-        self.register_buffer("mask", torch.full((8, 8), -torch.inf).triu(1))
-
-    def forward(self, sample: Any, encoder_hidden_states: Any) -> Any:
-        x = self.enter(sample + encoder_hidden_states.mean((2, 3), keepdim=True))
-        x = x + self.inner(x.transpose(1, 3)).transpose(1, 3).relu()
-        x = torch.softmax(x.mean((0, 1)) + self.mask, -1) + x
-        return self.leave(x)
-
-
-def small(target: Target, module: nn.Module | None = None) -> Captured:
-    """A captured component whose conversion takes no time."""
-    specs = [
-        TensorSpec(name="sample", role="sample", shape=("n", 4, 8, 8), dtype="float32"),
-        TensorSpec(
-            name="encoder_hidden_states", role="conditioning", shape=("n", 6, 4), dtype="float32"
-        ),
-    ]
-    inputs = tuple(target.takes(spec, whole=True) for spec in specs)
-    output = specs[0].model_copy(
-        update={"name": "noise_pred", "role": "prediction", "shape": (1, 4, 8, 8)}
-    )
-    rng, samples = np.random.default_rng(0), []
-    module = (module or Small()).eval()
-    for _ in range(3):
-        given = {s.name: rng.standard_normal(s.shape).astype(np.float32) for s in inputs}
-        with torch.no_grad():
-            told = module(*map(torch.from_numpy, given.values())).numpy()
-        samples.append(Sample(given, {"noise_pred": told}))
-    program = to_program(module, inputs, samples[0])
-    return Captured("unet", program, inputs, (output,), tuple(samples))
-
-
-def evaluated_db(package: Path, captured: Captured, function: str = "") -> float:
-    """Of the worst recorded call, against torch."""
-    program = Program(package, function)
-    return min(
-        psnr_db(sample.outputs["noise_pred"], program(sample.inputs)["noise_pred"])
-        for sample in captured.samples
-    )
-
-
-def kinds(package: Path) -> list[str]:
-    told = ct.models.utils.load_spec(str(package)).mlProgram.functions["main"]
-    return [op.type for op in told.block_specializations[told.opset].operations]
-
-
-def weight_bytes(package: Path) -> int:
-    return (data_folder(package) / "weights/weight.bin").stat().st_size
 
 
 def test_sums_beyond_half_precision_are_caught(tmp_path: Path) -> None:
@@ -262,82 +194,6 @@ def test_split_attention_passes_for_the_original(one_step_student: Path, tmp_pat
     assert max(sizes) < 0.65 * sum(sizes)
     refuse_below(verify(Bundle.open(bundle.folder)), bundle.folder)
     assert any("--keep-timestep" in told for told in coreml_resources.lacks(bundle.folder))
-
-
-# --- fewer bits -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "kind", "share", "floor_db"),
-    [
-        ({"precision": "int8"}, "constexpr_affine_dequantize", 0.6, 40),
-        ({"precision": "int8", "ios": 18}, "constexpr_blockwise_shift_scale", 0.6, 40),
-        ({"precision": "lut6"}, "constexpr_lut_to_dense", 0.5, 30),
-        ({"precision": "lut4", "ios": 18, "group": 4}, "constexpr_lut_to_dense", 0.4, 22),
-        ({"precision": "w8a8", "ios": 17}, "quantize", 0.6, 30),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else None,
-)
-def test_fewer_bits(
-    options: dict[str, Any], kind: str, share: float, floor_db: float, tmp_path: Path
-) -> None:
-    half = to(precision="fp16", ios=options.get("ios", 16))
-    half.lower(small(half), tmp_path / "fp16")
-    target = to(**options, smallest=500)
-    unet = small(target)
-    target.lower(unet, tmp_path)
-    package = tmp_path / "Unet.mlpackage"
-    assert kind in kinds(package)
-    assert evaluated_db(tmp_path / "fp16/Unet.mlpackage", unet) > evaluated_db(package, unet) + 3
-    assert evaluated_db(package, unet) > floor_db
-    if options["precision"] != "w8a8":
-        assert weight_bytes(package) < share * weight_bytes(tmp_path / "fp16/Unet.mlpackage")
-    assert options["precision"] in PRECISIONS
-
-
-def test_masks_and_what_is_kept_stay(tmp_path: Path) -> None:
-    plain = to(precision="lut2", smallest=0)
-    plain.lower(small(plain), tmp_path / "plain")
-    held = kinds(tmp_path / "plain/Unet.mlpackage").count("constexpr_lut_to_dense")
-    assert held == 3, "two convolutions and a linear layer, not the mask"
-    target = to(precision="lut2", smallest=0, keep=("conv*",))
-    target.lower(small(target), tmp_path)
-    assert kinds(tmp_path / "Unet.mlpackage").count("constexpr_lut_to_dense") < held
-    check_kept(("conv*",), tmp_path)
-    with pytest.raises(EdgeflashError, match=r"keep: no convol.* called 'attn\*': .* like conv"):
-        check_kept(("conv*", "attn*"), tmp_path)
-
-
-def test_what_cannot_be_squeezed_is_refused(tmp_path: Path) -> None:
-    def refused(module: nn.Module | None = None, **options: Any) -> str:
-        with pytest.raises(EdgeflashError) as caught:
-            target = to(**options)
-            target.lower(small(target, module), tmp_path / "out")
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    broken = Small()
-    broken.inner.weight.data[0, 0] = torch.inf
-    assert "weight inner.weight holds infinities" in refused(broken, precision="lut4")
-    told = "target 'coreml': precision w8a8: is known since iOS 17: set ios=17, or leave it"
-    assert refused(precision="w8a8") == told
-    assert "set ios=18" in refused(precision="lut3", ios=17)
-    assert "group: is known since iOS 18" in refused(precision="lut4", group=8)
-    assert "'unt'" in refused(precision="int8", quantized=("unt",))
-    odd = refused(precision="lut4", group=48, ios=18, smallest=0)
-    assert "does not divide into groups of 48 channels" in odd
-    assert "join: is known since iOS 18" in refused(join=("nowhere",))
-    assert "cannot be joined" in refused(join=("nowhere",), ios=18, chunk_mib=1)
-    assert "chunk 1 of 2 has" in refused(precision="fp16", chunk_mib=0.001)
-    assert "w8a8" in refused(precision="w8a8", ios=17, chunk_mib=0.001)
-
-
-def test_astray_after_quantization_is_named(tmp_path: Path) -> None:
-    target = to(precision="lut1", smallest=0)
-    unet = small(target)
-    target.lower(unet, tmp_path)
-    assert target.diverged(unet, tmp_path).startswith("conv ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["Unet.mlpackage"]
 
 
 # --- chunks and sizes -----------------------------------------------------------------------------
