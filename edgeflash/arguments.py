@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edgeflash.errors import EdgeflashError
+
+if TYPE_CHECKING:
+    from edgeflash.recipe import Recipe
 
 
 def read_options(sets: list[str] | None, flag: str = "--set") -> dict[str, Any]:
@@ -52,3 +56,19 @@ def read_size(text: str | None) -> tuple[int, int] | None:
     if len(sides) not in (1, 2):
         raise EdgeflashError(f"--size {text}: write one side or HEIGHTxWIDTH, as in 512 or 512x768")
     return sides[0], sides[-1]
+
+
+def read_recipe(
+    name: str | None, by: list[str], teacher: str | None, data: Path | None, sets: list[str]
+) -> Recipe:
+    """The recipe of a file, or one made of ``--by``, with the command line's changes in it."""
+    from edgeflash import recipe
+
+    if (name is None) == (not by):
+        raise EdgeflashError("say either a recipe or --by METHOD: edgeflash distill shapes")
+    plain: dict[str, Any] = {"name": "-".join(by), "stage": [{"by": method} for method in by]}
+    made = recipe.read_recipe(recipe.find_recipe(name)) if name else recipe.recipe_of(plain, "--by")
+    given: dict[str, Any] = {"teacher": teacher} if teacher else {}
+    if data:
+        given |= {"data.kind": "folder", "data.path": str(data)}
+    return recipe.changed(made, given | read_options(sets))

@@ -1,4 +1,4 @@
-"""The command line: parsing and one-line errors. With `demo.py` and `score.py` it knows all rooms.
+"""The command line: parsing and one-line errors. It knows all rooms, as do demo, price, score.
 
 Rooms are imported inside the commands, so that ``edgeflash --help`` loads none of them.
 """
@@ -8,19 +8,18 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from typer.main import get_command
 
-from edgeflash.arguments import read_counts, read_floors, read_options, read_size
+from edgeflash.arguments import read_counts, read_floors, read_options, read_recipe, read_size
 from edgeflash.errors import EdgeflashError
 
 if TYPE_CHECKING:
     from edgeflash.bundle import Bundle
-    from edgeflash.recipe import Recipe
     from edgeflash.roles import Runtime
     from edgeflash.runtimes.pipeline import Result
 
@@ -53,7 +52,7 @@ def distill(
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Train a student: teacher folder -> student folder. Run it again to resume."""
-    made = _recipe(recipe, by or [], teacher, data, set_ or [])
+    made = read_recipe(recipe, by or [], teacher, data, set_ or [])
     if dry_run:
         import tomli_w
 
@@ -202,6 +201,39 @@ def bench(
 
 
 @app.command()
+def price(
+    student: Annotated[
+        str, typer.Option(help="sdxs-512, bk-sdm-tiny …, a UNet's config.json, or a folder.")
+    ],
+    decoder: Annotated[str | None, typer.Option(help="kl, tiny or lite.")] = None,
+    size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
+    steps: Annotated[str, typer.Option(help="Step counts, as in 1,2,4.")] = "1,2,4",
+    on: Annotated[str, typer.Option(help="Runtimes, as in onnx,openvino.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="Of each, as in fp32,int8.")] = "fp32",
+    runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 5,
+    out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("price"),
+) -> None:
+    """Tell what a student will cost before it is trained: random weights, real export, real run."""
+    from edgeflash.blueprints import Blueprint
+    from edgeflash.price import Way, price_table
+    from edgeflash.price import price as ask
+    from edgeflash.student import Student
+
+    given = Path(student)
+    if given.is_dir() and decoder:
+        raise EdgeflashError(f"--decoder {decoder}: {student} has its own; leave --decoder out")
+    asked = Student.open(given) if given.is_dir() else Blueprint.of(student, decoder)
+    ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
+    counts = read_counts(steps) or ()
+    command = shlex.join(["edgeflash", *sys.argv[1:]])
+    report = ask(
+        asked, ways, out_dir, steps=counts, size=read_size(size), runs=runs, command=command
+    )
+    out.print(price_table(report))
+    print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
+
+
+@app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
@@ -299,22 +331,6 @@ def demo(
     from edgeflash.demo import run_demo
 
     run_demo(out_dir, full=full)
-
-
-def _recipe(
-    name: str | None, by: list[str], teacher: str | None, data: Path | None, sets: list[str]
-) -> Recipe:
-    """The recipe of a file, or one made of ``--by``, with the command line's changes in it."""
-    from edgeflash.recipe import changed, find_recipe, read_recipe, recipe_of
-
-    if (name is None) == (not by):
-        raise EdgeflashError("say either a recipe or --by METHOD: edgeflash distill shapes")
-    plain: dict[str, Any] = {"name": "-".join(by), "stage": [{"by": method} for method in by]}
-    made = read_recipe(find_recipe(name)) if name else recipe_of(plain, "--by")
-    given: dict[str, Any] = {"teacher": teacher} if teacher else {}
-    if data:
-        given |= {"data.kind": "folder", "data.path": str(data)}
-    return changed(made, given | read_options(sets))
 
 
 def _own_runtime(bundle: Bundle) -> str:
