@@ -210,12 +210,14 @@ def price(
     steps: Annotated[str, typer.Option(help="Step counts, as in 1,2,4.")] = "1,2,4",
     on: Annotated[str, typer.Option(help="Runtimes, as in onnx,openvino.")] = "onnx",
     precision: Annotated[str, typer.Option(help="Of each, as in fp32,int8.")] = "fp32",
+    device: Annotated[list[str] | None, typer.Option(help="Estimate it there.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 5,
     out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("price"),
 ) -> None:
     """Tell what a student will cost before it is trained: random weights, real export, real run."""
     from edgeflash.blueprints import Blueprint
-    from edgeflash.price import Way, price_table
+    from edgeflash.devices import Device
+    from edgeflash.price import Way, estimates_table, price_table
     from edgeflash.price import price as ask
     from edgeflash.student import Student
 
@@ -224,12 +226,21 @@ def price(
         raise EdgeflashError(f"--decoder {decoder}: {student} has its own; leave --decoder out")
     asked = Student.open(given) if given.is_dir() else Blueprint.of(student, decoder)
     ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
-    counts = read_counts(steps) or ()
+    counts, devices = read_counts(steps) or (), [Device.of(name) for name in device or ()]
     command = shlex.join(["edgeflash", *sys.argv[1:]])
     report = ask(
-        asked, ways, out_dir, steps=counts, size=read_size(size), runs=runs, command=command
+        asked,
+        ways,
+        out_dir,
+        steps=counts,
+        size=read_size(size),
+        runs=runs,
+        devices=devices,
+        command=command,
     )
     out.print(price_table(report))
+    if devices:
+        out.print(estimates_table(report, devices), *(each.told() for each in devices), sep="\n")
     print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from edgeflash.blueprints import Blueprint
 from edgeflash.bundle import Bundle
+from edgeflash.devices import Device
 from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Report, System, told
 from edgeflash.report_html import write_html
@@ -52,6 +53,7 @@ def price(
     steps: Sequence[int],
     size: tuple[int, int] | None = None,
     runs: int = 5,
+    devices: Sequence[Device] = (),
     command: str | None = None,
     console: Console | None = None,
 ) -> Report:
@@ -64,6 +66,7 @@ def price(
         steps: step counts, a row each.
         size: (height, width) in px; None: what the UNet was made for.
         runs: counted runs of each.
+        devices: to estimate the latency on.
         command: that makes this report again, for the record.
         console: where progress is told; None: the terminal's standard error.
 
@@ -85,13 +88,13 @@ def price(
             bundle = _export(opened, target, Path(scratch) / "bundle", steps, size, console)
             for count in steps:
                 found = _bench(bundle, way, name, count, runs, console)
-                systems.append(_with_work(found, way, work, peak))
+                systems.append(_with_work(found, way, work, peak, devices))
     report = Report(
         title=f"the price of {name}",
         command=command,
         machine=machine,
         systems=tuple(systems),
-        notes=NOTES,
+        notes=(*NOTES, *(device.told() for device in devices)),
     )
     report.save(out / REPORT)
     write_html(report, out / "report.html")
@@ -200,26 +203,31 @@ def peak_gflops() -> float:
     return 2 * side**3 / best / 1e9
 
 
-def _with_work(system: System, way: Way, work: dict[str, float], peak: float) -> System:
-    """The system with its GFLOP, and the share of the machine's peak that it reached."""
+def _with_work(
+    system: System, way: Way, work: dict[str, float], peak: float, devices: Sequence[Device]
+) -> System:
+    """The system with its GFLOP, the share of the machine's peak that it reached, and estimates."""
     calls = {"text_encoder": 1, "unet": system.steps, "vae_decoder": 1}
     whole = sum(work[name] * calls[name] for name in work)
     share = whole / (system.latency_ms_p50 / 1000) / peak
     extra: dict[str, float | str] = {f"GFLOP of {name}": round(work[name], 3) for name in work}
     extra |= {"GFLOP": round(whole, 3), "share of fp32 peak": round(share, 4)}
     extra["precision"] = way.precision
+    for device in devices:
+        extra[_estimate(device.name)] = round(device.image_ms(work, system.steps), 1)
     return system.model_copy(update={"extra": extra})
+
+
+def _estimate(device: str) -> str:
+    return f"{device}, estimated ms"
 
 
 def price_table(report: Report) -> Table:
     """The report for the terminal: where the time, the work and the bytes go."""
-    from rich.table import Table
-
-    out = Table(title=report.title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    out.add_column("on")
+    out = _table(report.title)
     headings = ("steps", "image ms", "text", "step", "decode", "GFLOP", "of peak", "MiB", "RSS MiB")
-    for heading in headings:
-        out.add_column(heading, justify="right")
+    for heading in ("on", *headings):
+        out.add_column(heading, justify="left" if heading == "on" else "right")
     for system in report.systems:
         stages = [system.stages[name].p50_ms for name in COMPONENTS]
         out.add_row(
@@ -231,3 +239,22 @@ def price_table(report: Report) -> Table:
             *map(told, (system.size_mib, system.peak_rss_mib)),
         )
     return out
+
+
+def estimates_table(report: Report, devices: Sequence[Device]) -> Table:
+    """What an image would take elsewhere, in ms, by step count."""
+    systems = {system.steps: system for system in report.systems}
+    out = _table("estimates, not measured")
+    for heading in ("device", *(f"{steps} steps, ms" for steps in systems)):
+        out.add_column(heading, justify="left" if heading == "device" else "right")
+    for device in devices:
+        values = [float(system.extra[_estimate(device.name)]) for system in systems.values()]
+        out.add_row(device.name, *map(told, values))
+    return out
+
+
+def _table(title: str) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    return Table(title=escape(title), title_justify="left", box=None, padding=(0, 1, 0, 0))
