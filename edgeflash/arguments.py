@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from edgeflash.errors import EdgeflashError
 
 if TYPE_CHECKING:
+    from edgeflash.bundle import Bundle
     from edgeflash.recipe import Recipe
+    from edgeflash.roles import Runtime
 
 
 def read_options(sets: list[str] | None, flag: str = "--set") -> dict[str, Any]:
@@ -72,3 +74,18 @@ def read_recipe(
     if data:
         given |= {"data.kind": "folder", "data.path": str(data)}
     return recipe.changed(made, given | read_options(sets))
+
+
+def read_runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Runtime:
+    """The runtime of that name, or the bundle's own, with its options set."""
+    from edgeflash.roles import Runtime
+    from edgeflash.shelf import make
+
+    return make(Runtime, name or own_runtime(bundle), read_options(sets))
+
+
+def own_runtime(bundle: Bundle) -> str:
+    """The name of the runtime that opens what the bundle holds."""
+    from edgeflash.shelf import opener
+
+    return opener(bundle.manifest.components[0].target)

@@ -15,12 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from typer.main import get_command
 
-from edgeflash.arguments import read_counts, read_floors, read_options, read_recipe, read_size
+from edgeflash.arguments import (
+    own_runtime,
+    read_counts,
+    read_floors,
+    read_options,
+    read_recipe,
+    read_runtime,
+    read_size,
+)
 from edgeflash.errors import EdgeflashError
 
 if TYPE_CHECKING:
-    from edgeflash.bundle import Bundle
-    from edgeflash.roles import Runtime
     from edgeflash.runtimes.pipeline import Result
 
 app = typer.Typer(
@@ -132,7 +138,7 @@ def run(
 
     check_png(out_png)
     opened = Bundle.open(bundle)
-    runtime = _runtime(on, opened, set_)
+    runtime = read_runtime(on, opened, set_)
     made = opened.manifest.image
     picture, painted = (None if path is None else read_picture(path) for path in (image, mask))
     request = Request(
@@ -176,7 +182,7 @@ def bench(
     opened = Bundle.open(bundle)
     job = Job(
         bundle=str(bundle),
-        runtime=on or _own_runtime(opened),
+        runtime=on or own_runtime(opened),
         options=read_options(set_),
         prompts=tuple(prompt or default_prompts(opened)),
         batch=batch,
@@ -258,7 +264,7 @@ def verify(
     from edgeflash.verify import verify as climb
 
     opened = Bundle.open(bundle, check="sha256")
-    figures = climb(opened, _runtime(on, opened, set_), read_floors(floor))
+    figures = climb(opened, read_runtime(on, opened, set_), read_floors(floor))
     out.print(ladder(figures))
     refuse_below(figures, bundle)
 
@@ -279,7 +285,7 @@ def score(
     from edgeflash.score import score as judge
 
     opened = Bundle.open(bundle)
-    runtime = _runtime(on, opened, set_)
+    runtime = read_runtime(on, opened, set_)
     found = {}
     with err.status("drawing") as status:
         for count in read_counts(steps) or tuple(sorted(opened.manifest.schedules)):
@@ -344,25 +350,12 @@ def demo(
     run_demo(out_dir, full=full)
 
 
-def _own_runtime(bundle: Bundle) -> str:
-    from edgeflash.shelf import opener
-
-    return opener(bundle.manifest.components[0].target)
-
-
 def _distill_installed() -> None:
     """Says which package is missing, before a room that needs it is imported."""
     from edgeflash.roles import Method
     from edgeflash.shelf import find
 
     find(Method, "attributes")
-
-
-def _runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Runtime:
-    from edgeflash.roles import Runtime
-    from edgeflash.shelf import make
-
-    return make(Runtime, name or _own_runtime(bundle), read_options(sets))
 
 
 def _tell(result: Result, prompts: tuple[str, ...], places: list[Path]) -> None:
