@@ -221,16 +221,11 @@ def price(
     out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("price"),
 ) -> None:
     """Tell what a student will cost before it is trained: random weights, real export, real run."""
-    from edgeflash.blueprints import Blueprint
     from edgeflash.devices import Device
-    from edgeflash.price import Way, estimates_table, price_table
+    from edgeflash.price import Way, asked_for, price_tables
     from edgeflash.price import price as ask
-    from edgeflash.student import Student
 
-    given = Path(student)
-    if given.is_dir() and decoder:
-        raise EdgeflashError(f"--decoder {decoder}: {student} has its own; leave --decoder out")
-    asked = Student.open(given) if given.is_dir() else Blueprint.of(student, decoder)
+    asked = asked_for(student, decoder)
     ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
     counts, devices = read_counts(steps) or (), [Device.of(name) for name in device or ()]
     command = shlex.join(["edgeflash", *sys.argv[1:]])
@@ -244,9 +239,7 @@ def price(
         devices=devices,
         command=command,
     )
-    out.print(price_table(report))
-    if devices:
-        out.print(estimates_table(report, devices), *(each.told() for each in devices), sep="\n")
+    out.print(price_tables(report, devices))
     print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from edgeflash.blueprints import Blueprint
 from edgeflash.bundle import Bundle
 from edgeflash.devices import Device
+from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Report, System, told
 from edgeflash.report_html import write_html
@@ -26,6 +27,7 @@ from edgeflash.student import Student
 from edgeflash.verify import METRICS
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 NO_FLOORS = {name: -1e9 for metrics in METRICS.values() for name in metrics}
@@ -43,6 +45,19 @@ class Way:
 
     on: str
     precision: str
+
+
+def asked_for(student: str, decoder: str | None) -> Student | Blueprint:
+    """The diffusers folder of that path, or the blueprint of that name or config.
+
+    Raises:
+        EdgeflashError: neither, or a folder and a decoder.
+    """
+    if not Path(student).is_dir():
+        return Blueprint.of(student, decoder)
+    if decoder:
+        raise EdgeflashError(f"--decoder {decoder}: {student} has its own; leave --decoder out")
+    return Student.open(student)
 
 
 def price(
@@ -222,8 +237,16 @@ def _estimate(device: str) -> str:
     return f"{device}, estimated ms"
 
 
+def price_tables(report: Report, devices: Sequence[Device] = ()) -> Group:
+    """The report for the terminal, with estimates for devices and what those rest on."""
+    from rich.console import Group
+
+    estimates = [estimates_table(report, devices)] if devices else []
+    return Group(price_table(report), *estimates, *(device.told() for device in devices))
+
+
 def price_table(report: Report) -> Table:
-    """The report for the terminal: where the time, the work and the bytes go."""
+    """Where the time, the work and the bytes go."""
     out = _table(report.title)
     headings = ("steps", "image ms", "text", "step", "decode", "GFLOP", "of peak", "MiB", "RSS MiB")
     for heading in ("on", *headings):

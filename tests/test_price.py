@@ -14,7 +14,16 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from edgeflash.blueprints import DECODERS, SD15, UNETS, Blueprint
 from edgeflash.devices import DEVICES, Device
 from edgeflash.errors import EdgeflashError
-from edgeflash.price import COMPONENTS, Way, estimates_table, gflops, price, price_table
+from edgeflash.price import (
+    COMPONENTS,
+    Way,
+    asked_for,
+    estimates_table,
+    gflops,
+    price,
+    price_table,
+    price_tables,
+)
 from edgeflash.report import read_report
 from edgeflash.student import Student
 
@@ -113,6 +122,7 @@ def test_every_way_is_run_and_priced(one_step_student: Path, tmp_path: Path) -> 
     ]
     assert price_table(made).row_count == 4
     assert estimates_table(made, [device]).row_count == 1
+    assert len(price_tables(made, [device]).renderables) == 3
 
 
 def test_guided_students_cost_two_calls_a_step(guided_student: Path, tmp_path: Path) -> None:
@@ -130,6 +140,12 @@ def test_a_unet_of_ones_own_is_priced_from_its_config(tmp_path: Path) -> None:
     path.write_text(json.dumps(UNETS["sdxs-512"] | {"cross_attention_dim": 2048}))
     with pytest.raises(EdgeflashError, match=r"mine\.json: cross_attention_dim is 2048"):
         Blueprint.of(str(path))
+
+
+def test_a_folder_has_its_decoder(one_step_student: Path) -> None:
+    assert isinstance(asked_for(str(one_step_student), None), Student)
+    with pytest.raises(EdgeflashError, match="leave --decoder out"):
+        asked_for(str(one_step_student), "tiny")
 
 
 @pytest.mark.parametrize(
