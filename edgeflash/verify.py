@@ -25,11 +25,13 @@ from edgeflash.golden import Array, Sampler, Tensors, load_tensors, noise_sha256
 from edgeflash.roles import Runtime, Session
 from edgeflash.tokenizer import read_tokenizer
 
-PRECISIONS = ("fp32", "fp16", "int8")  # finest first
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")  # finest first
 FLOORS: dict[str, dict[str, float]] = {  # by precision; a name may be one rung's: "L4.psnr_db"
     "fp32": {"psnr_db": 80.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "fp16": {"psnr_db": 45.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
+    "bf16": {"psnr_db": 30.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "int8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
+    "fp8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
 }
 RATIOS = ("delta_ratio", "timestep_ratio")  # may be as far above 1 as below
 METRICS = {  # that a floor can be set for
