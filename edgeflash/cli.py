@@ -69,7 +69,7 @@ def export(
     student: Annotated[Path, typer.Argument(help="Student, or any diffusers folder.")],
     to: Annotated[str, typer.Option(help="Target; see edgeflash list.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Bundle folder.")] = Path("bundle"),
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8 …")] = "fp32",
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
     size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
     guidance: Annotated[
@@ -192,6 +192,23 @@ def bench(
         )
     out.print(SystemsTable(report))
     print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
+
+
+@app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
+    set_: Set = None,
+) -> None:
+    """Make now what the first load would make here: engines for this machine's GPU."""
+    from edgeflash.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    runtime = _runtime(on, opened, set_)
+    for component in opened.manifest.components:
+        with err.status(f"building {component.name}"):
+            told = runtime.build(bundle, component)
+        print(told or f"{component.name}: nothing to build")
 
 
 @app.command()
