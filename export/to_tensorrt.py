@@ -198,7 +198,7 @@ class TensorRtTarget(Target):
         """The typed network that engines are built from."""
         from . import onnx_graph
         from .quantize import quantize_static
-        from .quantize_fp8 import to_fp8
+        from .quantize_symmetric import only_in_front, to_fp8
 
         kinds = {"fp16": onnx_graph.HALF, "bf16": onnx_graph.BF16}
         precision = self.precision_of(captured.component)
@@ -224,6 +224,7 @@ class TensorRtTarget(Target):
             if not any(node.op_type == "QuantizeLinear" for node in model.graph):
                 name = captured.component
                 raise EdgeflashError(f"quantized: {name} has nothing that {precision} applies to")
+            only_in_front(model, left)
             if precision == "fp8":
                 to_fp8(model, onnx_graph.load(whole))
             if self.rest in kinds:

@@ -1,6 +1,8 @@
-"""From symmetric int8 to fp8 (E4M3) for TensorRT: the same operators, with scales for its range."""
+"""QDQ as TensorRT wants it: pairs in front of what they quantize alone, in int8 or fp8 (E4M3)."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +13,26 @@ LARGEST = 448.0  # of E4M3
 FP8 = ir.DataType.FLOAT8E4M3FN
 QUANTIZED = "_quantized"  # what ONNX Runtime's quantizer adds to the name of a weight
 SMALLEST = 2.0**-24  # of fp16, in which scales may be kept: 0 would give NaN
+
+
+def only_in_front(model: ir.Model, operators: Collection[str]) -> None:
+    """Gives the values themselves to all that took rounded ones beside a quantized operator.
+
+    ONNX Runtime's quantizer puts a tensor's pair before all that use it: skip connections and
+    norms too. A quantized operator is one of ``operators`` with both its inputs in pairs.
+    """
+    for node in model.graph:
+        if node.op_type != "QuantizeLinear":
+            continue
+        for pair in list(node.outputs[0].consumers()):
+            for use in list(pair.outputs[0].uses()):
+                if use.node.op_type not in operators or not _quantizes(use.node):
+                    use.node.replace_input_with(use.idx, node.inputs[0])
+
+
+def _quantizes(node: ir.Node) -> bool:
+    makers = [value.producer() if value else None for value in node.inputs[:2]]
+    return all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
 
 
 def to_fp8(model: ir.Model, whole: ir.Model) -> None:
