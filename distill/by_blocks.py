@@ -17,6 +17,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import cached_conditioning, cached_latents
+from .features import Taps
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
@@ -183,25 +184,3 @@ def _last_layer(block: Any) -> nn.Module:
     layers = getattr(block, "attentions", None) or block.resnets
     layer: nn.Module = layers[-1]
     return layer
-
-
-class Taps:
-    """Keeps what modules put out in the latest forward pass."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self._latest: dict[int, Tensor] = {}
-        for place, module in enumerate(modules):
-            module.register_forward_hook(self._hook(place))
-
-    def _hook(self, place: int) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            while not isinstance(output, Tensor):  # blocks return tuples, transformers a dataclass
-                output = output[0]
-            self._latest[place] = output
-
-        return keep
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """In the order of the modules."""
-        return [self._latest[place] for place in sorted(self._latest)]

@@ -19,7 +19,7 @@ from edgeflash.roles import Method
 from .discriminators import UnetCritic, softplus_critic
 from .encoded import cached_conditioning, cached_latents
 from .losses import matching
-from .process import Process, noise_config
+from .process import Process, noise_config, noise_like
 from .rollout import renoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided, plain
@@ -150,7 +150,7 @@ class Duel:
         terms = {"matching": self.matching(x, c, generator)}
         if self.options.gan_weight:
             t = torch.randint(process.timesteps, (len(x),), generator=generator).to(x.device)
-            x_t = process.noised(x, _like(x, generator), t)
+            x_t = process.noised(x, noise_like(x, generator), t)
             fooled = F.softplus(-self.fake(x_t, t, c).logits.float()).mean()
             terms["adversarial"] = self.options.gan_weight * fooled
         return terms
@@ -163,7 +163,7 @@ class Duel:
         if self.options.gan_weight:  # samples and pictures in one call
             clean, c = torch.cat([clean, x_0]), torch.cat([c, c])
         t = torch.randint(process.timesteps, (len(clean),), generator=generator).to(clean.device)
-        eps = _like(clean, generator)
+        eps = noise_like(clean, generator)
         told = network(process.noised(clean, eps, t), t, c)
         wanted = process.target(clean, eps, t)[:count]
         terms = {"denoising": F.mse_loss(told.sample[:count].float(), wanted)}
@@ -180,7 +180,7 @@ class Duel:
         x = renoised(
             lambda x, t: plain(self.student, self.process, x, t, c),
             self.process,
-            _like(like, generator),
+            noise_like(like, generator),
             times,
             generator,
         )
@@ -193,13 +193,8 @@ class Duel:
         last = min(high, process.timesteps - 1)
         t = torch.randint(low, last + 1, (len(x),), generator=generator).to(x.device)
         with torch.no_grad():
-            x_t = process.noised(x, _like(x, generator), t)
+            x_t = process.noised(x, noise_like(x, generator), t)
             fake, _ = plain(self.fake, process, x_t, t, c)
             w = torch.full((len(x),), options.real_guidance - 1, device=x.device)
             real, _ = guided(self.teacher, process, x_t, t, c, self.nothing, w)
         return matching(x, real, fake)
-
-
-def _like(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of x's shape."""
-    return torch.randn(x.shape, generator=generator).to(x.device)

@@ -114,9 +114,7 @@ class Lesson:
         empty = torch.rand(count, generator=generator) < options.caption_dropout
         c = torch.where(empty[:, None, None].to(x_0.device), self.nothing, batch["c"])
         start, end = options.window(t, process.timesteps)
-        z_s = process.noised(x_0, eps, start)
-        first = (start == process.timesteps - 1)[:, None, None, None]
-        z_s = torch.where(first, eps, z_s)  # as sampling begins, and as reflow's pairs do
+        z_s = process.as_sampled(x_0, eps, start)  # as reflow's pairs begin
         z_e = ddim(self.asked(c), process, z_s, options.times(start, end))
         x_0, eps = line(process, z_s, z_e, start, end)
         output = network(process.noised(x_0, eps, t), t, c).sample.float()

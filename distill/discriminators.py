@@ -48,15 +48,7 @@ class UnetCritic(nn.Module):
     def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
-        width = unet.config.block_out_channels[-1]
-        self.head = nn.Sequential(
-            nn.Conv2d(width, width, 3, 2, 1),
-            nn.GroupNorm(gcd(width // 4, 32), width),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(width, 1),
-        )
+        self.head = _inner_head(unet)
         inner = unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
         inner.register_forward_hook(self._keep)
 
@@ -66,6 +58,39 @@ class UnetCritic(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Judged:
         sample = self.unet(x_t, t, c).sample
         return Judged(sample, self.head(self._features))
+
+
+class EncoderCritic(nn.Module):
+    """The encoder half of a UNet, with a head on its innermost features; the rest is let go.
+
+    The head's last layer begins at zero, so that at first the critic knows nothing.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, nn.Identity()
+        self.unet = unet
+        self.head = _inner_head(unet)
+        for parameter in self.head[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """Logits [n, 1] of noised samples [n, c, h, w] at t [n] under c [n, s, d]."""
+        logits: Tensor = self.head(self.unet(x_t, t, c).sample)
+        return logits.float()
+
+
+def _inner_head(unet: Any) -> nn.Sequential:
+    """One logit of a UNet's innermost features, of any size."""
+    width = unet.config.block_out_channels[-1]
+    return nn.Sequential(
+        nn.Conv2d(width, width, 3, 2, 1),
+        nn.GroupNorm(gcd(width // 4, 32), width),
+        nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(width, 1),
+    )
 
 
 def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from edgeflash.student import Student
 
+from .process import Process, noise_config
+from .rollout import denoised
 from .stage import Workshop
+from .teacher import guided
 
 Rows = Callable[[np.ndarray], Tensor]
 
@@ -71,25 +74,79 @@ def _encoder(vae: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: vae.encode(x).latent_dist.mean * vae.config.scaling_factor
 
 
-@torch.no_grad()
 def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
     """Text encoder states [n, s, d] of the store's captions, and those of no caption [1, s, d].
 
     The text encoder is the student's, which is the teacher's unless a stage replaced it.
     """
-    folder = shop.student / "text_encoder"
+    encode = _text_encoder(shop, [*shop.store.captions, ""])
+    key = f"conditioning {_weights_key(shop.student / 'text_encoder')}"
+    return shop.store.cached(key, encode), encode(np.array([-1])).float()
+
+
+def conditioning_of(shop: Workshop, text: str) -> Tensor:
+    """Text encoder states [1, s, d] of one text."""
+    return _text_encoder(shop, [text])(np.array([0])).float()
+
+
+def _text_encoder(shop: Workshop, texts: list[str]) -> Rows:
+    """Texts of given indices -> text encoder states [n, s, d]."""
     encoder = shop.load(shop.student, "text_encoder")
     name = Student.unfinished(shop.student).class_of("tokenizer")[1]
     tokenizer = getattr(transformers, name).from_pretrained(str(shop.student / "tokenizer"))
-    ids = token_ids(tokenizer, [*shop.store.captions, ""])
+    ids = token_ids(tokenizer, texts)
 
     @torch.no_grad()
     def encode(indices: np.ndarray) -> Tensor:
         states: Tensor = encoder(ids[indices].to(shop.device)).last_hidden_state
         return states
 
-    rows = shop.store.cached(f"conditioning {_weights_key(folder)}", encode)
-    return rows, encode(np.array([-1])).float()
+    return encode
+
+
+def sampled_latents(
+    shop: Workshop,
+    unet: Any,
+    process: Process,
+    texts: tuple[Rows, Tensor],
+    *,
+    guidance: float,
+    steps: int,
+) -> Rows:
+    """Latents [n, c, h, w] float32 that the guided teacher makes of the store's captions, once.
+
+    The noise of row i is that of seed i: the same row is made again, in whatever batch.
+
+    Args:
+        shop: where teacher and captions are.
+        unet: the teacher's.
+        process: the teacher's noise.
+        texts: conditioning of the captions, and of no caption, by `cached_conditioning`.
+        guidance: CFG's scale.
+        steps: DDIM steps, of two calls each.
+    """
+    assert shop.teacher
+    teacher, (conditioning, nothing) = Student.unfinished(shop.teacher), texts
+    side = shop.store.size_px // teacher.family.latent(teacher).downsampling
+    shape = (unet.config.in_channels, side, side)
+    last = process.timesteps - 1
+
+    def sample(rows: np.ndarray) -> Tensor:
+        seeds = [torch.Generator().manual_seed(int(row)) for row in rows]
+        eps = torch.stack([torch.randn(shape, generator=g) for g in seeds]).to(shop.device)
+        t = torch.full((len(rows),), last, device=shop.device)
+        c, w = conditioning(rows).to(shop.device), torch.full_like(t, guidance - 1, dtype=eps.dtype)
+        return denoised(
+            lambda x, t: guided(unet, process, x, t, c, nothing, w), process, eps, t, steps
+        )
+
+    def make(indices: np.ndarray) -> Tensor:
+        parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
+        return torch.cat([sample(part) for part in parts])
+
+    weights = [shop.teacher / "unet", shop.student / "text_encoder"]
+    told = [guidance, steps, side, noise_config(shop.teacher), *map(_weights_key, weights)]
+    return shop.store.cached(f"samples {json.dumps(told)}", make)
 
 
 def _weights_key(folder: Path) -> str:

@@ -16,15 +16,19 @@ from edgeflash.embedded import embedded
 
 
 class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Convolutions down to 4 x 4, a hidden layer, a linear head per attribute of `shapes.HEADS`.
+    """Convolutions down to 1 / 2^widths, a hidden layer, a head per attribute of `shapes.HEADS`.
+
+    What is left must be 4 x 4: four widths for pictures of 64 px, two for latents of 16 x 16.
 
     Pooling is left out on purpose: most attributes depend on where things are.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, widths: Sequence[int] = (32, 64, 96, 128), features: int = 128) -> None:
+    def __init__(
+        self, widths: Sequence[int] = (32, 64, 96, 128), features: int = 128, channels: int = 3
+    ) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_stride(3, widths[0], 1)]
+        layers: list[nn.Module] = [_stride(channels, widths[0], 1)]
         for before, after in zip(widths, [*widths[1:], widths[-1]], strict=True):
             layers.append(_stride(before, after, 2))
         self.body = nn.Sequential(*layers)
@@ -35,7 +39,7 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Logits of every head, [n, values] each, and the features [n, f] they are read from.
 
         Args:
-            pictures: float [n, 3, 64, 64] in [-1, 1].
+            pictures: float [n, channels, h, w]; pictures in [-1, 1].
         """
         features = nn.functional.silu(self.hidden(self.body(pictures).flatten(1)))
         logits = self.heads(features).split(list(map(len, shapes.HEADS.values())), 1)

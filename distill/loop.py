@@ -54,7 +54,9 @@ class _Turn:
         self.rate = player.learning_rate or options.learning_rate
         self.weight_decay = options.weight_decay
         weights = [p for p in player.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=self.rate, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(
+            weights, lr=self.rate, betas=player.betas, weight_decay=self.weight_decay
+        )
         course = get_scheduler(
             "constant_with_warmup" if options.decay == "constant" else options.decay,
             optimizer,
@@ -165,7 +167,8 @@ def _step(
     """One step of every player whose turn it is; returns the mean of each of their loss terms."""
     generator = generator_for(seed, step)
     told: dict[str, float] = {}
-    batches = [stage.batch(part) for part in np.array_split(indices, options.accumulate)]
+    at = {"step": torch.tensor(step)}
+    batches = [stage.batch(part) | at for part in np.array_split(indices, options.accumulate)]
     for name, turn in turns.items():
         if step % turn.player.every:
             continue

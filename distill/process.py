@@ -78,6 +78,11 @@ class Process:
         """x_t ~ q(x_t | x_0), all [n, c, h, w]."""
         return self.alpha(t) * x_0 + self.sigma(t) * eps
 
+    def as_sampled(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t, but noise alone at the last timestep, where sampling begins (arXiv 2305.08891)."""
+        last = (t == self.timesteps - 1)[:, None, None, None]
+        return torch.where(last, eps, self.noised(x_0, eps, t))
+
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should put out."""
         if self.predicts == "epsilon":
@@ -105,3 +110,8 @@ class Process:
     def ddim(self, x_0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
         """x_s on the straight line through x_0 and eps: one DDIM step to timestep s."""
         return self.alpha(s) * x_0 + self.sigma(s) * eps
+
+
+def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of x's shape, where x lives."""
+    return torch.randn(x.shape, generator=generator).to(x.device)

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .process import Process
+from .process import Process, noise_like
 
 Asked = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x_t [n, c, h, w], t [n] -> x_0, eps
 
@@ -30,6 +30,20 @@ def ddim(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Te
 
 
 @torch.no_grad()
+def denoised(ask: Asked, process: Process, x: Tensor, t: Tensor, steps: int) -> Tensor:
+    """x_0 that so many DDIM steps, evenly spaced down from t, lead to.
+
+    Args:
+        x: [n, c, h, w] at t.
+        t: timesteps int64 [n].
+        steps: calls of the network.
+    """
+    times = [((t + 1) * (steps - i) // steps - 1).clamp(min=0) for i in range(steps)]
+    x_0, _ = ask(ddim(ask, process, x, times), times[-1])
+    return x_0
+
+
+@torch.no_grad()
 def renoised(
     ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor], generator: torch.Generator
 ) -> Tensor:
@@ -43,6 +57,6 @@ def renoised(
     """
     for t, s in pairwise(times):
         x_0, _ = ask(x, t)
-        x = process.noised(x_0, torch.randn(x.shape, generator=generator).to(x.device), s)
+        x = process.noised(x_0, noise_like(x, generator), s)
     torch.clear_autocast_cache()  # weights that were cast in here would stay without gradients
     return x

@@ -249,7 +249,7 @@ def halve(folder: Path) -> None:
 
 
 def locate_teacher(name: str) -> Path:
-    """The folder of a teacher: 'embedded', a folder, an embedded model's name, or a hub id.
+    """The folder of a teacher: 'embedded', a path, an embedded model's name, or a hub id.
 
     Raises:
         EdgeflashError: none of these.
@@ -265,7 +265,7 @@ def locate_teacher(name: str) -> Path:
     except Exception as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise EdgeflashError(
-            f"teacher {name!r}: no such folder, and the hub does not give it ({why})"
+            f"teacher {name!r}: no such folder or file, and the hub does not give it ({why})"
         ) from None
 
 

@@ -35,6 +35,7 @@ class Player:
     loss: Loss
     learning_rate: float | None = None  # None: the method's
     every: int = 1  # takes its turn at every so many steps
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's
 
 
 @dataclass
@@ -43,7 +44,8 @@ class Stage:
 
     Attributes:
         players: who takes turns, in this order; one for plain training, two for adversarial.
-        batch: the samples of given indices, as the losses want them.
+        batch: the samples of given indices, as the losses want them; the loop adds "step" [], how
+            many were done before.
         results: component of the student -> network, tokenizer or scheduler that becomes it.
         averages: component -> exponential moving average of its network; saved in its stead.
         targets: averages that a loss looks at, with the network each one follows; not saved.

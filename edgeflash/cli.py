@@ -38,7 +38,6 @@ Set = Annotated[
 ]
 Floors = Annotated[list[str] | None, typer.Option("--floor", help="As in L4.psnr_db=30.")]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
-Folder = Annotated[Path, typer.Argument(help="The folder.")]
 
 
 @app.command()
@@ -46,7 +45,9 @@ def distill(
     recipe: Annotated[str | None, typer.Argument(help="TOML file, or a shipped recipe.")] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Student folder.")] = Path("student"),
     by: Annotated[list[str] | None, typer.Option(help="Methods, instead of a recipe.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Folder, hub id or 'embedded'.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder, checkpoint, hub id or 'embedded'.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of captioned pictures.")] = None,
     set_: Set = None,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop.")] = False,
@@ -66,7 +67,7 @@ def distill(
 
 @app.command()
 def export(
-    student: Annotated[Path, typer.Argument(help="Student, or any diffusers folder.")],
+    student: Annotated[Path, typer.Argument(help="Student, diffusers folder or checkpoint.")],
     to: Annotated[str, typer.Option(help="Target; see edgeflash list.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Bundle folder.")] = Path("bundle"),
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8 …")] = "fp32",
@@ -261,8 +262,10 @@ def score(
 
 
 @app.command()
-def inspect(folder: Folder) -> None:
-    """Tell what a student, bundle or diffusers folder holds."""
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="The folder, or a single-file checkpoint.")],
+) -> None:
+    """Tell what a student, bundle, diffusers folder or checkpoint holds."""
     from edgeflash.inspect import tell
 
     out.print(tell(folder))

@@ -21,7 +21,17 @@ def embedded(name: str) -> Path:
 
 
 def located(folder: Path | str) -> Path:
-    """The folder itself, or the embedded model of that name where there is no such folder."""
+    """The folder itself; of a single-file checkpoint the one it was converted to.
+
+    Or the embedded model of that name, where there is no such folder or file.
+
+    Raises:
+        EdgeflashError: a file that cannot be converted.
+    """
     folder = Path(folder)
+    if folder.is_file():
+        from edgeflash.single_file import opened
+
+        return opened(folder)
     named = len(folder.parts) == 1 and (MODELS / folder).is_dir()
     return MODELS / folder if named and not folder.exists() else folder

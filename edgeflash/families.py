@@ -26,11 +26,14 @@ class Family(ABC):
         name: how manifests call it.
         pipelines: diffusers pipeline classes that belong to it.
         folders: sub-folders that a folder of this family must have.
+        single_files: the kinds of single-file checkpoints, as diffusers calls them, that are of
+            this family, each with the hub repository that has their configs.
     """
 
     name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     folders: ClassVar[tuple[str, ...]]
+    single_files: ClassVar[dict[str, str]] = {}
 
     @abstractmethod
     def check(self, student: Student) -> None:

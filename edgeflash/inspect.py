@@ -73,6 +73,8 @@ def _plugin(role: type[Plugin], name: str) -> list[RenderableType]:
 def tell(folder: Path) -> RenderableType:
     """What a student, bundle or plain diffusers folder, or an embedded model, holds.
 
+    ``folder``: or a single-file checkpoint, which is converted for it.
+
     Raises:
         EdgeflashError: none of these.
     """

@@ -23,7 +23,7 @@ def load_network(student: Student, component: str) -> Any:
     library, name = student.class_of(component)
     where = student.folder / component
     try:
-        with _quiet():
+        with quiet():
             network, told = getattr(importlib.import_module(library), name).from_pretrained(
                 where,
                 variant=student.weights(component).variant,
@@ -45,19 +45,21 @@ def load_network(student: Student, component: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the libraries' progress bars and remarks off the terminal."""
     import diffusers.utils.logging as d
     import transformers.utils.logging as t
 
-    before = d.get_verbosity(), t.get_verbosity(), t.is_progress_bar_enabled()
-    d.set_verbosity_error(), t.set_verbosity_error(), t.disable_progress_bar()
+    before = [(lib, lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in (d, t)]
+    for library, _, _ in before:
+        library.set_verbosity_error(), library.disable_progress_bar()
     try:
         yield
     finally:
-        d.set_verbosity(before[0]), t.set_verbosity(before[1])
-        if before[2]:
-            t.enable_progress_bar()
+        for library, verbosity, bars in before:
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
 
 
 def fold_timestep(network: Any, t: float) -> None:

@@ -72,9 +72,11 @@ class Recipe(_Table):
     """A whole recipe, frozen."""
 
     name: str
-    teacher: str | None = Field(None, description="diffusers folder, hub id, or 'embedded'")
+    teacher: str | None = Field(
+        None, description="diffusers folder, single-file checkpoint, hub id, or 'embedded'"
+    )
     base: str | None = Field(
-        None, description="folder the student starts from; default the teacher"
+        None, description="what the student starts from, named likewise; default the teacher"
     )
     seed: int = Field(0, ge=0)
     weights: Literal["fp32", "fp16"] = Field("fp32", description="how the student is stored")

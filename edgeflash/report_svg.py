@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -120,30 +120,42 @@ def scatter(heading: str, x_label: str, dots: Sequence[Dot], *, percent: bool) -
         body.append(f'<path class="grid" d="M{px:.1f} {top}V{height - bottom}"/>')
         body.append(f'<text class="tick mid" x="{px:.1f}" y="{height - bottom + 17}">{x:g}</text>')
     body.append(f'<text class="tick mid" x="{WIDTH / 2}" y="{height - 8}">{escape(x_label)}</text>')
-    body += _named([(dot, *at(dot.x, dot.y)) for dot in dots])
+    body += _named([(dot, *at(dot.x, dot.y)) for dot in dots], height - bottom)
     return _svg(heading, height, body)
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def _named(points: list[tuple[Dot, float, float]]) -> list[str]:
-    """The points and their names, each name where it covers no point and no other name."""
+def _named(points: list[tuple[Dot, float, float]], floor: float) -> list[str]:
+    """The points and their names, each name where it covers no point and no other name.
+
+    A name that finds no room beside its point stands apart, on a leader. ``floor``: lowest y.
+    """
     taken: list[Box] = [(x - 7, y - 7, x + 7, y + 7) for _, x, y in points]
     drawn = []
     for dot, x, y in points:
-        width = LETTER * len(dot.label)
-        places = [(x + 10, y + 4), (x - 10 - width, y + 4)]
-        places += [(x - width / 2, y + d) for d in (-11, 19, -26, 34, -41, 49)]
-        boxes = [(left, line - 11, left + width, line + 3) for left, line in places]
-        free = [box for box in boxes if 0 <= box[0] and box[2] <= WIDTH and not _hits(box, taken)]
-        box = (free or boxes)[0]
+        places = _places(x, y, LETTER * len(dot.label))
+        boxes = [b for b in places if min(b) >= 0 and b[2] <= WIDTH and b[3] <= floor]
+        box = next((b for b in boxes if not _hits(b, taken)), boxes[0])
         taken.append(box)
+        left, top, right, bottom = box
+        if not top - 12 < y < bottom + 12:
+            foot, end = min(max(x, left), right), top if top > y else bottom
+            drawn.append(f'<path class="whisker" d="M{x:.1f} {y:.1f}L{foot:.1f} {end:.1f}"/>')
         colour = f"c{dot.colour % COLOURS}"
         drawn.append(f'<circle class="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="5.5"/>')
-        at = f'x="{box[0]:.1f}" y="{box[3] - 3:.1f}"'
+        at = f'x="{left:.1f}" y="{bottom - 3:.1f}"'
         drawn.append(f'<text class="label" {at}>{escape(dot.label)}</text>')
     return drawn
+
+
+def _places(x: float, y: float, width: float) -> Iterator[Box]:
+    """Where the name of a point may stand: beside it, then ever further above and below."""
+    for away in range(0, 240, 15):
+        for line in (y - away, y + away):
+            for left in (x + 10, x - 10 - width, x - width / 2):
+                yield left, line - 7, left + width, line + 7
 
 
 def _hits(box: Box, others: Sequence[Box]) -> bool:

@@ -101,9 +101,11 @@ class Student:
     def open(cls, folder: Path | str) -> Student:
         """Opens a folder and checks that its components are all there and fit together.
 
+        ``folder``: or a single-file checkpoint; see `edgeflash.single_file`.
+
         Raises:
             EdgeflashError: no diffusers folder, an unknown pipeline class, a missing or truncated
-                file, or components that do not fit together.
+                file, components that do not fit together, or a file that does not convert.
         """
         from edgeflash.families import find_family
 
@@ -325,12 +327,6 @@ def check_weights(path: Path) -> None:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    if folder.is_file():
-        raise EdgeflashError(
-            f'{folder}: a single-file checkpoint; make a folder of it first: python -c "from '
-            f"diffusers import StableDiffusionPipeline as P; P.from_single_file('{folder}')"
-            f".save_pretrained('{folder.with_suffix('')}')\""
-        )
     if not folder.is_dir():
         raise EdgeflashError(f"{folder}: no such folder")
     if not (folder / INDEX).is_file():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgeflash.distill.process import Process
 
@@ -57,3 +57,23 @@ def posterior(it: Process, m: float = M, s: float = S) -> Any:
         return m + it.alpha(t) * s**2 * gap, it.sigma(t) * gap
 
     return network(it, sees)
+
+
+class Shift(nn.Module):
+    """A student whose sample is m + s x, with m to learn; notes what it is called with."""
+
+    def __init__(self, m: float, s: float) -> None:
+        super().__init__()
+        self.m, self.s = nn.Parameter(torch.tensor(m)), s
+        self.seen: list[Tensor] = []
+        self.given: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Any:
+        self.given.append(x)
+        self.seen.append(t)
+        return SimpleNamespace(sample=self.m + self.s * x)
+
+
+def says(value: Callable[[Tensor], Tensor]) -> Any:
+    """A network that puts out what ``value`` makes of the conditioning [n, 1, 1], everywhere."""
+    return lambda x, t, c: SimpleNamespace(sample=0 * x + value(c)[..., None])

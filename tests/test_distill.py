@@ -377,7 +377,7 @@ def test_a_teacher_from_nothing(tmp_path: Path) -> None:
     stages = [
         {"by": "autoencoder", "widths": [8, 8], **common},
         {"by": "reading", "text_width": 16, "text_layers": 1, **common},
-        {"by": "denoising", "widths": [16, 16], **common},
+        {"by": "denoising", "widths": [16, 16], "attribute_weight": 0.1, **common},
     ]
     data = {"kind": "shapes", "samples": 12}
     plain = {"name": "t", "data": data, "stage": stages, "sampling": {"steps": [2]}}
@@ -390,3 +390,6 @@ def test_a_teacher_from_nothing(tmp_path: Path) -> None:
     ids = pipeline.tokenizer("a red star", padding="max_length").input_ids
     assert len(ids) == 24 and ids[0] == pipeline.tokenizer.bos_token_id
     assert len(set(ids)) == 5  # start, three words that are one token each, end
+    (log,) = (tmp_path / "teacher.run" / "3-denoising" / "metrics.jsonl").read_text().splitlines()
+    assert {"witness/witness", "unet/denoising", "unet/attributes"} <= set(json.loads(log))
+    assert not (out / "witness").exists()

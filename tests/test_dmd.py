@@ -17,10 +17,12 @@ from gaussian import (
     NOTHING,
     M,
     S,
+    Shift,
     batch,
     normal,
     posterior,
     process,
+    says,
     seeded,
     teacher_folder,
     variance,
@@ -32,19 +34,6 @@ from edgeflash.distill.by_dmd import DMD, Duel
 from edgeflash.distill.discriminators import UnetCritic, softplus_critic
 from edgeflash.distill.run import distill
 from edgeflash.schedule import lower_schedule
-
-
-class Shift(nn.Module):
-    """A student whose sample is m + s x, with m to learn; notes the timesteps it is called at."""
-
-    def __init__(self, m: float, s: float) -> None:
-        super().__init__()
-        self.m, self.s = nn.Parameter(torch.tensor(m)), s
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Any:
-        self.seen.append(t)
-        return SimpleNamespace(sample=self.m + self.s * x)
 
 
 def duel(options: DMD, **others: Any) -> Duel:
@@ -80,9 +69,6 @@ def test_a_fake_score_that_is_the_teachers_moves_nothing() -> None:
 
 
 def test_the_teacher_is_guided_by_cfgs_scale() -> None:
-    def says(value: Callable[[Tensor], Tensor]) -> Any:
-        return lambda x, t, c: SimpleNamespace(sample=0 * x + value(c)[..., None])
-
     x, c = torch.ones(2, 1, 2, 2, requires_grad=True), torch.full((2, 1, 1), 3.0)
     others = {"teacher": says(lambda c: c), "fake": says(torch.zeros_like)}
     game = duel(DMD(real_guidance=1.75), nothing=torch.ones(1, 1, 1), **others)

@@ -1,4 +1,4 @@
-"""Whole recipes of TCD, PeRFlow and DMD2, and the step counts that their samplers have."""
+"""Whole recipes of few-step methods, and the step counts that their samplers have."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from edgeflash.distill.run import _check_steps, distill
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import recipe_of
 
+FOUR_STEPS = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]}
 ONE_STEP = {"denoising_steps": 1, "denoising_timestep": 400}
 CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
     "tcd": ({"by": "tcd"}, "TCDScheduler", {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]}),
     "perflow": ({"by": "perflow", "windows": 2}, "DDIMScheduler", {2: [999, 499]}),
     "reflow": ({"by": "perflow", "windows": 1}, "DDIMScheduler", {25: []}),
-    "dmd": ({"by": "dmd"}, "LCMScheduler", {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]}),
+    "dmd": ({"by": "dmd"}, "LCMScheduler", FOUR_STEPS),
     "dmd at 399": ({"by": "dmd"} | ONE_STEP, "LCMScheduler", {1: [399]}),
+    "add": ({"by": "add"}, "LCMScheduler", FOUR_STEPS),
+    "ufogen": ({"by": "ufogen"}, "LCMScheduler", FOUR_STEPS),
+    "ladd": ({"by": "ladd", "solver_steps": 2}, "LCMScheduler", FOUR_STEPS),
 }
 
 
@@ -65,6 +69,9 @@ def test_step_counts_are_those_of_the_last_sampler() -> None:
     [
         ({"by": "perflow", "windows": 3}, r"perflow\.windows: 3 do not divide"),
         ({"by": "dmd", "denoising_timestep": 2000}, r"dmd\.denoising_timestep: at most 1000"),
+        ({"by": "add", "student_steps": 3}, r"add\.student_steps: 3 do not divide"),
+        ({"by": "ladd", "shares": [1] * 3, "first_shares": [1] * 3}, r"ladd\.shares: 3 do not"),
+        ({"by": "ufogen", "segments": 3}, r"ufogen\.segments: 3 do not divide"),
         ({"by": "tcd", "ddim_steps": 2000}, r"tcd\.ddim_steps: at most 1000"),
     ],
 )
@@ -73,3 +80,9 @@ def test_what_a_teachers_timesteps_do_not_allow_is_said(
 ) -> None:
     with pytest.raises(EdgeflashError, match=said):
         distill(small_recipe(tmp_path, stage=[stage], sampling=None), tmp_path / "student")
+
+
+def test_an_auxiliary_classifier_needs_labels(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, stage=[{"by": "denoising", "attribute_weight": 1, "steps": 1}])
+    with pytest.raises(EdgeflashError, match=r"attribute_weight needs .* 'shapes'"):
+        distill(recipe, tmp_path / "s")

@@ -14,16 +14,16 @@ from torch import Tensor
 from edgeflash import shapes
 from edgeflash.distill.by_blocks import (
     Blocks,
-    Taps,
     feature_pairs,
     prune,
     pruned_config,
     teacher_name,
 )
-from edgeflash.distill.by_denoising import Denoising
+from edgeflash.distill.by_denoising import Denoising, Witness
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_reading import as_named
 from edgeflash.distill.discriminators import hinge_critic
+from edgeflash.distill.features import Taps
 from edgeflash.distill.process import Process
 from edgeflash.distill.teacher import guided
 from edgeflash.errors import EdgeflashError
@@ -158,6 +158,32 @@ def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
         return float(t.float().mean())
 
     assert mean(1) == pytest.approx(499.5, abs=6) and mean(0.5) == pytest.approx(666, abs=6)
+
+
+@torch.no_grad()
+def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"))
+    x_0, labels = torch.randn(6, 4, 16, 16), torch.from_numpy(shapes.batch(0, range(6))[2])
+    t = torch.zeros(6)
+    labels[3:, 5:] = -1  # one object
+
+    def doubt(labels: torch.Tensor) -> torch.Tensor:
+        return witness.doubt(x_0, t, labels, torch.Generator().manual_seed(1))
+
+    def changed(column: int) -> torch.Tensor:
+        other = labels.clone()
+        other[:, column] = torch.where(other[:, column] < 0, -1, 1 - other[:, column].clamp(max=1))
+        return doubt(other) != doubt(labels)
+
+    assert not any(changed(column).any() for column in (0, 1))  # place, background
+    assert all(changed(column).all() for column in (2, 3, 4))
+    assert all(changed(column).tolist() == [True] * 3 + [False] * 3 for column in (5, 6, 7))
+    nothing_known = 4 * np.log(6) + 2 * np.log(2)
+    assert doubt(labels)[:3].mean() == pytest.approx(nothing_known, rel=0.1)
+    t = torch.full((6,), 1000)  # no shape can be told
+    assert not changed(2).any() and changed(3).all()
 
 
 def test_the_critics_margin() -> None:

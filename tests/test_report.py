@@ -330,14 +330,17 @@ def test_points_lie_where_their_figures_say() -> None:
 
 
 def test_names_of_near_points_do_not_cover_each_other() -> None:
-    dots = [Dot(f"system {i}", 50 + i, 0.85 + 0.003 * i, i) for i in range(5)]
+    dots = [Dot(f"shipped student, {i}", 12 + i // 2, 0.35 + 0.003 * i, i) for i in range(8)]
     plot = ElementTree.fromstring(scatter("plot", "ms", dots, percent=True))
     labels = [t for t in plot.iter("text") if t.get("class") == "label"]
     places = [(float(t.get("x", 0)), float(t.get("y", 0))) for t in labels]
-    width = 7 * len("system 0")
+    width = report_svg.LETTER * len("shipped student, 0")
     for i, (x, y) in enumerate(places):
+        assert 0 <= x <= report_svg.WIDTH - width
         for other_x, other_y in places[:i]:
-            assert abs(x - other_x) > width - 8 or abs(y - other_y) >= 12
+            assert abs(x - other_x) >= width or abs(y - other_y) >= 12
+    leaders = [p for p in plot.iter("path") if p.get("class") == "whisker"]
+    assert leaders  # eight names of this length do not all stand beside their points
 
 
 @pytest.mark.parametrize("largest", [0.0, 0.3, 1.0, 7.9, 21, 99.9, 1234])
