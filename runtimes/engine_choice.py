@@ -10,7 +10,7 @@ from typing import Any
 from edgeflash.bundle import Component, Engine
 from edgeflash.engine import AHEAD, ENGINE, ONNX, build, load_vendor, logger
 from edgeflash.errors import EdgeflashError
-from edgeflash.gpu import Gpu, call, cudart, find_gpu
+from edgeflash.gpu import NO_GPU, Gpu, call, cudart, find_gpu
 from edgeflash.runtimes import engine_cache as cache
 from edgeflash.shelf import absent
 
@@ -58,12 +58,15 @@ def look(folder: Path, component: Component, gpu: int, cache_dir: str) -> Here:
     """Finds the GPU and the package for a component.
 
     Raises:
-        EdgeflashError: one of them is not here; a package, with the line that installs it.
+        EdgeflashError: one of them is not here: a GPU, with what the engine was built for; a
+            package, with the line that installs it.
     """
     try:
         found = find_gpu(gpu)
     except EdgeflashError as error:
-        raise EdgeflashError(f"{error}: without one, export --to onnx") from None
+        what = f"{component.name}: its engine {_made_for(component.engine)}"
+        remedy = ": without one, export --to onnx" if NO_GPU in str(error) else ""
+        raise EdgeflashError(f"{what}; this machine: {error}{remedy}") from None
     usual = AHEAD if absent(["tensorrt"]) else "tensorrt"
     engine = component.engine or Engine.model_validate({"vendor": usual, "rows": USUAL_ROWS})
     places = cache.folder_of(cache_dir)
@@ -81,13 +84,11 @@ def choose(here: Here, gpu: int, *, build_missing: bool) -> Path:
         return here.kept
     if here.shipped:
         if reasons := reasons_against(here):
-            built = here.engine
-            what = f"{built.vendor} {built.built_with}, compute capability "
-            raise _mismatch(here, what + ", ".join(built.built_for), f" ({reasons})")
+            raise _mismatch(here, _made_for(here.engine), f" ({reasons})")
         return here.shipped
     earlier = "; ".join(str(key) for key in cache.others(here.places, here.key))
     if not build_missing:
-        raise _mismatch(here, earlier or "no machine yet", "")
+        raise _mismatch(here, f"was built for {earlier or 'no machine yet'}", "")
     before = f" (there is one for {earlier})" if earlier else ""
     name = here.component.name
     told = f"{name}: building an engine for {here}{before}: this takes minutes, once"
@@ -127,8 +128,15 @@ def _is(file: Any, suffix: str) -> bool:
     return str(file.path).endswith(suffix)
 
 
+def _made_for(engine: Engine | None) -> str:
+    if engine is None or not engine.built_for:
+        return "is built where it runs, on an NVIDIA GPU"
+    numbers = ", ".join(engine.built_for)
+    return f"was built for {engine.vendor} {engine.built_with}, compute capability {numbers}"
+
+
 def _mismatch(here: Here, built: str, why: str) -> EdgeflashError:
     return EdgeflashError(
-        f"{here.component.name}: its engine was built for {built}; this machine has {here}{why}: "
+        f"{here.component.name}: its engine {built}; this machine has {here}{why}: "
         f"edgeflash build {here.folder}"
     )
