@@ -20,6 +20,7 @@ from .encoded import cached_conditioning, cached_latents
 from .features import Taps
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
+from .witness import WEIGHT, Witness
 
 Rule = Literal["base", "small", "tiny", "sdxs"]
 
@@ -28,7 +29,8 @@ class Blocks(Method):
     """BK-SDM (arXiv 2305.15798, eq. 1-4) and the UNet of SDXS (arXiv 2403.16627, sec. 3.1).
 
     L = |target - S|^2 + |T - S|^2 + sum over blocks of |F_T - F_S|^2, each with its weight, on the
-    conditional branch and without guidance. SDXS has no first term: ``denoising_weight = 0``.
+    conditional branch and without guidance. SDXS has no first term: ``denoising_weight = 0``. With
+    ``attribute_weight`` a `Witness` says which objects the student's x_0 shows.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -45,6 +47,7 @@ class Blocks(Method):
         False, description="divide a block's error by the mean square of the teacher's output"
     )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions")
+    attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
 
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
@@ -59,9 +62,13 @@ class Blocks(Method):
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
         pairs = feature_pairs(teacher, student)
         taught, learnt = Taps([t for t, _ in pairs]), Taps([s for _, s in pairs])
+        witness = None
+        if self.attribute_weight:
+            witness = Witness.at(shop, "blocks", latents, process)
 
         def batch(indices: np.ndarray) -> Batch:
-            return {"x_0": latents(indices), "c": conditioning(indices)}
+            known = witness.known(indices) if witness else {}
+            return {"x_0": latents(indices), "c": conditioning(indices)} | known
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
@@ -74,16 +81,22 @@ class Blocks(Method):
                 wanted = teacher(x_t, t, c).sample.float()
             output = network(x_t, t, c).sample.float()
             features = zip(taught.outputs, learnt.outputs, strict=True)
-            return {
-                "denoising": self.denoising_weight
-                * F.mse_loss(output, process.target(x_0, eps, t)),
+            distances = [self.distance(s.float(), t.float()) for t, s in features]
+            denoising = F.mse_loss(output, process.target(x_0, eps, t))
+            terms = {
+                "denoising": self.denoising_weight * denoising,
                 "output": self.output_weight * F.mse_loss(output, wanted),
-                "features": self.feature_weight
-                * torch.stack([self.distance(s.float(), t.float()) for t, s in features]).sum(),
+                "features": self.feature_weight * torch.stack(distances).sum(),
             }
+            if witness:
+                doubt = witness.doubt(process.x_0(output, x_t, t), batch["labels"], generator, t)
+                doubt = torch.where(empty.to(x_0.device), 0, doubt)
+                terms["attributes"] = self.attribute_weight * doubt.mean()
+            return terms
 
+        players = witness.players() if witness else {}
         return Stage(
-            players={"student": Player(student, loss)},
+            players=players | {"student": Player(student, loss)},
             batch=batch,
             results={"unet": student},
             averages={"unet": average(student, self.ema)} if self.ema else {},

@@ -11,13 +11,12 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
-from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .encoded import cached_conditioning, cached_latents
-from .judge import Judge, known_cross_entropy
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
+from .witness import WEIGHT, Witness
 
 BETAS: dict[str, Any] = {  # arXiv 2006.11239, sec. 4, and Stable Diffusion's own config
     "linear": {"beta_start": 1e-4, "beta_end": 0.02},
@@ -29,9 +28,7 @@ class Denoising(Method):
     """Latent diffusion (arXiv 2112.10752, eq. 3) with caption dropout (arXiv 2207.12598).
 
     Autoencoder and text encoder of the student folder are frozen, and what they make of the data is
-    cached. The error of a latent is nearly the same whether an object is red or orange; with
-    ``attribute_weight`` a classifier, trained on noised latents beside the UNet, says what objects
-    the x_0 that it predicts shows (auxiliary classifiers: arXiv 1610.09585, sec. 4).
+    cached. With ``attribute_weight`` a `Witness` says which objects the predicted x_0 shows.
     """
 
     widths: tuple[int, ...] = Field((64, 128), description="UNet channels at each resolution")
@@ -48,9 +45,7 @@ class Denoising(Method):
         "scaled_linear", description="noise of DDPM, or the lesser one of Stable Diffusion"
     )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions, for CFG")
-    attribute_weight: float = Field(
-        0.0, ge=0, description="of the attributes that a classifier reads off x_0; 0: no classifier"
-    )
+    attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
 
     @model_validator(mode="after")
     def _one_for_each(self) -> Denoising:
@@ -70,17 +65,13 @@ class Denoising(Method):
         unet = self.unet(shape[1], shape[2], width).to(shop.device)
         unet.to(memory_format=torch.channels_last)
 
-        witness, labels = None, shop.store.labels
+        witness = None
         if self.attribute_weight:
-            if labels is None:
-                raise EdgeflashError("denoising.attribute_weight needs [data] kind = 'shapes'")
-            witness = Witness(shape[1], shape[2], process).to(shop.device)
+            witness = Witness.at(shop, "denoising", latents, process)
 
         def batch(indices: np.ndarray) -> Batch:
-            made = {"x_0": latents(indices), "c": conditioning(indices)}
-            if labels is not None:
-                made["labels"] = torch.from_numpy(labels[indices])
-            return made
+            known = witness.known(indices) if witness else {}
+            return {"x_0": latents(indices), "c": conditioning(indices)} | known
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
@@ -92,12 +83,12 @@ class Denoising(Method):
             output = network(x_t, t, c).sample.float()
             terms = {"denoising": F.mse_loss(output, process.target(x_0, eps, t))}
             if witness:
-                doubt = witness.doubt(process.x_0(output, x_t, t), t, batch["labels"], generator)
+                doubt = witness.doubt(process.x_0(output, x_t, t), batch["labels"], generator, t)
                 doubt = torch.where(empty.to(x_0.device), 0, doubt)
                 terms["attributes"] = self.attribute_weight * doubt.mean()
             return terms
 
-        players = {"witness": Player(witness, witness.loss)} if witness else {}
+        players = witness.players() if witness else {}
         return Stage(
             players=players | {"unet": Player(unet, loss)},
             batch=batch,
@@ -138,45 +129,3 @@ class Denoising(Method):
             addition_embed_type="text",
             addition_embed_type_num_heads=self.heads,
         )
-
-
-class Witness(nn.Module):
-    """Reads attributes off square latents with a little noise, which hides what is only blurred."""
-
-    COLOURS, OUTLINES = (3, 6), (2, 4, 5, 7)  # heads of both objects: outlines are shape and size
-
-    def __init__(self, channels: int, size: int, process: Process) -> None:
-        super().__init__()
-        halvings = (size // 4).bit_length() - 1  # to 4 x 4
-        self.judge = Judge((64, *[128] * (halvings - 1)), channels=channels)
-        self.process = process
-
-    def forward(self, x_0: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
-        """Logits of `shapes.HEADS`, [n, values] each."""
-        t = torch.full((len(x_0),), self.process.timesteps // 16, device=x_0.device)
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-        logits: list[torch.Tensor] = self.judge(self.process.noised(x_0, eps, t))[0]
-        return logits
-
-    def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
-        heads = zip(network(batch["x_0"], generator), batch["labels"].T, strict=True)
-        losses = [known_cross_entropy(logits.float(), known) for logits, known in heads]
-        return {"witness": torch.stack(losses).sum()}
-
-    def doubt(
-        self, x_0: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
-    ) -> torch.Tensor:
-        """Cross-entropy of colours, shapes and sizes on x_0 as predicted at t, summed, [n].
-
-        The noisier x_t was, the less of outlines can be told: they count (1 - t/T)^2.
-        """
-        logits = self(x_0, generator)
-
-        def part(heads: tuple[int, ...]) -> torch.Tensor:
-            losses = [
-                F.cross_entropy(logits[i].float(), labels[:, i], ignore_index=-1, reduction="none")
-                for i in heads
-            ]
-            return torch.stack(losses).sum(0)
-
-        return part(self.COLOURS) + (1 - t / self.process.timesteps) ** 2 * part(self.OUTLINES)

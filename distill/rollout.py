@@ -26,6 +26,7 @@ def ddim(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Te
     """
     for t, s in pairwise(times):
         x = process.ddim(*ask(x, t), s)
+    torch.clear_autocast_cache()  # weights that were cast in here would stay without gradients
     return x
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_distill import small_recipe
 
 from edgeflash.distill.run import _check_steps, distill
@@ -17,6 +19,7 @@ from edgeflash.recipe import recipe_of
 FOUR_STEPS = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]}
 ONE_STEP = {"denoising_steps": 1, "denoising_timestep": 400}
 CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
+    "lcm": ({"by": "lcm", "own_steps": 4, "ddim_steps": 20}, "LCMScheduler", FOUR_STEPS),
     "tcd": ({"by": "tcd"}, "TCDScheduler", {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]}),
     "perflow": ({"by": "perflow", "windows": 2}, "DDIMScheduler", {2: [999, 499]}),
     "reflow": ({"by": "perflow", "windows": 1}, "DDIMScheduler", {25: []}),
@@ -82,7 +85,27 @@ def test_what_a_teachers_timesteps_do_not_allow_is_said(
         distill(small_recipe(tmp_path, stage=[stage], sampling=None), tmp_path / "student")
 
 
-def test_an_auxiliary_classifier_needs_labels(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path, stage=[{"by": "denoising", "attribute_weight": 1, "steps": 1}])
-    with pytest.raises(EdgeflashError, match=r"attribute_weight needs .* 'shapes'"):
+@pytest.mark.parametrize("by", ["denoising", "blocks", "lcm"])
+def test_an_auxiliary_classifier_needs_labels(tmp_path: Path, by: str) -> None:
+    rule = {"rule": "small"} if by == "blocks" else {}
+    stage = {"by": by, "attribute_weight": 1, "steps": 1} | rule
+    recipe = small_recipe(tmp_path, stage=[stage])
+    with pytest.raises(EdgeflashError, match=rf"^{by}\.attribute_weight needs .* 'shapes'"):
         distill(recipe, tmp_path / "s")
+
+
+def test_an_auxiliary_classifier_moves_the_student(tmp_path: Path) -> None:
+    def trained(weight: float) -> dict[str, torch.Tensor]:
+        common = {"steps": 1, "batch_size": 2, "attribute_weight": weight, "ema": 0}
+        stages = [{"by": "blocks", "rule": "small", **common}, {"by": "lcm", **common}]
+        data = {"kind": "shapes", "samples": 4}
+        out = tmp_path / f"weight {weight}"
+        distill(small_recipe(tmp_path, stage=stages, data=data), out)
+        logs = [f"{out}.run/{i}/metrics.jsonl" for i in ("1-blocks", "2-lcm")]
+        told = [json.loads(Path(log).read_text().splitlines()[0]) for log in logs]
+        assert all(("student/attributes" in line) == (weight > 0) for line in told)
+        return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+
+    without, with_it = trained(0), trained(1)
+    moved = {name for name in without if not torch.equal(without[name], with_it[name])}
+    assert "conv_out.weight" in moved

@@ -19,13 +19,14 @@ from edgeflash.distill.by_blocks import (
     pruned_config,
     teacher_name,
 )
-from edgeflash.distill.by_denoising import Denoising, Witness
+from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_reading import as_named
 from edgeflash.distill.discriminators import hinge_critic
 from edgeflash.distill.features import Taps
 from edgeflash.distill.process import Process
 from edgeflash.distill.teacher import guided
+from edgeflash.distill.witness import Witness
 from edgeflash.errors import EdgeflashError
 
 SD15 = {
@@ -150,6 +151,31 @@ def test_the_exact_consistency_map_of_a_gaussian_has_no_lcm_loss() -> None:
     assert loss(posterior) > 5 * loss(exact)
 
 
+@torch.no_grad()
+def test_an_lcm_student_is_met_where_its_own_sampler_stands() -> None:
+    """With the exact map of x_0 ~ N(m, s^2), x at t is N(alpha m, alpha^2 s^2 + sigma^2)."""
+    m, s, it, lcm = 0.7, 0.2, process("sample"), LCM(ddim_steps=20, own_steps=4)
+
+    def exact(x: Tensor, t: Tensor, c: Tensor) -> Any:
+        spread = (it.alpha(t) ** 2 * s**2 + it.sigma(t) ** 2).sqrt()
+        return SimpleNamespace(sample=m + s * (x - it.alpha(t) * m) / spread)
+
+    scheduler = LCMScheduler(original_inference_steps=20)
+    ways = [way.tolist() for way in lcm.ways(scheduler, 1000)]
+    scheduler.set_timesteps(3)
+    three = [(int(t) + 1) // 50 - 1 for t in scheduler.timesteps]
+    assert ways[0] == [19] and ways[3:] == [
+        three[:1], three[:2], three, [19], [19, 14], [19, 14, 9], [19, 14, 9, 4]
+    ]  # fmt: skip
+    noise, generator = torch.randn(4000, 1, 2, 2), torch.Generator().manual_seed(0)
+    x = lcm.own(exact, it, noise, torch.tensor([19, 14, 4]), noise, generator)
+    t = torch.tensor([249])
+    assert float(x.mean()) == pytest.approx(float(it.alpha(t)) * m, rel=0.03)
+    spread = (it.alpha(t) ** 2 * s**2 + it.sigma(t) ** 2).sqrt()
+    assert float(x.std()) == pytest.approx(float(spread), rel=0.03)
+    assert lcm.own(exact, it, noise, torch.tensor([19]), noise, generator) is noise
+
+
 def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
     def mean(power: float) -> float:
         options = Denoising(timestep_power=power)
@@ -164,13 +190,14 @@ def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
 def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None:
     torch.manual_seed(0)
     betas = torch.linspace(1e-4, 0.02, 1000)
-    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"))
-    x_0, labels = torch.randn(6, 4, 16, 16), torch.from_numpy(shapes.batch(0, range(6))[2])
-    t = torch.zeros(6)
+    known = shapes.batch(0, range(6))[2]
+    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"), known)
+    x_0, labels = torch.randn(6, 4, 16, 16), witness.known(np.arange(6))["labels"]
+    t = None
     labels[3:, 5:] = -1  # one object
 
     def doubt(labels: torch.Tensor) -> torch.Tensor:
-        return witness.doubt(x_0, t, labels, torch.Generator().manual_seed(1))
+        return witness.doubt(x_0, labels, torch.Generator().manual_seed(1), t)
 
     def changed(column: int) -> torch.Tensor:
         other = labels.clone()
