@@ -23,7 +23,7 @@ from .judge import load_judge
 from .process import Process, noise_like
 from .rollout import denoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
-from .teacher import guided, plain
+from .teacher import asked, plain
 
 NFSD_PROMPT = (
     "unrealistic, blurry, low quality, out of focus, ugly, low contrast, dull, dark, "
@@ -240,14 +240,8 @@ class Duel:
         if options.weighting == "nfsd":
             alpha = process.alpha(t).clamp(min=1e-4)  # where it is 0, so is c(t)
             return x - process.sigma(t) / alpha * self.nfsd(x_t, t, c)
-        w = torch.full((len(x),), options.guidance - 1, device=x.device)
-        return denoised(
-            lambda x_t, t: guided(self.teacher, process, x_t, t, c, self.nothing, w),
-            process,
-            x_t,
-            t,
-            options.teacher_steps,
-        )
+        ask = asked(self.teacher, process, c, self.nothing, options.guidance)
+        return denoised(ask, process, x_t, t, options.teacher_steps)
 
     def nfsd(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """delta_D + s delta_C (arXiv 2310.17590), which stand in for SDS's eps_psi - eps'."""

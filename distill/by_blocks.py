@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .encoded import cached_conditioning, cached_latents
+from .encoded import cached_samples
 from .features import Taps
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
@@ -59,16 +59,12 @@ class Blocks(Method):
         student, copied = prune(before, self.rule)
         student.to(shop.device, memory_format=torch.channels_last)
         process = Process.of(shop.teacher, shop.device)
-        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        batch, nothing = cached_samples(shop)
         pairs = feature_pairs(teacher, student)
         taught, learnt = Taps([t for t, _ in pairs]), Taps([s for _, s in pairs])
         witness = None
         if self.attribute_weight:
-            witness = Witness.at(shop, "blocks", latents, process)
-
-        def batch(indices: np.ndarray) -> Batch:
-            known = witness.known(indices) if witness else {}
-            return {"x_0": latents(indices), "c": conditioning(indices)} | known
+            witness = Witness.at(shop, "blocks", batch(np.arange(1)), process)
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])

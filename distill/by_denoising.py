@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from edgeflash.roles import Method
 
-from .encoded import cached_conditioning, cached_latents
+from .encoded import cached_samples
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
@@ -60,18 +60,15 @@ class Denoising(Method):
         scheduler = self.scheduler()
         scheduler.save_pretrained(str(shop.folder / "scheduler"))
         process = Process.of(shop.folder, shop.device)
-        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
-        shape, width = latents(np.arange(1)).shape, nothing.shape[-1]
-        unet = self.unet(shape[1], shape[2], width).to(shop.device)
+        batch, nothing = cached_samples(shop)
+        sample = batch(np.arange(1))
+        _, channels, size, _ = sample["x_0"].shape
+        unet = self.unet(channels, size, nothing.shape[-1]).to(shop.device)
         unet.to(memory_format=torch.channels_last)
 
         witness = None
         if self.attribute_weight:
-            witness = Witness.at(shop, "denoising", latents, process)
-
-        def batch(indices: np.ndarray) -> Batch:
-            known = witness.known(indices) if witness else {}
-            return {"x_0": latents(indices), "c": conditioning(indices)} | known
+            witness = Witness.at(shop, "denoising", sample, process)
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import LCMScheduler
 from pydantic import Field, model_validator
@@ -17,12 +16,12 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .discriminators import UnetCritic, softplus_critic
-from .encoded import cached_conditioning, cached_latents
+from .encoded import cached_samples
 from .losses import matching
 from .process import Process, noise_config, noise_like
 from .rollout import renoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
-from .teacher import guided, plain
+from .teacher import asked, plain
 
 
 class DMD(Method):
@@ -84,7 +83,7 @@ class DMD(Method):
             raise EdgeflashError(
                 f"dmd.denoising_timestep: at most {process.timesteps} of this teacher's"
             )
-        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        batch, nothing = cached_samples(shop)
         fake = shop.load(shop.teacher, "unet").train()
         duel = Duel(
             options=self,
@@ -94,9 +93,6 @@ class DMD(Method):
             process=process,
             nothing=nothing,
         )
-
-        def batch(indices: np.ndarray) -> Batch:
-            return {"x_0": latents(indices), "c": conditioning(indices)}
 
         return Stage(
             players={
@@ -195,6 +191,6 @@ class Duel:
         with torch.no_grad():
             x_t = process.noised(x, noise_like(x, generator), t)
             fake, _ = plain(self.fake, process, x_t, t, c)
-            w = torch.full((len(x),), options.real_guidance - 1, device=x.device)
-            real, _ = guided(self.teacher, process, x_t, t, c, self.nothing, w)
+            ask = asked(self.teacher, process, c, self.nothing, options.real_guidance)
+            real, _ = ask(x_t, t)
         return matching(x, real, fake)

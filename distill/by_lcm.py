@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers import LCMScheduler
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .encoded import cached_conditioning, cached_latents
-from .process import Process, noise_config
+from .consistency import consistency
+from .encoded import cached_samples
+from .few_steps import few_step_scheduler
+from .losses import pseudo_huber
+from .process import Process, noise_like
 from .rollout import renoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
 from .witness import WEIGHT, Witness
-
-SIGMA_DATA = 0.5
 
 
 class LCM(Method):
@@ -71,45 +72,16 @@ class LCM(Method):
         process = Process.of(shop.teacher, shop.device)
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
-        scheduler = lcm_scheduler(shop.teacher, self)
+        scheduler = few_step_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling)
         ways = self.ways(scheduler, process.timesteps)
-        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        batch, nothing = cached_samples(shop)
         witness = None
         if self.attribute_weight:
-            witness = Witness.at(shop, "lcm", latents, process)
-
-        def batch(indices: np.ndarray) -> Batch:
-            known = witness.known(indices) if witness else {}
-            return {"x_0": latents(indices), "c": conditioning(indices)} | known
-
-        def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
-            x_0, c, count = batch["x_0"], batch["c"], len(batch["x_0"])
-            eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-            n = torch.randint(self.ddim_steps, (count,), generator=generator)
-            w = self.w_min + (self.w_max - self.w_min) * torch.rand(count, generator=generator)
-            if ways:
-                way = ways[int(torch.randint(len(ways), (), generator=generator))]
-                n[count // 2 :] = way[-1]
-            t, s = (time.to(x_0.device) for time in self.times(n, process.timesteps))
-            x_t = process.noised(x_0, eps, t)
-            if ways:
-                x_t[count // 2 :] = self.own(
-                    network, process, eps[count // 2 :], way, c[count // 2 :], generator
-                )
-            clean, noise = guided(teacher, process, x_t, t, c, nothing, w.to(x_0.device))
-            x_s = process.ddim(clean, noise, s)
-            with torch.no_grad():
-                wanted = self.consistency(target, process, x_s, s, c)
-            told = self.consistency(network, process, x_t, t, c)
-            terms = {"consistency": self.huber(told, wanted)}
-            if witness:
-                doubt = witness.doubt(told, batch["labels"], generator)
-                terms["attributes"] = self.attribute_weight * doubt.mean()
-            return terms
-
+            witness = Witness.at(shop, "lcm", batch(np.arange(1)), process)
+        lesson = Lesson(self, teacher, target, process, nothing, ways, witness)
         players = witness.players() if witness else {}
         return Stage(
-            players=players | {"student": Player(student, loss)},
+            players=players | {"student": Player(student, lesson.loss)},
             batch=batch,
             results={"unet": student, "scheduler": scheduler},
             averages={"unet": average(student, self.ema)} if self.ema else {},
@@ -131,49 +103,62 @@ class LCM(Method):
             found += [entries[: i + 1] for i in range(steps)]
         return found
 
+
+@dataclass(frozen=True)
+class Lesson:
+    """The loss of the student, who may be met on its own ways."""
+
+    options: LCM
+    teacher: Any
+    target: Any
+    process: Process
+    nothing: Tensor
+    ways: list[Tensor]
+    witness: Witness | None
+
+    def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
+        x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
+        w = options.w_min + (options.w_max - options.w_min) * torch.rand(
+            len(c), generator=generator
+        )
+        x_t, t, s = self.start(network, x_0, c, generator)
+        clean, noise = guided(self.teacher, process, x_t, t, c, self.nothing, w.to(c.device))
+        x_s = process.ddim(clean, noise, s)
+        with torch.no_grad():
+            wanted = self.consistency(self.target, x_s, s, c)
+        told = self.consistency(network, x_t, t, c)
+        terms = {"consistency": pseudo_huber(told, wanted, options.huber_c)}
+        if self.witness:
+            doubt = self.witness.doubt(told, batch["labels"], generator)
+            terms["attributes"] = options.attribute_weight * doubt.mean()
+        return terms
+
+    def start(
+        self, network: Any, x_0: Tensor, c: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x_t [n, c, h, w], t and s int64 [n]: of data, and of own samples in the second half."""
+        count, half, eps = len(x_0), len(x_0) // 2, noise_like(x_0, generator)
+        n = torch.randint(self.options.ddim_steps, (count,), generator=generator)
+        if self.ways:
+            way = self.ways[int(torch.randint(len(self.ways), (), generator=generator))]
+            n[half:] = way[-1]
+        t, s = (time.to(x_0.device) for time in self.options.times(n, self.process.timesteps))
+        x_t = self.process.noised(x_0, eps, t)
+        if self.ways:
+            x_t[half:] = self.own(network, eps[half:], way, c[half:], generator)
+        return x_t, t, s
+
     def own(
-        self,
-        unet: nn.Module,
-        process: Process,
-        noise: Tensor,
-        way: Tensor,
-        c: Tensor,
-        generator: torch.Generator,
+        self, network: Any, noise: Tensor, way: Tensor, c: Tensor, generator: torch.Generator
     ) -> Tensor:
         """x [n, c, h, w] at the last grid entry of a way that begins with noise; no gradients."""
-        t, _ = self.times(way.to(noise.device), process.timesteps)
-        return renoised(
-            lambda x, t: (self.consistency(unet, process, x, t, c), x),
-            process,
-            noise,
-            [time.expand(len(noise)) for time in t],
-            generator,
-        )
+        t, _ = self.options.times(way.to(noise.device), self.process.timesteps)
+        times = [time.expand(len(noise)) for time in t]
 
-    def scalings(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """c_skip and c_out, [n, 1, 1, 1]: f(x, 0) = x whatever the network says."""
-        scaled = self.timestep_scaling * t.float()[:, None, None, None]
-        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
-        c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
-        return c_skip, c_out
+        def ask(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            return self.consistency(network, x, t, c), x
 
-    def consistency(
-        self, unet: nn.Module, process: Process, x: Tensor, t: Tensor, c: Tensor
-    ) -> Tensor:
-        """f(x, t) = c_skip x + c_out x_0(x, t), eq. 9; [n, c, h, w]."""
-        c_skip, c_out = self.scalings(t)
-        return c_skip * x + c_out * process.x_0(unet(x, t, c).sample.float(), x, t)
+        return renoised(ask, self.process, noise, times, generator)
 
-    def huber(self, a: Tensor, b: Tensor) -> Tensor:
-        """Pseudo-Huber distance, arXiv 2310.14189 eq. 7, mean over elements."""
-        return ((a - b).square() + self.huber_c**2).sqrt().mean() - self.huber_c
-
-
-def lcm_scheduler(teacher: Path, options: LCM) -> LCMScheduler:
-    """The sampler the student is made for, with the teacher's betas and the loss's grid."""
-    return LCMScheduler(
-        **noise_config(teacher),
-        clip_sample=False,
-        original_inference_steps=options.ddim_steps,
-        timestep_scaling=options.timestep_scaling,
-    )
+    def consistency(self, unet: Any, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return consistency(unet, self.process, x, t, c, self.options.timestep_scaling)

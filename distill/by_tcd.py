@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import TCDScheduler
 from pydantic import Field, model_validator
@@ -16,8 +15,8 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .encoded import cached_conditioning, cached_latents
-from .process import Process, noise_config
+from .encoded import cached_samples
+from .process import Process, noise_config, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided, plain
 
@@ -60,7 +59,7 @@ class TCD(Method):
         process = Process.of(shop.teacher, shop.device)
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"tcd.ddim_steps: at most {process.timesteps} of this teacher's")
-        latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+        batch, nothing = cached_samples(shop)
         lesson = Lesson(
             options=self,
             teacher=shop.load(shop.teacher, "unet").requires_grad_(False),
@@ -68,9 +67,6 @@ class TCD(Method):
             process=process,
             nothing=nothing,
         )
-
-        def batch(indices: np.ndarray) -> Batch:
-            return {"x_0": latents(indices), "c": conditioning(indices)}
 
         return Stage(
             players={"student": Player(student, lesson.loss)},
@@ -111,7 +107,7 @@ class Lesson:
 
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
-        eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+        eps = noise_like(x_0, generator)
         entries = options.draws(len(x_0), generator)
         t, u, s = (time.to(x_0.device) for time in options.times(*entries, process.timesteps))
         spread = options.w_max - options.w_min

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from edgeflash.roles import Method
 
 from .discriminators import EncoderCritic, softplus_critic
-from .encoded import cached_conditioning, cached_latents
+from .encoded import cached_samples
 from .few_steps import few_step_scheduler, ladder
 from .process import Process, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
@@ -62,13 +61,10 @@ class UFOGen(Method):
         torch.manual_seed(0)
         process = Process.of(shop.teacher, shop.device)
         ladder(process, self.segments, "ufogen.segments")  # where it will sample
-        latents, (conditioning, _) = cached_latents(shop), cached_conditioning(shop)
+        batch, _ = cached_samples(shop)
         critic = EncoderCritic(shop.load(shop.teacher, "unet").train()).to(shop.device)
         student = shop.load(shop.student, "unet").train()
         duel = Duel(self, student, critic, process)
-
-        def batch(indices: np.ndarray) -> Batch:
-            return {"x_0": latents(indices), "c": conditioning(indices)}
 
         return Stage(
             players={

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+from functools import partial
 from itertools import pairwise
 from math import gcd
 from typing import Any, NamedTuple
@@ -61,15 +63,14 @@ class UnetCritic(nn.Module):
 
 
 class EncoderCritic(nn.Module):
-    """The encoder half of a UNet, with a head on its innermost features; the rest is let go.
+    """The encoder half of a UNet, with a head on its innermost features.
 
     The head's last layer begins at zero, so that at first the critic knows nothing.
     """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, nn.Identity()
-        self.unet = unet
+        self.unet = encoder_half(unet)
         self.head = _inner_head(unet)
         for parameter in self.head[-1].parameters():
             nn.init.zeros_(parameter)
@@ -78,6 +79,42 @@ class EncoderCritic(nn.Module):
         """Logits [n, 1] of noised samples [n, c, h, w] at t [n] under c [n, s, d]."""
         logits: Tensor = self.head(self.unet(x_t, t, c).sample)
         return logits.float()
+
+
+class FrozenCritic(nn.Module):
+    """Patches judged by a frozen UNet's innermost features; the head alone is trained and saved.
+
+    The layers are Flash Diffusion's (arXiv 2406.02347, its authors' code); theirs ends in one score
+    for 8x8 features, this one in a score for every second cell, so that any size will do.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self._sees = partial(encoder_half(unet))  # so that the UNet is no module of this one
+        self.head = nn.Sequential(
+            nn.Conv2d(unet.config.block_out_channels[-1], 64, 3, 1, 1),
+            nn.SiLU(),
+            nn.Conv2d(64, 128, 3, 2, 1, bias=False),
+            nn.SiLU(),
+            nn.GroupNorm(4, 128),
+            nn.Conv2d(128, 1, 3, 1, 1, bias=False),
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        """Scores [n, 1, h, w] of noised samples at t [n] under c [n, s, d]; positive means real."""
+        scores: Tensor = self.head(self._sees(x_t, t, c).sample)
+        return scores.float()
+
+
+def encoder_half(unet: Any) -> Any:
+    """A UNet on the same weights that puts out its innermost features, and computes no more."""
+    half = copy(unet)
+    half._modules = unet._modules | {
+        "up_blocks": nn.ModuleList(),
+        "conv_norm_out": None,
+        "conv_out": nn.Identity(),
+    }
+    return half
 
 
 def _inner_head(unet: Any) -> nn.Sequential:
@@ -96,6 +133,14 @@ def _inner_head(unet: Any) -> nn.Sequential:
 def hinge_critic(real: Tensor, fake: Tensor) -> Tensor:
     """The critic's hinge loss (arXiv 1705.02894), 0 when both are a margin of 1 away."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def least_squares_critic(real: Tensor, fake: Tensor) -> Tensor:
+    """The critic's least squares (arXiv 1611.04076, eq. 2) on sigmoids, 1/4 when it knows nothing.
+
+    The other side's loss is ``(1 - sigmoid(fake)).square()``.
+    """
+    return 0.5 * ((1 - real.sigmoid()).square().mean() + fake.sigmoid().square().mean())
 
 
 def softplus_critic(real: Tensor, fake: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from edgeflash.student import Student
 
 from .process import Process, noise_config
 from .rollout import denoised
-from .stage import Workshop
-from .teacher import guided
+from .stage import Batch, Workshop
+from .teacher import asked
 
 Rows = Callable[[np.ndarray], Tensor]
 
@@ -135,10 +135,8 @@ def sampled_latents(
         seeds = [torch.Generator().manual_seed(int(row)) for row in rows]
         eps = torch.stack([torch.randn(shape, generator=g) for g in seeds]).to(shop.device)
         t = torch.full((len(rows),), last, device=shop.device)
-        c, w = conditioning(rows).to(shop.device), torch.full_like(t, guidance - 1, dtype=eps.dtype)
-        return denoised(
-            lambda x, t: guided(unet, process, x, t, c, nothing, w), process, eps, t, steps
-        )
+        ask = asked(unet, process, conditioning(rows).to(shop.device), nothing, guidance)
+        return denoised(ask, process, eps, t, steps)
 
     def make(indices: np.ndarray) -> Tensor:
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
@@ -147,6 +145,22 @@ def sampled_latents(
     weights = [shop.teacher / "unet", shop.student / "text_encoder"]
     told = [guidance, steps, side, noise_config(shop.teacher), *map(_weights_key, weights)]
     return shop.store.cached(f"samples {json.dumps(told)}", make)
+
+
+def cached_samples(shop: Workshop) -> tuple[Callable[[np.ndarray], Batch], Tensor]:
+    """Batches of the store's latents and their conditioning, and that of no caption [1, s, d].
+
+    A batch has ``x_0`` [n, c, h, w], ``c`` [n, s, d] and, of the shapes scenes, ``labels`` of
+    `shapes.HEADS`, int64 [n, heads].
+    """
+    latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+    labels = shop.store.labels
+
+    def batch(indices: np.ndarray) -> Batch:
+        known = {} if labels is None else {"labels": torch.from_numpy(labels[indices])}
+        return {"x_0": latents(indices), "c": conditioning(indices)} | known
+
+    return batch, nothing
 
 
 def _weights_key(folder: Path) -> str:

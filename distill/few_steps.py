@@ -1,4 +1,4 @@
-"""The few timesteps that a student is trained at, and the sampler that stops at them."""
+"""The few timesteps that a student is trained at, and the samplers that stop at them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, LCMScheduler
 from torch import Tensor
 
 from edgeflash.errors import EdgeflashError
 
+from .consistency import TIMESTEP_SCALING
 from .process import Process, noise_config, noise_like
 from .stage import Batch
 from .teacher import plain
@@ -22,12 +23,19 @@ def ladder(process: Process, steps: int, option: str) -> Tensor:
     Raises:
         EdgeflashError: they do not divide it; ``option`` says who asked.
     """
-    stride, rest = divmod(process.timesteps, steps)
-    if rest:
+    if process.timesteps % steps:
         raise EdgeflashError(
             f"{option}: {steps} do not divide this teacher's {process.timesteps} timesteps"
         )
-    return torch.arange(process.timesteps - 1, -1, -stride, device=process.abar.device)
+    return trailing(process.timesteps, steps)[:-1].to(process.abar.device)
+
+
+def trailing(timesteps: int, steps: int) -> Tensor:
+    """Where a sampler of so many steps stops: int64 [steps + 1], from the last timestep to -1.
+
+    That is diffusers' "trailing" spacing: 999, 666, 332 and the clean sample for three of 1000.
+    """
+    return torch.linspace(timesteps, 0, steps + 1, dtype=torch.float64).round().long() - 1
 
 
 def estimate(
@@ -56,6 +64,30 @@ def estimate(
     return x
 
 
-def few_step_scheduler(teacher: Path, steps: int) -> LCMScheduler:
-    """x_0, then fresh noise, at the timesteps of the ladder, with the teacher's betas."""
-    return LCMScheduler(**noise_config(teacher), clip_sample=False, original_inference_steps=steps)
+def few_step_scheduler(
+    teacher: Path, steps: int, timestep_scaling: float = TIMESTEP_SCALING
+) -> LCMScheduler:
+    """x_0, or LCM's f, then fresh noise, at ``steps`` even timesteps, with the teacher's betas.
+
+    Of fewer steps it chooses among these. It is multistep consistency sampling (arXiv 2303.01469,
+    alg. 1).
+    """
+    return LCMScheduler(
+        **noise_config(teacher),
+        clip_sample=False,
+        original_inference_steps=steps,
+        timestep_scaling=timestep_scaling,
+    )
+
+
+def ddim_scheduler(teacher: Path, steps: int) -> Any:
+    """The sampler of so many DDIM steps that stops where `trailing` says, with the teacher's betas.
+
+    `DDIMScheduler` counts T // ``steps`` back, which misses its own next timestep where that is no
+    whole number. First-order DPM-Solver++ is DDIM (arXiv 2211.01095) without that.
+    """
+    noise = noise_config(teacher)
+    scheduler = DDIMScheduler(**noise, clip_sample=False, timestep_spacing="trailing")
+    if scheduler.config.num_train_timesteps % steps == 0:
+        return scheduler
+    return DPMSolverMultistepScheduler(**noise, solver_order=1, timestep_spacing="trailing")

@@ -19,3 +19,8 @@ def matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """
     scale = (x.detach() - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-8)
     return 0.5 * F.mse_loss(x, (x - (fake - real) / scale).detach())
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """Pseudo-Huber distance of width c (arXiv 2310.14189, eq. 7), mean over elements."""
+    return ((a - b).square() + c**2).sqrt().mean() - c

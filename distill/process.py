@@ -51,7 +51,8 @@ class Process:
         """The process a diffusers folder's scheduler config describes.
 
         Raises:
-            EdgeflashError: a scheduler without a variance-preserving noise schedule.
+            EdgeflashError: a scheduler without a variance-preserving noise schedule, or one that
+                ends in pure noise, of which a prediction of epsilon tells nothing.
         """
         from diffusers import DDPMScheduler
 
@@ -60,19 +61,32 @@ class Process:
             name = config.get("_class_name")
             raise EdgeflashError(f"{folder / 'scheduler'}: {name} has no variance-preserving noise")
         scheduler = DDPMScheduler(**noise_config(folder))
-        return cls(scheduler.alphas_cumprod.to(device), scheduler.config.prediction_type)
+        predicts = scheduler.config.prediction_type
+        if predicts == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+            raise EdgeflashError(
+                f"{folder / 'scheduler'}: its noise ends without signal (rescale_betas_zero_snr), "
+                "which goes with v_prediction or sample, but it says epsilon: mend one of the two"
+            )
+        return cls(scheduler.alphas_cumprod.to(device), predicts)
 
     @property
     def timesteps(self) -> int:
         return len(self.abar)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t for timesteps int64 [n], as [n, 1, 1, 1]."""
-        return self.abar[t].sqrt()[:, None, None, None]
+        """alpha_t for timesteps int64 [n], as [n, 1, 1, 1]; -1 is the clean sample."""
+        return self._abar(t).sqrt()[:, None, None, None]
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t for timesteps int64 [n], as [n, 1, 1, 1]."""
-        return (1 - self.abar[t]).sqrt()[:, None, None, None]
+        """sigma_t for timesteps int64 [n], as [n, 1, 1, 1]; -1 is the clean sample."""
+        return (1 - self._abar(t)).sqrt()[:, None, None, None]
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """sigma_t / alpha_t for timesteps int64 [n], as [n, 1, 1, 1]: the noise of x / alpha."""
+        return self.sigma(t) / self.alpha(t)
+
+    def _abar(self, t: Tensor) -> Tensor:
+        return torch.where(t < 0, 1.0, self.abar[t])
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0), all [n, c, h, w]."""

@@ -22,11 +22,26 @@ def ddim(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Te
 
     Args:
         x: [n, c, h, w] at times[0].
-        times: timesteps int64 [n], each below the one before.
+        times: timesteps int64 [n], each below the one before; -1 is the clean sample.
     """
     for t, s in pairwise(times):
         x = process.ddim(*ask(x, t), s)
     torch.clear_autocast_cache()  # weights that were cast in here would stay without gradients
+    return x
+
+
+@torch.no_grad()
+def heun(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Tensor:
+    """The same ODE by Heun's steps of two calls each, in x / alpha over sigma / alpha.
+
+    There dx = eps d(sigma / alpha): arXiv 2206.00364, alg. 1. ``times`` do not reach the clean one.
+    """
+    for t, s in pairwise(times):
+        start, span = x / process.alpha(t), process.ratio(s) - process.ratio(t)
+        _, eps = ask(x, t)
+        _, later = ask(process.alpha(s) * (start + span * eps), s)
+        x = process.alpha(s) * (start + span * (eps + later) / 2)
+    torch.clear_autocast_cache()  # as above
     return x
 
 
@@ -59,5 +74,5 @@ def renoised(
     for t, s in pairwise(times):
         x_0, _ = ask(x, t)
         x = process.noised(x_0, noise_like(x, generator), s)
-    torch.clear_autocast_cache()  # weights that were cast in here would stay without gradients
+    torch.clear_autocast_cache()  # as above
     return x

@@ -114,6 +114,7 @@ def _check_steps(recipe: Recipe) -> None:
     for asked in recipe.sampling.steps if recipe.sampling and runs else ():
         if asked not in runs:
             makes = f"at most {runs[-1]}" if runs.step == 1 else f"multiples of {runs.step}"
+            makes = f"{runs[0]} alone" if len(runs) == 1 and runs[0] > 1 else makes
             raise EdgeflashError(f"[sampling] steps: {asked}, but {name!r} makes {makes}")
 
 
@@ -357,4 +358,5 @@ def _sampling(
     counts, (_, runs) = student.step_counts(), _sampler(recipe)
     if runs:
         counts = tuple(n for n in counts if n in runs) or tuple(runs[:1])
-    return counts, student.default_steps(counts), student.guidance()
+    folded = any(method.folds_guidance() for method in recipe.methods())
+    return counts, student.default_steps(counts), Guidance() if folded else student.guidance()

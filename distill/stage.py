@@ -28,7 +28,7 @@ class Player:
 
     ``loss(network, batch, generator)`` is given the network as the accelerator wrapped it, and
     draws every random number from ``generator``, which is seeded by the step: that is what makes a
-    resumed run equal to an uninterrupted one.
+    resumed run equal to an uninterrupted one. ``batch["step"]``, int64 [], counts the steps before.
     """
 
     network: nn.Module
@@ -89,8 +89,15 @@ class Workshop:
         return network.to(self.device, memory_format=torch.channels_last)
 
 
-def average(network: nn.Module, decay: float) -> AveragedModel:
-    """A copy of ``network`` that the loop moves by avg <- decay * avg + (1 - decay) * network."""
-    average_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    copy = AveragedModel(network, multi_avg_fn=average_fn, use_buffers=True)
+def average(network: nn.Module, decay: float | Callable[[int], float]) -> AveragedModel:
+    """A copy of ``network`` that the loop moves by avg <- decay * avg + (1 - decay) * network.
+
+    ``decay`` may depend on how many steps came before; the first step copies ``network``.
+    """
+
+    def move(averages: Any, weights: Any, steps: Any) -> None:
+        now = decay(int(steps)) if callable(decay) else decay
+        get_ema_multi_avg_fn(now)(averages, weights, steps)  # type: ignore[no-untyped-call]
+
+    copy = AveragedModel(network, multi_avg_fn=move, use_buffers=True)
     return copy.requires_grad_(False).eval()

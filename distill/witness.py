@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeflash.errors import EdgeflashError
 
-from .encoded import Rows
 from .judge import Judge, known_cross_entropy
 from .process import Process, noise_like
 from .stage import Batch, Player, Terms, Workshop
@@ -20,49 +18,44 @@ WEIGHT = "of the attributes that a classifier reads off x_0; 0: no classifier"
 
 
 class Witness(nn.Module):
-    """Reads attributes off square latents with a little noise, which hides what is only blurred.
+    """Reads attributes off square latents with some noise, which hides what is only blurred.
 
     The error of a latent is nearly the same whether an object is red or orange; a classifier sees
-    little else (auxiliary classifiers: arXiv 1610.09585, sec. 4). It has no part in the judge that
-    measures.
+    little else (auxiliary classifiers: arXiv 1610.09585, sec. 4). Noise of one strength would be
+    one net to slip through. It has no part in the judge that measures.
     """
 
     COLOURS, OUTLINES = (3, 6), (2, 4, 5, 7)  # heads of both objects: outlines are shape and size
 
-    def __init__(self, channels: int, size: int, process: Process, labels: np.ndarray) -> None:
+    def __init__(self, channels: int, size: int, process: Process) -> None:
         super().__init__()
-        self.labels = labels
         halvings = (size // 4).bit_length() - 1  # to 4 x 4
         self.judge = Judge((64, *[128] * (halvings - 1)), channels=channels)
         self.process = process
 
     @classmethod
-    def at(cls, shop: Workshop, method: str, latents: Rows, process: Process) -> Witness:
-        """One for a workshop's latents; ``method`` is whose ``attribute_weight`` asks for it.
+    def at(cls, shop: Workshop, method: str, sample: Batch, process: Process) -> Witness:
+        """One for a workshop's latents, of which ``sample`` is a batch.
 
         Raises:
-            EdgeflashError: the data are not the shapes scenes.
+            EdgeflashError: the data are not the shapes scenes; ``method`` is whose
+                ``attribute_weight`` asks for one.
         """
-        labels = shop.store.labels
-        if labels is None:
+        if "labels" not in sample:
             raise EdgeflashError(f"{method}.attribute_weight needs [data] kind = 'shapes'")
-        _, channels, size, _ = latents(np.arange(1)).shape
-        return cls(channels, size, process, labels).to(shop.device)
-
-    def known(self, indices: np.ndarray) -> Batch:
-        """What it wants in a batch beside x_0: labels of `shapes.HEADS`, int64 [n, heads]."""
-        return {"labels": torch.from_numpy(self.labels[indices])}
+        _, channels, size, _ = sample["x_0"].shape
+        return cls(channels, size, process).to(shop.device)
 
     def players(self) -> dict[str, Player]:
         """Itself, to be trained before the network it looks at."""
-        return {"witness": Player(self, self.loss)}
+        return {"witness": Player(self, self.loss, learning_rate=2e-3)}
 
     def forward(self, x_0: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Logits of `shapes.HEADS`, [n, values] each."""
-        t = torch.full((len(x_0),), self.process.timesteps // 16, device=x_0.device)
-        logits: list[Tensor] = self.judge(self.process.noised(x_0, noise_like(x_0, generator), t))[
-            0
-        ]
+        least, most = self.process.timesteps // 16, self.process.timesteps // 6
+        t = torch.randint(least, most, (len(x_0),), generator=generator).to(x_0.device)
+        logits: list[Tensor]
+        logits, _ = self.judge(self.process.noised(x_0, noise_like(x_0, generator), t))
         return logits
 
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:

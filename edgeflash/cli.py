@@ -119,6 +119,8 @@ def run(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
     strength: Annotated[float, typer.Option(min=0, max=1, help="How much to repaint.")] = 0.6,
+    edit: Annotated[str | None, typer.Option(help="inpaint, colourise or enlarge it.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where inpaint paints.")] = None,
     low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,
     out_png: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("image.png"),
     set_: Set = None,
@@ -126,18 +128,22 @@ def run(
     """Draw: bundle folder and prompt -> PNG."""
     from edgeflash.bundle import Bundle
     from edgeflash.png import check_png, read_picture, write_pngs
+    from edgeflash.runtimes.edit import edit_of
     from edgeflash.runtimes.pipeline import Request, TextToImage
 
     check_png(out_png)
     opened = Bundle.open(bundle)
     runtime = _runtime(on, opened, set_)
+    made = opened.manifest.image
+    picture, painted = (None if path is None else read_picture(path) for path in (image, mask))
     request = Request(
         prompt=tuple(prompt or ()),
         seed=seed,
         steps=steps,
         guidance=guidance,
-        image=None if image is None else read_picture(image),
+        image=None if edit else picture,
         strength=strength,
+        edit=edit_of(edit, picture, painted, (made.height, made.width)),
     )
     with TextToImage(opened, runtime, low_memory=low_memory) as pipeline:
         for event in pipeline.stream(request):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from edgeflash.shelf import find, make, require
 from edgeflash.student import Student, StudentManifest
 
 SHOWN = 8  # prompts in the picture grid
+UNTRAINED = {"L3.psnr_db": 60.0, "L4.psnr_db": 60.0}  # steps of such a network amplify rounding
 JUDGED = 500  # prompts that prompt accuracy and FD are measured on
 PAGE = "report.html"
 SHEET = "pictures.png"
@@ -155,7 +156,7 @@ def _brief(out: Path, console: Console) -> list[Entry]:
     with tempfile.TemporaryDirectory() as scratch:
         student = Path(scratch) / "student-pruned"
         _prune(embedded("shapes-teacher"), rule, student)
-        pruned = _export(student, out / "bundle-pruned", "fp32", (4,), console)
+        pruned = _export(student, out / "bundle-pruned", "fp32", (4,), console, UNTRAINED)
     with _told(console, "distil a student in this run"):
         distill(recipe, folder, console=console)
     bundle = _export(folder, out / "bundle-brief", "fp32", (4,), console)
@@ -193,7 +194,12 @@ def _shipped(out: Path, console: Console) -> list[Entry]:
 
 
 def _export(
-    student: Path, bundle: Path, precision: str, steps: tuple[int, ...], console: Console
+    student: Path,
+    bundle: Path,
+    precision: str,
+    steps: tuple[int, ...],
+    console: Console,
+    floors: Mapping[str, float] | None = None,
 ) -> Path:
     from edgeflash.export.line import export_student
 
@@ -205,6 +211,7 @@ def _export(
             bundle,
             steps=steps,
             prompts=_prompts(16),
+            floors=floors,
             console=console,
         )
     return bundle

@@ -70,6 +70,10 @@ class Method(Plugin, ABC):
         """The step counts that the student's sampler can run; None: this stage limits none."""
         return None
 
+    def folds_guidance(self) -> bool:
+        """Whether the student is sampled without guidance though its sampler does not tell so."""
+        return False
+
     @abstractmethod
     def begin(self, shop: Workshop) -> Stage:
         """Builds the networks, losses and batches of this stage."""

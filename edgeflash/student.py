@@ -21,6 +21,7 @@ from pydantic import Field
 from edgeflash.bundle import MANIFEST, Part, parse_manifest, read_manifest, sha256_of, write_atomic
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
+from edgeflash.noise_correction import MARK, corrected
 from edgeflash.schedule import Guidance, Schedule, lower_schedule
 
 if TYPE_CHECKING:
@@ -184,7 +185,10 @@ class Student:
         wanted = sorted(set(steps or self.step_counts()))
         lacking = [n for n in wanted if n not in own]
         scheduler = self._scheduler() if lacking else None
-        return {n: own[n] if n in own else lower_schedule(scheduler, n) for n in wanted}
+        tables = {n: lower_schedule(scheduler, n) for n in lacking}
+        if lacking and self.config("scheduler").get(MARK):
+            tables = {n: corrected(table) for n, table in tables.items()}
+        return {n: own.get(n) or tables[n] for n in wanted}
 
     def guidance(self, scale: float | None = None) -> Guidance:
         """How the prompt steers: as the manifest says, or as diffusers would do by default.

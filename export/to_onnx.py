@@ -61,6 +61,9 @@ class OnnxTarget(Target):
     attention: bool = Field(
         False, description="int8: also quantize products of two activations, as in attention"
     )
+    shortcuts: bool = Field(
+        False, description="int8: also quantize convolutions of skip connections as they come"
+    )
     edges: bool = Field(
         False, description="int8: also quantize what stands next to latents, images, conditioning"
     )

@@ -22,6 +22,7 @@ from edgeflash import noise
 from edgeflash.bundle import Bundle
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
+from edgeflash.runtimes.edit import Edit, renoises
 from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.honour import refuse
 from edgeflash.schedule import Entry, Guidance, Schedule, advance
@@ -44,6 +45,7 @@ class Request:
         size: (height, width) in px, for bundles whose networks leave the size free.
         image: start from this picture: uint8 [height, width, 3], of the size above.
         strength: share of the steps to run on ``image``, 0 to 1: how much is painted anew.
+        edit: what is known of the picture, for samplers that noise it anew at every step.
     """
 
     prompt: str | tuple[str, ...]
@@ -54,6 +56,7 @@ class Request:
     size: tuple[int, int] | None = None
     image: UInt8 | None = None
     strength: float = 0.6
+    edit: Edit | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -116,7 +119,7 @@ class TextToImage:
     """A bundle on a runtime, ready to draw.
 
     Components are loaded when first needed and kept. With ``low_memory`` only one is loaded at a
-    time: each is closed when its stage ends.
+    time, in edits the denoiser and one half of the autoencoder: each is closed when its stage ends.
 
     Raises:
         EdgeflashError: the bundle asks for something that is not on offer here.
@@ -179,7 +182,8 @@ class TextToImage:
         latent = None
         if request.image is not None:
             with self._stage("vae_encoder") as (part, clock):
-                latent = self._encode(part, request.image, plan)
+                pixels = request.image.astype(np.float32).transpose(2, 0, 1)[None]
+                latent = np.broadcast_to(self._encode(part, pixels), plan.shape)
                 told = clock.ms()
             yield Event("vae_encoder", 0, steps, told)
 
@@ -191,11 +195,13 @@ class TextToImage:
                 if step.needs_noise:
                     fresh = _draw(plan.shape, seeds, i + 1)
                 following = advance(step, x, output, noise=fresh, previous=previous)
+                if request.edit and i + 1 < steps:
+                    following = self._edited(request.edit, following, plan.schedule, i, fresh)
                 x, previous = _finite(following, "unet", f"at step {i + 1} of {steps}"), (x, output)
                 yield Event("unet", i + 1, steps, clock.ms(), x)
 
         with self._stage("vae_decoder") as (part, clock):
-            images = self._decode(part, x)
+            images = self._decode(part, x, request.edit)
             told = clock.ms()
         ids = np.array([token.ids for token in tokens], np.int64)
         result = Result(images, x, ids, tuple(token.cut for token in tokens))
@@ -213,7 +219,26 @@ class TextToImage:
             if "vae_encoder" not in self.parts:
                 raise self._cannot("start from an image", "it has no vae_encoder")
             entry = schedule.entry(request.strength)
-        return _Plan(schedule, entry, self._guidance(request), self._shape(request))
+        shape = self._shape(request)
+        if request.edit:
+            self._check_edit(request, request.edit, schedule, shape)
+        return _Plan(schedule, entry, self._guidance(request), shape)
+
+    def _check_edit(
+        self, request: Request, edit: Edit, schedule: Schedule, shape: tuple[int, ...]
+    ) -> None:
+        assert request.image is None, "an edit starts from noise"
+        if "vae_encoder" not in self.parts:
+            raise self._cannot("edit", "it has no vae_encoder; export it with --image-to-image")
+        if not renoises(schedule):
+            raise self._cannot(
+                "edit",
+                f"its sampler, {schedule.sampler}, does not noise a picture anew as lcm does",
+            )
+        unit = self.manifest.latent.downsampling
+        made = (shape[2] * unit, shape[3] * unit)
+        if edit.size != made:
+            raise self._cannot(f"edit {edit.size[0]}x{edit.size[1]} px", f"it makes {made}")
 
     def _schedule(self, request: Request) -> Schedule:
         tables = self.manifest.schedules
@@ -279,16 +304,28 @@ class TextToImage:
         conditioning.flags.writeable = False  # a session may keep its copy on the device
         return tokens, conditioning
 
-    def _encode(self, part: Part, image: UInt8, plan: _Plan) -> Float32:
-        """Latent [n, c, h, w] of one picture, the same for the whole batch."""
+    def _edited(
+        self, edit: Edit, x: Float32, schedule: Schedule, i: int, fresh: Float32
+    ) -> Float32:
+        """x after step i, p x_0 + q noise, with the edit in the picture of x_0."""
+        p, q = schedule.entries[i + 1].p, schedule.steps[i].c
+        with self._stage("vae_decoder") as (part, _):
+            clean = ((x - q * fresh) / p).astype(np.float32, copy=False)
+            pixels = edit.project(self._pixels(part, clean).clip(0, 255))
+        with self._stage("vae_encoder") as (part, _):
+            return p * self._encode(part, pixels) + q * fresh
+
+    def _encode(self, part: Part, pixels: Float32) -> Float32:
+        """Latents [n, c, h, w] of pictures [n, 3, height, width] of 0 to 255."""
         spec = part.component.input("image")
         assert spec is not None
         low, high = _range(spec.low, spec.high)
-        pixels = image.astype(np.float32).transpose(2, 0, 1)[None] * ((high - low) / 255) + low
         # Encoders of the KL kind give mean and log-variance, in this order; the mean is the latent.
-        mean = part(image=pixels)[:, : plan.shape[1]].astype(np.float32)
+        channels = self.manifest.latent.channels
+        mean = part(image=pixels * ((high - low) / 255) + low)[:, :channels].astype(np.float32)
         latent = (mean - self.manifest.latent.shift) * self.manifest.latent.scale
-        return np.broadcast_to(_finite(latent, "vae_encoder"), plan.shape)
+        encoded: Float32 = _finite(latent, "vae_encoder")
+        return encoded
 
     def _predict(self, part: Part, x: Float32, t: float, conditioning: Any, plan: _Plan) -> Float32:
         """The network output for x [n, c, h, w], guided."""
@@ -300,14 +337,20 @@ class TextToImage:
             roles["guidance"] = np.repeat(plan.guidance.embedding(), len(x), axis=0)
         return part(**roles).astype(np.float32, copy=False)
 
-    def _decode(self, part: Part, x: Float32) -> UInt8:
+    def _decode(self, part: Part, x: Float32, edit: Edit | None) -> UInt8:
         """Images uint8 [n, height, width, 3] of latents [n, c, h, w]."""
+        pixels = self._pixels(part, x)
+        pixels = np.rint(edit.project(pixels.clip(0, 255)) if edit else pixels)
+        return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+
+    def _pixels(self, part: Part, x: Float32) -> Float32:
+        """Pictures [n, 3, height, width], 0 to 255 and what is beyond, of latents [n, c, h, w]."""
         latent = self.manifest.latent
         z = x if (latent.scale, latent.shift) == (1, 0) else x / latent.scale + latent.shift
         image = _finite(part(latent=z), "vae_decoder")
         low, high = _range(part.answer.low, part.answer.high)
-        pixels = np.rint((image.astype(np.float32) - low) * (255 / (high - low)))
-        return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
+        pixels: Float32 = (image.astype(np.float32) - low) * (255 / (high - low))
+        return pixels
 
 
 class _Clock:

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from edgeflash.distill.process import Process
+from edgeflash.schedule import Schedule
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 M, S = 0.7, 0.5
@@ -72,6 +73,24 @@ class Shift(nn.Module):
         self.given.append(x)
         self.seen.append(t)
         return SimpleNamespace(sample=self.m + self.s * x)
+
+
+def exact(it: Process) -> Any:
+    """Where the exact ODE ends: f*(x, t) = m + s (x - alpha m) / sqrt(V), the consistency map."""
+
+    def sees(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x_0 = M + S * (x - it.alpha(t) * M) / variance(it, t).sqrt()
+        return x_0, (x - it.alpha(t) * x_0) / it.sigma(t)
+
+    return network(it, sees)
+
+
+def sampled(schedule: Schedule, net: Any, x: Tensor) -> Tensor:
+    """The loop of a runtime, for samplers without fresh noise."""
+    for step in schedule.steps:
+        t = torch.full((len(x),), int(step.t))
+        x = step.a * x + step.b * net(step.in_scale * x, t, NOTHING).sample
+    return x
 
 
 def says(value: Callable[[Tensor], Tensor]) -> Any:

@@ -31,7 +31,12 @@ from test_distill import small_recipe
 from torch import Tensor, nn
 
 from edgeflash.distill.by_dmd import DMD, Duel
-from edgeflash.distill.discriminators import UnetCritic, softplus_critic
+from edgeflash.distill.discriminators import (
+    FrozenCritic,
+    UnetCritic,
+    encoder_half,
+    softplus_critic,
+)
 from edgeflash.distill.run import distill
 from edgeflash.schedule import lower_schedule
 
@@ -146,10 +151,9 @@ def test_the_fake_score_learns_what_the_student_makes() -> None:
     assert loss(posterior(it)) - loss(posterior(it, M + 1)) == pytest.approx(wanted, rel=0.1)
 
 
-@pytest.mark.parametrize("mid", ["UNetMidBlock2DCrossAttn", None])
-def test_a_unet_that_judges_does_so_by_its_inner_half(mid: str | None) -> None:
+def small_unet(mid: str | None) -> Any:
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -160,11 +164,37 @@ def test_a_unet_that_judges_does_so_by_its_inner_half(mid: str | None) -> None:
         attention_head_dim=4,
         norm_num_groups=4,
     )
+
+
+@pytest.mark.parametrize("mid", ["UNetMidBlock2DCrossAttn", None])
+def test_a_unet_that_judges_does_so_by_its_inner_half(mid: str | None) -> None:
+    unet = small_unet(mid)
     asked = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.randn(3, 5, 12)
     told = UnetCritic(unet)(*asked)
     assert torch.equal(told.sample, unet(*asked).sample) and told.logits.shape == (3, 1)
     told.logits.sum().backward()
     assert unet.conv_in.weight.grad.abs().sum() > 0 and unet.conv_out.weight.grad is None
+
+
+@pytest.mark.parametrize("mid", ["UNetMidBlock2DCrossAttn", None])
+def test_a_frozen_unet_judges_through_a_head_and_runs_half_way(mid: str | None) -> None:
+    unet = small_unet(mid).requires_grad_(False)
+    called: list[str] = []
+    unet.down_blocks[-1].register_forward_hook(lambda *_: called.append("down"))
+    unet.up_blocks[0].register_forward_hook(lambda *_: called.append("up"))
+    critic = FrozenCritic(unet)
+    assert all(name.startswith("head.") for name in critic.state_dict())
+    for side in (2, 8):
+        x = torch.randn(3, 4, side, side, requires_grad=True)
+        scores = critic(x, torch.tensor([1, 500, 999]), torch.randn(3, 5, 12))
+        assert scores.shape == (3, 1, max(1, side // 4), max(1, side // 4))
+        scores.sum().backward()
+        assert x.grad is not None and x.grad.abs().sum() > 0
+    assert called == ["down", "down"]
+    asked = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.randn(3, 5, 12)
+    whole = UnetCritic(unet)
+    whole(*asked)
+    assert torch.equal(encoder_half(unet)(*asked).sample, whole._features)
 
 
 def test_a_critic_that_knows_nothing_and_one_that_knows() -> None:

@@ -111,7 +111,9 @@ def test_int8_weights_are_int8_where_it_pays(one_step: Exported) -> None:
     makers = {name: node for node in graph.node for name in node.output}
     convolutions = [node for node in graph.node if node.op_type == "Conv"]
     floats = [node for node in convolutions if node.input[1] not in makers]
-    assert floats == [convolutions[0], convolutions[-1]], "first and last stay in float"
+    assert floats[0] == convolutions[0] and floats[-1] == convolutions[-1]
+    between = {makers[node.input[0]].op_type for node in floats[1:-1]}
+    assert between == {"Concat"}, "first, last and shortcuts stay in float"
 
 
 def test_nothing_is_named_that_does_not_ship(guided_student: Path, tmp_path: Path) -> None:
@@ -271,13 +273,17 @@ def test_what_int8_leaves_alone(guided: Exported) -> None:
         names = left_alone(path, unet, shelf.make(Target, "onnx", options))
         return sorted(kinds[name] for name in names if kinds[name] in ("Conv", "MatMul", "Gemm"))
 
-    convolutions, gemms = 2, sum(kind == "Gemm" for kind in kinds.values())
+    gemms = sum(kind == "Gemm" for kind in kinds.values())
+    shortcuts = 4  # one of each up block's resnets
+    convolutions = 2 + shortcuts
     attention = 2 * 2 * 4  # scores and sums, self and cross, in four transformers
     context = 2 * 4  # keys and values of the prompt
     expected = ["Conv"] * convolutions + ["Gemm"] * gemms + ["MatMul"] * (attention + context)
     assert left() == expected
-    assert left(attention=True, edges=True) == ["Gemm"] * gemms
-    assert left(attention=True, edges=True, keep=["node_conv2d_5"]) == ["Conv"] + ["Gemm"] * gemms
+    everything = {"attention": True, "edges": True, "shortcuts": True}
+    assert left(**everything) == ["Gemm"] * gemms
+    assert left(**everything | {"shortcuts": False}) == ["Conv"] * shortcuts + ["Gemm"] * gemms
+    assert left(**everything, keep=["node_conv2d_5"]) == ["Conv"] + ["Gemm"] * gemms
 
 
 def test_programs_that_need_decomposing_are_translated_too(tmp_path: Path) -> None:

@@ -25,10 +25,38 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
     "reflow": ({"by": "perflow", "windows": 1}, "DDIMScheduler", {25: []}),
     "dmd": ({"by": "dmd"}, "LCMScheduler", FOUR_STEPS),
     "dmd at 399": ({"by": "dmd"} | ONE_STEP, "LCMScheduler", {1: [399]}),
+    "progressive": (
+        {"by": "progressive", "denoising_steps": 3, "cfg_share": 1, "denoising_weight": 0.2},
+        "DPMSolverMultistepScheduler",
+        {3: [999, 666, 332]},
+    ),
+    "progressive, folded": (
+        {"by": "progressive", "denoising_steps": 2, "guidance": 3},
+        "DDIMScheduler",
+        {2: [999, 499]},
+    ),
+    "consistency": (
+        {"by": "consistency"},
+        "LCMScheduler",
+        {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]},
+    ),
+    "consistency, training": (
+        {"by": "consistency", "kind": "training", "inference_steps": 1},
+        "LCMScheduler",
+        {1: [999]},
+    ),
+    "flash": (
+        {"by": "flash", "teacher_steps": 4, "modes": [[0, 1, 0, 0]], "dmd_weights": [0.7]}
+        | {"gan_weights": [0.3]},
+        "LCMScheduler",
+        FOUR_STEPS,
+    ),
+    "imagine": ({"by": "imagine"}, "DPMSolverMultistepScheduler", {3: [999, 666, 332]}),
     "add": ({"by": "add"}, "LCMScheduler", FOUR_STEPS),
     "ufogen": ({"by": "ufogen"}, "LCMScheduler", FOUR_STEPS),
     "ladd": ({"by": "ladd", "solver_steps": 2}, "LCMScheduler", FOUR_STEPS),
 }
+GUIDED = {"perflow", "reflow", "progressive"}  # those that are sampled with guidance
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -45,12 +73,12 @@ def test_a_student_ships_the_steps_its_sampler_has_and_diffusers_draws(
     found = {int(n): [step["t"] for step in table["steps"]] for n, table in tables}
     assert found.keys() == ladders.keys() and told["default_steps"] == max(ladders)
     assert all(found[n] == ladder for n, ladder in ladders.items() if ladder)
-    few = scheduler != "DDIMScheduler"
-    assert told["guidance"]["kind"] == ("none" if few else "cfg")
+    guided = case in GUIDED
+    assert told["guidance"]["kind"] == ("cfg" if guided else "none")
     pipeline = StableDiffusionPipeline.from_pretrained(str(out), safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline.scheduler).__name__ == scheduler
-    asked = {"num_inference_steps": min(ladders), "guidance_scale": 0 if few else 2}
+    asked = {"num_inference_steps": min(ladders), "guidance_scale": 2 if guided else 0}
     image = pipeline("star", **asked, eta=0.3, output_type="np").images
     assert image.shape == (1, 16, 16, 3) and np.isfinite(image).all()
 
@@ -65,6 +93,8 @@ def test_step_counts_are_those_of_the_last_sampler() -> None:
         check({"by": "lcm"}, {"by": "perflow"})
     with pytest.raises(EdgeflashError, match=r"steps: 3, but 'dmd' makes at most 2"):
         check({"by": "perflow"}, {"by": "dmd", "denoising_steps": 2})
+    with pytest.raises(EdgeflashError, match=r"steps: 3, but 'progressive' makes 4 alone"):
+        check({"by": "lcm"}, {"by": "progressive"})
 
 
 @pytest.mark.parametrize(
@@ -76,6 +106,16 @@ def test_step_counts_are_those_of_the_last_sampler() -> None:
         ({"by": "ladd", "shares": [1] * 3, "first_shares": [1] * 3}, r"ladd\.shares: 3 do not"),
         ({"by": "ufogen", "segments": 3}, r"ufogen\.segments: 3 do not divide"),
         ({"by": "tcd", "ddim_steps": 2000}, r"tcd\.ddim_steps: at most 1000"),
+        (
+            {"by": "consistency", "inference_steps": 1001},
+            r"consistency\.inference_steps: at most 1000",
+        ),
+        ({"by": "flash", "teacher_steps": 1004}, r"flash\.teacher_steps: at most 1000"),
+        ({"by": "imagine", "denoising_steps": 1001}, r"imagine\.denoising_steps: at most 1000"),
+        (
+            {"by": "progressive", "denoising_steps": 501},
+            r"progressive\.denoising_steps: at most 500",
+        ),
     ],
 )
 def test_what_a_teachers_timesteps_do_not_allow_is_said(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,10 +21,12 @@ from edgeflash.distill.by_blocks import (
     teacher_name,
 )
 from edgeflash.distill.by_denoising import Denoising
-from edgeflash.distill.by_lcm import LCM
+from edgeflash.distill.by_lcm import LCM, Lesson
 from edgeflash.distill.by_reading import as_named
-from edgeflash.distill.discriminators import hinge_critic
+from edgeflash.distill.consistency import consistency, scalings
+from edgeflash.distill.discriminators import hinge_critic, least_squares_critic
 from edgeflash.distill.features import Taps
+from edgeflash.distill.losses import pseudo_huber
 from edgeflash.distill.process import Process
 from edgeflash.distill.teacher import guided
 from edgeflash.distill.witness import Witness
@@ -81,6 +84,20 @@ def test_a_perfect_output_gives_back_sample_and_noise(predicts: str) -> None:
     assert torch.allclose(it.ddim(x_0, eps, t), x_t, atol=1e-6)
 
 
+def test_below_the_first_timestep_a_sample_is_clean() -> None:
+    x_0, eps, t = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2), torch.tensor([-1, -1])
+    assert torch.equal(process().ddim(x_0, eps, t), x_0)
+
+
+def test_noise_that_ends_without_signal_is_no_epsilon_predictors(tmp_path: Path) -> None:
+    for predicts in ("epsilon", "v_prediction"):
+        config = {"prediction_type": predicts, "rescale_betas_zero_snr": True}
+        DDPMScheduler(**config).save_pretrained(str(tmp_path / predicts / "scheduler"))
+    assert Process.of(tmp_path / "v_prediction", torch.device("cpu")).abar[-1] == 0
+    with pytest.raises(EdgeflashError, match=r"ends without signal .* says epsilon: mend"):
+        Process.of(tmp_path / "epsilon", torch.device("cpu"))
+
+
 def test_v_is_the_velocity_diffusers_computes() -> None:
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     x_0, eps, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([3, 400, 950])
@@ -106,7 +123,7 @@ def test_guidance_follows_lcms_convention_and_makes_one_call() -> None:
 
 def test_lcms_boundary_scalings_and_grid() -> None:
     lcm = LCM()
-    c_skip, c_out = lcm.scalings(torch.tensor([0, 19, 999]))
+    c_skip, c_out = scalings(torch.tensor([0, 19, 999]))
     assert c_skip.flatten().tolist() == pytest.approx([1, 6.925e-6, 2.5e-9], rel=1e-2)
     assert c_out.flatten().tolist() == pytest.approx([0, 1, 1], abs=1e-5)
     t, s = lcm.times(torch.arange(50), 1000)
@@ -116,14 +133,14 @@ def test_lcms_boundary_scalings_and_grid() -> None:
 
 
 def test_the_huber_distance_is_zero_at_zero_and_l1_far_away() -> None:
-    lcm, a = LCM(), torch.randn(4, 4)
-    assert float(lcm.huber(a, a)) == pytest.approx(0, abs=1e-9)
-    assert float(lcm.huber(a, a + 5)) == pytest.approx(5, rel=1e-3)
+    a = torch.randn(4, 4)
+    assert float(pseudo_huber(a, a, 1e-3)) == pytest.approx(0, abs=1e-9)
+    assert float(pseudo_huber(a, a + 5, 1e-3)) == pytest.approx(5, rel=1e-3)
 
 
 def test_the_exact_consistency_map_of_a_gaussian_has_no_lcm_loss() -> None:
     """x_0 ~ N(m, s^2): teacher E[x_0|x_t], student f* = m + s (x - alpha m) / sqrt(V)."""
-    m, s, it, lcm = 0.7, 0.5, process("sample"), LCM(huber_c=1e-6)
+    m, s, it, lcm = 0.7, 0.5, process("sample"), LCM()
 
     def parts(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, variance = it.alpha(t), it.alpha(t) ** 2 * s**2 + it.sigma(t) ** 2
@@ -144,8 +161,8 @@ def test_the_exact_consistency_map_of_a_gaussian_has_no_lcm_loss() -> None:
         x_t, c = it.noised(x_0, eps, t), torch.zeros(500, 1, 1)
         clean, noise = guided(posterior, it, x_t, t, c, c[:1], torch.zeros(500))
         x_s = it.ddim(clean, noise, below)
-        ours = lcm.consistency(student, it, x_t, t, c)
-        return float(lcm.huber(ours, lcm.consistency(student, it, x_s, below, c)))
+        ours = consistency(student, it, x_t, t, c)
+        return float(pseudo_huber(ours, consistency(student, it, x_s, below, c), 1e-6))
 
     assert loss(exact) < 0.002  # the solver's own error at 50 steps
     assert loss(posterior) > 5 * loss(exact)
@@ -167,13 +184,14 @@ def test_an_lcm_student_is_met_where_its_own_sampler_stands() -> None:
     assert ways[0] == [19] and ways[3:] == [
         three[:1], three[:2], three, [19], [19, 14], [19, 14, 9], [19, 14, 9, 4]
     ]  # fmt: skip
+    lesson = Lesson(lcm, None, None, it, torch.zeros(1), [], None)
     noise, generator = torch.randn(4000, 1, 2, 2), torch.Generator().manual_seed(0)
-    x = lcm.own(exact, it, noise, torch.tensor([19, 14, 4]), noise, generator)
+    x = lesson.own(exact, noise, torch.tensor([19, 14, 4]), noise, generator)
     t = torch.tensor([249])
     assert float(x.mean()) == pytest.approx(float(it.alpha(t)) * m, rel=0.03)
     spread = (it.alpha(t) ** 2 * s**2 + it.sigma(t) ** 2).sqrt()
     assert float(x.std()) == pytest.approx(float(spread), rel=0.03)
-    assert lcm.own(exact, it, noise, torch.tensor([19]), noise, generator) is noise
+    assert lesson.own(exact, noise, torch.tensor([19]), noise, generator) is noise
 
 
 def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
@@ -190,9 +208,8 @@ def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
 def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None:
     torch.manual_seed(0)
     betas = torch.linspace(1e-4, 0.02, 1000)
-    known = shapes.batch(0, range(6))[2]
-    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"), known)
-    x_0, labels = torch.randn(6, 4, 16, 16), witness.known(np.arange(6))["labels"]
+    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"))
+    x_0, labels = torch.randn(6, 4, 16, 16), torch.from_numpy(shapes.batch(0, range(6))[2])
     t = None
     labels[3:, 5:] = -1  # one object
 
@@ -213,9 +230,28 @@ def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None
     assert not changed(2).any() and changed(3).all()
 
 
+def test_an_auxiliary_classifier_looks_through_noise_of_many_strengths() -> None:
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    witness = Witness(4, 16, Process((1 - betas).cumprod(0), "v_prediction"))
+    seen: list[torch.Tensor] = []
+    witness.judge.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    witness(torch.zeros(256, 4, 16, 16), torch.Generator().manual_seed(0))
+    strength = seen[0].flatten(1).std(1)
+    assert strength.min() == pytest.approx(0.21, abs=0.02)  # sigma of t = 62
+    assert strength.max() == pytest.approx(0.51, abs=0.02)  # of t = 165
+
+
 def test_the_critics_margin() -> None:
     assert float(hinge_critic(torch.ones(3), -torch.ones(3))) == 0
     assert float(hinge_critic(torch.zeros(3), torch.zeros(3))) == 2
+
+
+def test_least_squares_part_real_from_made() -> None:
+    assert float(least_squares_critic(torch.zeros(3), torch.zeros(3))) == 0.25
+    sure = torch.full((3,), 9.0)
+    assert (
+        float(least_squares_critic(sure, -sure)) < 1e-6 < float(least_squares_critic(-sure, sure))
+    )
 
 
 @pytest.mark.parametrize(

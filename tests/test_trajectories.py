@@ -18,6 +18,7 @@ from gaussian import (
     normal,
     posterior,
     process,
+    sampled,
     seeded,
     teacher_folder,
     variance,
@@ -28,7 +29,7 @@ from edgeflash.distill import by_perflow, by_tcd
 from edgeflash.distill.by_perflow import PeRFlow, line
 from edgeflash.distill.by_tcd import TCD, trajectory
 from edgeflash.distill.process import Process
-from edgeflash.schedule import Schedule, lower_schedule
+from edgeflash.schedule import lower_schedule
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -44,14 +45,6 @@ def straight(it: Process, flow: PeRFlow) -> Any:
         return M + a * gap, b * gap
 
     return network(it, sees)
-
-
-def sampled(schedule: Schedule, net: Any, x: Tensor) -> Tensor:
-    """The loop of a runtime."""
-    for step in schedule.steps:
-        t = torch.full((len(x),), int(step.t))
-        x = step.a * x + step.b * net(step.in_scale * x, t, NOTHING).sample
-    return x
 
 
 def test_tcd_aims_at_any_entry_up_to_its_target() -> None:
