@@ -85,6 +85,9 @@ class TensorRtTarget(Target):
     attention: bool = Field(
         False, description="int8, fp8: also quantize products of two activations, as in attention"
     )
+    shortcuts: bool = Field(
+        False, description="int8, fp8: also quantize convolutions of skip connections as they come"
+    )
     edges: bool = Field(
         False, description="int8, fp8: also quantize what is next to latents, images, conditioning"
     )
