@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from edgeflash.golden import Array
 
+PAIR = ("QuantizeLinear", "DequantizeLinear")
 LARGEST = 448.0  # of E4M3
 FP8 = ir.DataType.FLOAT8E4M3FN
 QUANTIZED = "_quantized"  # what ONNX Runtime's quantizer adds to the name of a weight
-SMALLEST = 2.0**-24  # of fp16, in which scales may be kept: 0 would give NaN
+SMALLEST = 2.0**-24  # of fp16, in which scales may be kept
 
 
 def only_in_front(model: ir.Model, operators: Collection[str]) -> None:
@@ -35,6 +36,20 @@ def _quantizes(node: ir.Node) -> bool:
     return all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
 
 
+def keep_positive(model: ir.Model) -> None:
+    """Raises the scales of int8 that fp16 would round to 0, which TensorRT takes for an error."""
+    for node in model.graph:
+        if node.op_type not in PAIR:
+            continue
+        scale, source = _array(node.inputs[1]), node.inputs[0]
+        raised = np.maximum(scale, np.float32(SMALLEST))
+        if source is not None and source.is_initializer() and (scale < raised).any():
+            weight = _array(source)
+            shrunk = weight * _along(scale / raised, weight, node)
+            _set(source, np.rint(shrunk).astype(np.int8))
+        _set(node.inputs[1], raised)
+
+
 def to_fp8(model: ir.Model, whole: ir.Model) -> None:
     """Turns QDQ pairs of int8 into pairs of fp8, and quantizes the weights of ``whole`` anew.
 
@@ -43,11 +58,7 @@ def to_fp8(model: ir.Model, whole: ir.Model) -> None:
         whole: the float32 model that it was made from.
     """
     initializers = model.graph.initializers
-    scales = {
-        node.inputs[1]: node
-        for node in model.graph
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
-    }
+    scales = {node.inputs[1]: node for node in model.graph if node.op_type in PAIR}
     for scale, node in scales.items():
         widened = np.maximum(_array(scale) * np.float32(127 / LARGEST), np.float32(SMALLEST))
         source, zero = node.inputs[0], node.inputs[2]
@@ -55,8 +66,8 @@ def to_fp8(model: ir.Model, whole: ir.Model) -> None:
         if source.is_initializer():
             assert source.name is not None
             weight = whole.graph.initializers[source.name.removesuffix(QUANTIZED)]
-            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-            _set(source, _quantized(_array(weight), widened, axis))
+            scaled = _array(weight) / _along(widened, _array(weight), node)
+            _set(source, scaled.clip(-LARGEST, LARGEST).astype(FP8.numpy()))
         _set(scale, widened)
         _set(zero, np.zeros(_array(zero).shape, FP8.numpy()))
     for value in initializers.values():
@@ -66,13 +77,12 @@ def to_fp8(model: ir.Model, whole: ir.Model) -> None:
             node.outputs[0].dtype = FP8
 
 
-def _quantized(weight: Array, scale: Array, axis: int) -> Array:
-    """fp8 of a weight, one scale for all of it or for each slice along ``axis``."""
-    along = [1] * weight.ndim
+def _along(scale: Array, weight: Array, node: ir.Node) -> Array:
+    """A scale as it multiplies a weight: one for all of it, or one for each slice of an axis."""
+    sides = [1] * weight.ndim
     if scale.ndim:
-        along[axis] = -1
-    scaled = weight / scale.reshape(along)
-    return scaled.clip(-LARGEST, LARGEST).astype(FP8.numpy())
+        sides[node.attributes["axis"].as_int() if "axis" in node.attributes else 1] = -1
+    return scale.reshape(sides)
 
 
 def _array(value: ir.Value | None) -> Array:

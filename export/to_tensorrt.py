@@ -201,7 +201,7 @@ class TensorRtTarget(Target):
         """The typed network that engines are built from."""
         from . import onnx_graph
         from .quantize import quantize_static
-        from .quantize_symmetric import only_in_front, to_fp8
+        from .quantize_symmetric import keep_positive, only_in_front, to_fp8
 
         kinds = {"fp16": onnx_graph.HALF, "bf16": onnx_graph.BF16}
         precision = self.precision_of(captured.component)
@@ -230,6 +230,8 @@ class TensorRtTarget(Target):
             only_in_front(model, left)
             if precision == "fp8":
                 to_fp8(model, onnx_graph.load(whole))
+            else:
+                keep_positive(model)
             if self.rest in kinds:
                 onnx_graph.to_half(model, kinds[self.rest])
             return onnx_graph.save(model, path, ONNX_BYTES)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from exported import QUIET, Exported, attempt
 from onnx import TensorProto, numpy_helper
@@ -17,6 +18,7 @@ from edgeflash import engine, inspect, shelf
 from edgeflash.bundle import MANIFEST, Component, Engine, File
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.line import export_student
+from edgeflash.export.quantize_symmetric import keep_positive
 from edgeflash.export.stand_in import StandIn
 from edgeflash.roles import Runtime, Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
@@ -88,15 +90,30 @@ def test_int8_is_as_tensorrt_takes_it(guided: Exported, tmp_path: Path) -> None:
         zero = initializers[node.input[2]]
         assert zero.data_type == TensorProto.INT8 and not numpy_helper.to_array(zero).any()
         assert initializers[node.input[1]].data_type == TensorProto.FLOAT16
-    quantized = [node for node in graph.node if node.op_type == "Conv"][1:-1]  # without the edges
-    for node in quantized:
+    inner = [node for node in graph.node if node.op_type == "Conv"][1:-1]  # without the edges
+    for node in inner:
         made_by = [makers[name].op_type if name in makers else "weight" for name in node.input]
-        assert made_by == ["DequantizeLinear", "DequantizeLinear", "weight"]
+        shortcut = made_by == ["Concat", "weight", "weight"]
+        assert shortcut or made_by == ["DequantizeLinear", "DequantizeLinear", "weight"]
     given = {node.output[0] for node in pairs if node.op_type == "DequantizeLinear"}
     users = {node.op_type for node in graph.node if given.intersection(node.input)}
     assert users == {"Conv", "MatMul"}, "skip connections and norms take the values themselves"
     inputs = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     assert set(inputs.values()) == {TensorProto.FLOAT}
+
+
+def test_scales_that_fp16_cannot_hold_are_raised() -> None:
+    weight = np.array([[100, -128], [100, -128]], np.int8)
+    values = {"w": weight, "s": np.float32([1e-9, 0.5]), "z": np.zeros(2, np.int8)}
+    node = onnx.helper.make_node("DequantizeLinear", list(values), ["y"], axis=0)
+    end = onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])
+    arrays = [numpy_helper.from_array(array, name) for name, array in values.items()]
+    graph = onnx.helper.make_graph([node], "g", [], [end], arrays)
+    model = ir.from_proto(onnx.helper.make_model(graph))
+    keep_positive(model)
+    raised, kept = (model.graph.initializers[n].const_value.numpy() for n in "sw")
+    assert (raised.astype(np.float16) > 0).all() and raised[1] == 0.5
+    np.testing.assert_array_equal(kept, [[2, -2], [100, -128]])
 
 
 def test_fp8_is_that_of_the_weights_themselves(guided: Exported, tmp_path: Path) -> None:
