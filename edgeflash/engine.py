@@ -61,7 +61,7 @@ def build(
     """
     trt = load_vendor(engine.vendor)
     log = logger(trt)
-    builder = trt.Builder(log)
+    builder = started(trt.Builder, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
@@ -76,8 +76,8 @@ def build(
         _read_timings(config, timing_cache)
     made = builder.build_serialized_network(network, config)
     if made is None:
-        said = log.failures[0] if log.failures else "it says nothing"
-        raise EdgeflashError(f"{component.name}: {engine.vendor} builds no engine: {said[:400]}")
+        said = log.said(0)
+        raise EdgeflashError(f"{component.name}: {engine.vendor} builds no engine: {said}")
     if timing_cache is not None and engine.vendor != AHEAD:
         write_atomic(timing_cache, config.get_timing_cache().serialize())
     return made
@@ -98,7 +98,25 @@ def logger(trt: Any) -> Any:
             elif severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.failures.append(_one_line(message))
 
+        def said(self, which: int) -> str:
+            """One of the errors, the first or the last."""
+            return self.failures[which][:400] if self.failures else "it says nothing"
+
     return Log()
+
+
+def started(kind: Any, log: Any) -> Any:
+    """One of the vendor's objects that need its library to start: a Builder or Runtime.
+
+    Raises:
+        EdgeflashError: it does not, with what the vendor says.
+    """
+    try:
+        return kind(log)
+    except TypeError:  # what its Python binding makes of a null pointer
+        raise EdgeflashError(
+            f"TensorRT does not start here: {log.said(0)}: edgeflash doctor"
+        ) from None
 
 
 def capability(trt: Any, vendor: str, name: str) -> Any:
@@ -149,14 +167,22 @@ def _configured(trt: Any, builder: Any, engine: Engine) -> Any:
         config.clear_flag(flag.TF32)  # on by default, and a thousandth off
     for name in ("refit", "weight_streaming", "version_compatible"):
         if getattr(engine, name):
-            config.set_flag(flag.__members__[name.upper()])
+            config.set_flag(_member(trt, flag, name.upper()))
     if engine.hardware != "this":
         names = {"same_capability": "SAME_COMPUTE_CAPABILITY", "ampere_plus": "AMPERE_PLUS"}
-        level = trt.HardwareCompatibilityLevel.__members__[names[engine.hardware]]
+        level = _member(trt, trt.HardwareCompatibilityLevel, names[engine.hardware])
         config.hardware_compatibility_level = level
     if engine.optimization_level is not None:
         config.builder_optimization_level = engine.optimization_level
     return config
+
+
+def _member(trt: Any, kind: Any, name: str) -> Any:
+    """A constant of the vendor's, which older versions may lack."""
+    if name not in kind.__members__:
+        remedy = f"pip install -U {trt.__name__}, or leave the option out"
+        raise EdgeflashError(f"{trt.__name__} {trt.__version__} has no {name.lower()}: {remedy}")
+    return kind.__members__[name]
 
 
 def _choose_capabilities(trt: Any, config: Any, vendor: str, wanted: Sequence[str]) -> None:
@@ -207,8 +233,8 @@ def bytes_of(spec: TensorSpec, rows: int) -> int:
 
 
 def _read_timings(config: Any, path: Path) -> None:
-    known = path.read_bytes() if path.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(known), False):  # of another GPU
+    known = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if known is None or not config.set_timing_cache(known, False):  # broken, or of another GPU
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 

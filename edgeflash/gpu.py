@@ -84,5 +84,10 @@ def find_gpu(index: int = 0) -> Gpu:
     return Gpu(_text(found.name), f"{found.major}.{found.minor}", version)
 
 
+def use(index: int) -> None:
+    """Makes the GPU of that number the one that this thread's calls are for."""
+    call(cudart().cudaSetDevice, index)
+
+
 def _text(name: bytes | str) -> str:
     return name.decode(errors="replace").rstrip("\0") if isinstance(name, bytes) else name

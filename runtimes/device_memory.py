@@ -41,14 +41,14 @@ class DeviceMemory:
 
     def upload(self, name: str, array: Array) -> None:
         """Begins to copy an array, C-contiguous, to the GPU; it must live until `wait`."""
-        if self._held.pop(name, None) is array:
-            self._held[name] = array
+        if self._held.get(name) is array:
             return
-        if not array.flags.writeable:
-            self._held[name] = array
+        self._held.pop(name, None)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         place, source = self.address[name], array.ctypes.data
         call(self._cuda.cudaMemcpyAsync, place, source, array.nbytes, kind, self._stream)
+        if not array.flags.writeable:
+            self._held[name] = array
 
     def download(self, name: str, shape: tuple[int, ...], dtype: str) -> Array:
         """Begins to copy a tensor back; the array holds it after `wait`."""
@@ -81,10 +81,16 @@ class CudaGraph:
         call(self._cuda.cudaStreamBeginCapture, stream, mode)
         try:
             enqueue()
+        except BaseException:
+            code, graph = self._cuda.cudaStreamEndCapture(stream)
+            if not int(code):
+                call(self._cuda.cudaGraphDestroy, graph)
+            raise
+        graph = call(self._cuda.cudaStreamEndCapture, stream)
+        try:
+            self._ready = call(self._cuda.cudaGraphInstantiate, graph, 0)
         finally:
-            graph = call(self._cuda.cudaStreamEndCapture, stream)
-        self._ready = call(self._cuda.cudaGraphInstantiate, graph, 0)
-        call(self._cuda.cudaGraphDestroy, graph)
+            call(self._cuda.cudaGraphDestroy, graph)
 
     def launch(self) -> None:
         call(self._cuda.cudaGraphLaunch, self._ready, self._stream)

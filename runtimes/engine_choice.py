@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from edgeflash.bundle import Component, Engine
-from edgeflash.engine import AHEAD, ENGINE, ONNX, build, load_vendor, logger
+from edgeflash.engine import AHEAD, ENGINE, ONNX, build, load_vendor, logger, started
 from edgeflash.errors import EdgeflashError
-from edgeflash.gpu import NO_GPU, Gpu, call, cudart, find_gpu
+from edgeflash.gpu import NO_GPU, Gpu, find_gpu, use
 from edgeflash.runtimes import engine_cache as cache
 from edgeflash.shelf import absent
 
@@ -27,6 +27,7 @@ class Here:
         engine: how its engine is built.
         trt: the vendor's package.
         gpu: what it runs on.
+        index: its number among the GPUs here.
         places: folder of the engines that were built here.
     """
 
@@ -35,6 +36,7 @@ class Here:
     engine: Engine
     trt: Any
     gpu: Gpu
+    index: int
     places: Path
 
     def __str__(self) -> str:
@@ -48,6 +50,16 @@ class Here:
     def kept(self) -> Path:
         """Where an engine that was built here lies, or would."""
         return cache.path_of(self.places, self.key)
+
+    @property
+    def command(self) -> str:
+        """What builds an engine for this machine."""
+        options = [
+            "--on tensorrt" if self.component.target != "tensorrt" else "",
+            f"--set gpu={self.index}" if self.index else "",
+            f"--set cache_dir={self.places}" if self.places != cache.folder_of("") else "",
+        ]
+        return " ".join(["edgeflash build", str(self.folder), *filter(None, options)])
 
     @property
     def shipped(self) -> Path | None:
@@ -70,10 +82,10 @@ def look(folder: Path, component: Component, gpu: int, cache_dir: str) -> Here:
     usual = AHEAD if absent(["tensorrt"]) else "tensorrt"
     engine = component.engine or Engine.model_validate({"vendor": usual, "rows": USUAL_ROWS})
     places = cache.folder_of(cache_dir)
-    return Here(folder, component, engine, load_vendor(engine.vendor), found, places)
+    return Here(folder, component, engine, load_vendor(engine.vendor), found, gpu, places)
 
 
-def choose(here: Here, gpu: int, *, build_missing: bool) -> Path:
+def choose(here: Here, *, build_missing: bool) -> Path:
     """The engine that was built here, else the one that ships, else one that is built now.
 
     Raises:
@@ -93,12 +105,12 @@ def choose(here: Here, gpu: int, *, build_missing: bool) -> Path:
     name = here.component.name
     told = f"{name}: building an engine for {here}{before}: this takes minutes, once"
     print(told, file=sys.stderr, flush=True)
-    return build_here(here, gpu)
+    return build_here(here)
 
 
-def build_here(here: Here, gpu: int) -> Path:
+def build_here(here: Here) -> Path:
     """Builds the engine for this machine from the ONNX file, and keeps it."""
-    call(cudart().cudaSetDevice, gpu)
+    use(here.index)
     here.places.mkdir(parents=True, exist_ok=True)
     timings = here.places / f"{here.engine.vendor}-{here.gpu.capability}.timings"
     source = onnx_file(here.folder, here.component)
@@ -109,7 +121,8 @@ def build_here(here: Here, gpu: int) -> Path:
 def reasons_against(here: Here) -> str:
     """Why the vendor would not run the engine that ships, in its words; "" where it would."""
     assert here.shipped is not None
-    runtime = here.trt.Runtime(logger(here.trt))
+    log = logger(here.trt)
+    runtime = started(here.trt.Runtime, log)
     with here.shipped.open("rb") as file:
         verdict, bits = runtime.get_engine_validity(file.read(runtime.engine_header_size))
     if verdict != here.trt.EngineValidity.INVALID:
@@ -120,8 +133,18 @@ def reasons_against(here: Here) -> str:
 
 
 def onnx_file(folder: Path, component: Component) -> Path:
-    """What a component's engines are built from."""
-    return next(folder / file.path for file in component.files if _is(file, ONNX))
+    """What a component's engines are built from.
+
+    Raises:
+        EdgeflashError: the bundle has no such file.
+    """
+    found = next((folder / file.path for file in component.files if _is(file, ONNX)), None)
+    if found is None:
+        raise EdgeflashError(
+            f"{folder}: its {component.name}, {component.target}, is no ONNX file: "
+            "export it --to tensorrt or --to onnx"
+        )
+    return found
 
 
 def _is(file: Any, suffix: str) -> bool:
@@ -137,6 +160,5 @@ def _made_for(engine: Engine | None) -> str:
 
 def _mismatch(here: Here, built: str, why: str) -> EdgeflashError:
     return EdgeflashError(
-        f"{here.component.name}: its engine {built}; this machine has {here}{why}: "
-        f"edgeflash build {here.folder}"
+        f"{here.component.name}: its engine {built}; this machine has {here}{why}: {here.command}"
     )

@@ -11,9 +11,9 @@ import numpy as np
 from pydantic import Field
 
 from edgeflash.bundle import Bundle, Component, write_atomic
-from edgeflash.engine import AHEAD, bytes_of, check_tensors, has_rows, logger, shape_of
+from edgeflash.engine import AHEAD, bytes_of, check_tensors, has_rows, logger, shape_of, started
 from edgeflash.errors import EdgeflashError
-from edgeflash.gpu import call, cudart
+from edgeflash.gpu import use
 from edgeflash.roles import Array, Runtime, Session
 from edgeflash.runtimes.device_memory import CudaGraph, DeviceMemory
 from edgeflash.runtimes.engine_choice import (
@@ -56,8 +56,8 @@ class TensorRtRuntime(Runtime):
                 against the network or the engine.
         """
         here = look(folder, component, self.gpu, self.cache_dir)
-        path = choose(here, self.gpu, build_missing=self.build_at_load)
-        call(cudart().cudaSetDevice, self.gpu)
+        path = choose(here, build_missing=self.build_at_load)
+        use(self.gpu)
         return TensorRtSession(self._loaded(path, here), self.cuda_graph)
 
     def build(self, folder: Path, component: Component) -> str:
@@ -67,16 +67,17 @@ class TensorRtRuntime(Runtime):
             return f"{component.name}: is there already: {here.kept}"
         if here.shipped and not reasons_against(here):
             return f"{component.name}: the engine that ships fits this machine"
-        return f"{component.name}: built for {here}: {build_here(here, self.gpu)}"
+        return f"{component.name}: built for {here}: {build_here(here)}"
 
     def _loaded(self, path: Path, here: Here) -> _Loaded:
         log = logger(here.trt)
-        runtime = here.trt.Runtime(log)
+        runtime = started(here.trt.Runtime, log)
         if here.engine.version_compatible:
             runtime.engine_host_code_allowed = True  # it was built here, with code of its own in it
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise EdgeflashError(f"{path}: {here} does not load it: {_last(log)}")
+            remedy = "delete it, it is built anew" if path == here.kept else "export it again"
+            raise EdgeflashError(f"{path}: {here} does not load it: {log.said(-1)}: {remedy}")
         if self.refit_from:
             self._refit(engine, log, here)
         if here.engine.weight_streaming:
@@ -100,7 +101,7 @@ class TensorRtRuntime(Runtime):
         refitter = here.trt.Refitter(engine, log)
         parser = here.trt.OnnxParserRefitter(refitter, log)
         if not parser.refit_from_file(str(path)) or not refitter.refit_cuda_engine():
-            raise EdgeflashError(f"{path}: its weights do not fit {name}: {_last(log)}")
+            raise EdgeflashError(f"{path}: its weights do not fit {name}: {log.said(-1)}")
 
 
 @dataclass
@@ -130,7 +131,7 @@ class _Loaded:
         else:
             self.context = self.engine.create_execution_context()
         if self.context is None:
-            raise EdgeflashError(f"{self.path}: no memory left to run it: {_last(self.log)}")
+            raise EdgeflashError(f"{self.path}: no memory left to run it: {self.log.said(-1)}")
 
     @property
     def _kernels_file(self) -> Path:
@@ -147,6 +148,11 @@ class TensorRtSession(Session):
     """One engine, its tensors in the memory of the GPU."""
 
     def __init__(self, loaded: _Loaded, cuda_graph: bool) -> None:
+        """Takes memory for the tensors of the largest call.
+
+        Raises:
+            EdgeflashError: it is another component's engine, or too little memory is left.
+        """
         here, engine = loaded.here, loaded.engine
         self.device = f"cuda ({here.gpu.name})"
         self._loaded, self._component = loaded, here.component
@@ -157,13 +163,16 @@ class TensorRtSession(Session):
         kinds = {name: engine.get_tensor_dtype(name) for name in names}
         check_tensors(kinds, self._component, loaded.path)
         specs = (*self._component.inputs, *self._component.outputs)
-        self._memory = DeviceMemory({spec.name: bytes_of(spec, self._most) for spec in specs})
-        for name, address in self._memory.address.items():
-            loaded.context.set_tensor_address(name, address)
         self._captures = cuda_graph and here.engine.vendor != AHEAD  # which captures by itself
         self._graph: CudaGraph | None = None
+        self._memory = DeviceMemory({spec.name: bytes_of(spec, self._most) for spec in specs})
+        for name, address in self._memory.address.items():
+            if not loaded.context.set_tensor_address(name, address):
+                self._memory.free()
+                raise EdgeflashError(f"{loaded.path}: no place for {name}: {loaded.log.said(-1)}")
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        use(self._loaded.here.index)
         try:
             return self._in_turns(inputs)
         except EdgeflashError as error:
@@ -186,8 +195,11 @@ class TensorRtSession(Session):
     def _run(self, inputs: Mapping[str, Array], rows: int) -> dict[str, Array]:
         memory, component = self._memory, self._component
         given = {s.name: np.asarray(inputs[s.name], s.dtype, order="C") for s in component.inputs}
-        for name, array in given.items():
-            memory.upload(name, array)
+        for spec in component.inputs:
+            if given[spec.name].shape != shape_of(spec, rows):  # it would be written beyond its end
+                shapes = f"{given[spec.name].shape}, not {shape_of(spec, rows)}"
+                raise EdgeflashError(f"{spec.name} has the shape {shapes}")
+            memory.upload(spec.name, given[spec.name])
         self._enqueue(rows)
         found = {
             spec.name: memory.download(spec.name, shape_of(spec, rows), spec.dtype)
@@ -200,8 +212,12 @@ class TensorRtSession(Session):
         """Begins one run; from the second of one shape on, as a graph where asked."""
         if rows != self._rows:
             self._drop_graph()
+            self._rows = 0
             for spec in self._rowed if self._fewest != self._most else ():
-                self._loaded.context.set_input_shape(spec.name, shape_of(spec, rows))
+                if not self._loaded.context.set_input_shape(spec.name, shape_of(spec, rows)):
+                    raise EdgeflashError(
+                        f"TensorRT takes no {rows} rows: {self._loaded.log.said(-1)}"
+                    )
             self._rows = rows
         elif self._captures:
             if self._graph is None:
@@ -212,7 +228,7 @@ class TensorRtSession(Session):
 
     def _execute(self) -> None:
         if not self._loaded.context.execute_async_v3(self._memory.stream):
-            raise EdgeflashError(f"TensorRT failed in a run: {_last(self._loaded.log)}")
+            raise EdgeflashError(f"TensorRT failed in a run: {self._loaded.log.said(-1)}")
 
     def _drop_graph(self) -> None:
         if self._graph is not None:
@@ -220,10 +236,7 @@ class TensorRtSession(Session):
             self._graph = None
 
     def close(self) -> None:
+        use(self._loaded.here.index)
         self._drop_graph()
         self._memory.free()
         self._loaded.close()
-
-
-def _last(log: Any) -> str:
-    return log.failures[-1][:300] if log.failures else "it says nothing"

@@ -33,19 +33,19 @@ class Code(IntEnum):
 
 
 class Cuda:
-    """The functions of `cuda.bindings.runtime` that are used, on one device."""
+    """The functions of `cuda.bindings.runtime` that are used."""
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
     def __init__(self) -> None:
         self.name, self.capability, self.driver = "Imaginary 9", (8, 9), 13000
-        self.devices, self.memory_bytes = 1, 2**30
+        self.devices, self.memory_bytes, self.current = 1, 2**30, 0
         self.blocks: dict[int, Any] = {}
         self.queue: list[Callable[[], None]] = []
         self.captured: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.streams = 0
+        self.streams = self.templates = 0
         self.uploads: list[int] = []
         self.captures = self.launches = 0
 
@@ -69,6 +69,7 @@ class Cuda:
         return Code.cudaSuccess, SimpleNamespace(name=name, major=major, minor=minor)
 
     def cudaSetDevice(self, index: int) -> tuple[Any, ...]:
+        self.current = index
         return (Code.cudaSuccess,)
 
     def cudaMalloc(self, size: int) -> tuple[Any, ...]:
@@ -112,6 +113,7 @@ class Cuda:
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         work, self.captured = self.captured, None
+        self.templates += 1
         return Code.cudaSuccess, work
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, ...]:
@@ -120,6 +122,7 @@ class Cuda:
         return Code.cudaSuccess, self.captures
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[Any, ...]:
+        self.templates -= 1
         return (Code.cudaSuccess,)
 
     def cudaGraphLaunch(self, ready: int, stream: int) -> tuple[Any, ...]:
@@ -176,16 +179,17 @@ class Context:
         self.shapes = {name: tuple(low) for name, (low, high) in engine.ranges.items()}
         self.addresses: dict[str, int] = {}
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return name in {tensor.name for tensor in self.engine.tensors}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, high = self.engine.ranges[name]
-        assert all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)), (name, shape)
         self.shapes[name] = shape
-        return True
+        return all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
     def execute_async_v3(self, stream: int) -> bool:
+        assert self.engine.device == self.engine.cuda.current
         if self.engine.fails:
             self.engine.log.log(2, "ran out of\nluck")
             return False
@@ -210,6 +214,7 @@ class Engine:
     def __init__(self, cuda: Cuda, log: Any, text: bytes) -> None:
         told = json.loads(text)
         self.cuda, self.log, self.fails, self.factor = cuda, log, False, 1
+        self.device = cuda.current
         self.ranges: dict[str, Any] = told["ranges"]
         self.session = ort.InferenceSession(
             base64.b64decode(told["model"]), providers=["CPUExecutionProvider"]
@@ -252,7 +257,7 @@ class Config:
         self.capabilities.append(capability)
 
     def create_timing_cache(self, known: bytes) -> Any:
-        return SimpleNamespace(serialize=lambda: known + b"t")
+        return None if known == b"broken" else SimpleNamespace(serialize=lambda: known + b"t")
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
         self.cache = cache
@@ -303,7 +308,9 @@ class TensorRt(ModuleType):
         return json.dumps({"model": model, "ranges": ranges}).encode()
 
     def Runtime(self, log: Any) -> Any:
-        def load(text: bytes) -> Engine:
+        def load(text: bytes) -> Engine | None:
+            if not text:
+                return None
             self.engines.append(Engine(self.cuda, log, text))
             return self.engines[-1]
 

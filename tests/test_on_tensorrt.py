@@ -15,7 +15,7 @@ from exported import QUIET, Exported
 from simulated_gpu import TensorRt, simulate
 
 from edgeflash import shelf
-from edgeflash.bundle import Bundle, Component, Engine, describe_file
+from edgeflash.bundle import Bundle, Component, Engine, File, describe_file
 from edgeflash.cli import main
 from edgeflash.engine import shape_of
 from edgeflash.errors import EdgeflashError
@@ -24,6 +24,7 @@ from edgeflash.export.pack import write_manifest
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Runtime, Target
 from edgeflash.runtimes.engine_cache import folder_of
+from edgeflash.runtimes.engine_choice import onnx_file
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.student import Student
 from edgeflash.verify import runtime_for, verify
@@ -41,6 +42,7 @@ def plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[TensorRt]
     yield trt
     assert not trt.cuda.blocks and not trt.cuda.streams and not trt.cuda.graphs
     assert not trt.cuda.queue, "all was waited for"
+    assert not trt.cuda.templates, "graphs are freed once they are instantiated"
 
 
 @pytest.fixture
@@ -162,6 +164,8 @@ def test_the_flags_reach_the_builder(guided: Exported, plain: TensorRt) -> None:
     config: Any = plain.builds[-1]
     assert config.hardware_compatibility_level.name == "AMPERE_PLUS"
     assert config.builder_optimization_level == 5
+    with pytest.raises(EdgeflashError, match="no same_compute_capability: pip install -U tensorrt"):
+        flags(hardware="same_capability")  # which the simulated one is too old for
 
 
 # --- engines that are kept ------------------------------------------------------------------------
@@ -208,8 +212,9 @@ def test_where_nothing_may_be_built_it_says_what_there_was(
     guided: Exported, plain: TensorRt
 ) -> None:
     component, folder = typed(guided, "vae_decoder"), guided.bundle.folder
-    with pytest.raises(EdgeflashError, match="was built for no machine yet"):
-        on(build_at_load=False).open(folder, component)
+    plain.cuda.devices = 2
+    with pytest.raises(EdgeflashError, match=r"no machine yet;.* --set gpu=1 --set cache_dir=x$"):
+        on(build_at_load=False, gpu=1, cache_dir="x").open(folder, component)
     on().build(folder, component)
     plain.cuda.capability, plain.__version__ = (8, 6), "10.14.0"
     with pytest.raises(EdgeflashError) as caught:
@@ -217,7 +222,7 @@ def test_where_nothing_may_be_built_it_says_what_there_was(
     assert str(caught.value) == (
         "vae_decoder: its engine was built for tensorrt 10.13.0, Imaginary 9, compute capability "
         "8.9, CUDA driver 13.0; this machine has tensorrt 10.14.0, Imaginary 9, compute "
-        f"capability 8.6, CUDA driver 13.0: edgeflash build {folder}"
+        f"capability 8.6, CUDA driver 13.0: edgeflash build {folder} --on tensorrt"
     )
 
 
@@ -292,6 +297,53 @@ def test_a_run_that_fails_names_component_and_cause(guided: Exported, plain: Ten
     session.close()
 
 
+def test_a_capture_that_fails_leaves_no_graph(guided: Exported, plain: TensorRt) -> None:
+    component = typed(guided, "vae_decoder")
+    session = on(cuda_graph=True).open(guided.bundle.folder, component)
+    session(fed(component, 1))
+    plain.engines[-1].fails = True
+    with pytest.raises(EdgeflashError, match=r"^vae_decoder: TensorRT failed in a run: ran out"):
+        session(fed(component, 1))
+    plain.engines[-1].fails = False
+    session(fed(component, 1))
+    assert plain.cuda.launches == 1
+    session.close()
+
+
+def test_other_shapes_are_refused_before_they_reach_the_gpu(
+    guided: Exported, plain: TensorRt
+) -> None:
+    component = typed(guided)
+    session = on().open(guided.bundle.folder, component)
+    inputs = fed(component, 1) | {"encoder_hidden_states": np.ones((1, 17, 32), np.float32)}
+    with pytest.raises(EdgeflashError, match=r"^unet: encoder_hidden_states has the shape \(1, 17"):
+        session(inputs)
+    plain.cuda.cudaStreamSynchronize(1)
+    session.close()
+
+
+def test_each_session_runs_on_its_own_gpu(guided: Exported, plain: TensorRt) -> None:
+    plain.cuda.devices = 2
+    component, folder = typed(guided, "vae_decoder"), guided.bundle.folder
+    sessions = [on(gpu=number).open(folder, component) for number in (0, 1)]
+    for session in sessions:
+        session(fed(component, 1))
+        session.close()
+
+
+def test_broken_files_of_the_cache(guided: Exported, plain: TensorRt) -> None:
+    component, folder = typed(guided, "vae_decoder"), guided.bundle.folder
+    on().build(folder, component)
+    timings, kept = (next(folder_of("").glob(f"*.{kind}")) for kind in ("timings", "engine"))
+    timings.write_bytes(b"broken")
+    kept.write_bytes(b"")
+    with pytest.raises(EdgeflashError, match="does not load it: it says nothing: delete it"):
+        on().open(folder, component)
+    kept.unlink()
+    on().open(folder, component).close()
+    assert timings.read_bytes() == b"t", "measured anew"
+
+
 def test_too_little_memory_leaves_none_taken(guided: Exported, plain: TensorRt) -> None:
     plain.cuda.memory_bytes = 2000
     with pytest.raises(EdgeflashError, match="cudaMalloc failed with cudaErrorMemoryAllocation"):
@@ -315,6 +367,10 @@ def test_other_weights_go_into_engines_made_for_it(
     folder, here = guided.bundle.folder, str(guided.bundle.folder)
     with pytest.raises(EdgeflashError, match=r"engine of unet takes no other .*refit=true"):
         on(refit_from=here).open(folder, typed(guided))
+    files = (File(path="unet/openvino_model.xml", bytes=0, sha256=""),)
+    alien = guided.bundle.component("unet").model_copy(update={"files": files})
+    with pytest.raises(EdgeflashError, match=r"its unet, onnx, is no ONNX file: export it --to"):
+        onnx_file(folder, alien)
     component = typed(guided, refit=True, weight_streaming=True)
     session = on(refit_from=here, weights_mib=3).open(folder, component)
     assert plain.engines[-1].weight_streaming_budget_v2 == 3 * 2**20
