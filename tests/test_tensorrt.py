@@ -143,6 +143,8 @@ def test_fp8_is_that_of_the_weights_themselves(guided: Exported, tmp_path: Path)
 
 def test_fp8_leaves_convolutions_to_tensorrt(guided: Exported, tmp_path: Path) -> None:
     made = target(precision="fp8", compute_capabilities=[])
+    assert made._unfit == ("Gemm", "Conv")  # type: ignore[attr-defined]
+    assert target(precision="int8", **LATER)._unfit == ()  # type: ignore[attr-defined]
     assert [made.precision_of(name) for name in ("unet", "vae_decoder")] == ["fp8", "fp16"]
     everywhere = made.model_copy(update={"quantized": ("vae_encoder",), "keep": ("*",)})
     with pytest.raises(EdgeflashError, match="vae_encoder has nothing that fp8 applies to"):
@@ -292,10 +294,7 @@ def test_rows_are_fixed_or_free(rows: tuple[int, int, int], batch: int, guided: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            {"compute_capabilities": 8.8},
-            "capability in tensorrt_rtx .* '8.8' .have: 12.0",
-        ),
+        ({"compute_capabilities": 8.8}, "capability in tensorrt_rtx .* '8.8' .have: 12.0"),
         ({"precision": "fp8", "compute_capabilities": "8.6,8.9"}, "8.6 has no fp8 .* at 8.9"),
         ({"precision": "int8", "rest": "bf16", "compute_capabilities": "7.5"}, "7.5 has no bf16"),
     ],
