@@ -18,11 +18,11 @@ WEIGHT = "of the attributes that a classifier reads off x_0; 0: no classifier"
 
 
 class Witness(nn.Module):
-    """Reads attributes off square latents with some noise, which hides what is only blurred.
+    """Reads attributes off square latents with a little noise, which hides what is only blurred.
 
     The error of a latent is nearly the same whether an object is red or orange; a classifier sees
-    little else (auxiliary classifiers: arXiv 1610.09585, sec. 4). Noise of one strength would be
-    one net to slip through. It has no part in the judge that measures.
+    little else (auxiliary classifiers: arXiv 1610.09585, sec. 4). It has no part in the judge that
+    measures.
     """
 
     COLOURS, OUTLINES = (3, 6), (2, 4, 5, 7)  # heads of both objects: outlines are shape and size
@@ -52,8 +52,7 @@ class Witness(nn.Module):
 
     def forward(self, x_0: Tensor, generator: torch.Generator) -> list[Tensor]:
         """Logits of `shapes.HEADS`, [n, values] each."""
-        least, most = self.process.timesteps // 16, self.process.timesteps // 6
-        t = torch.randint(least, most, (len(x_0),), generator=generator).to(x_0.device)
+        t = torch.full((len(x_0),), self.process.timesteps // 16, device=x_0.device)
         logits: list[Tensor]
         logits, _ = self.judge(self.process.noised(x_0, noise_like(x_0, generator), t))
         return logits

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from edgeflash.errors import EdgeflashError
+
+if TYPE_CHECKING:
+    from edgeflash.bundle import Bundle
+    from edgeflash.recipe import Recipe
+    from edgeflash.roles import Runtime
 
 
 def read_options(sets: list[str] | None, flag: str = "--set") -> dict[str, Any]:
@@ -52,3 +58,34 @@ def read_size(text: str | None) -> tuple[int, int] | None:
     if len(sides) not in (1, 2):
         raise EdgeflashError(f"--size {text}: write one side or HEIGHTxWIDTH, as in 512 or 512x768")
     return sides[0], sides[-1]
+
+
+def read_recipe(
+    name: str | None, by: list[str], teacher: str | None, data: Path | None, sets: list[str]
+) -> Recipe:
+    """The recipe of a file, or one made of ``--by``, with the command line's changes in it."""
+    from edgeflash import recipe
+
+    if (name is None) == (not by):
+        raise EdgeflashError("say either a recipe or --by METHOD: edgeflash distill shapes")
+    plain: dict[str, Any] = {"name": "-".join(by), "stage": [{"by": method} for method in by]}
+    made = recipe.read_recipe(recipe.find_recipe(name)) if name else recipe.recipe_of(plain, "--by")
+    given: dict[str, Any] = {"teacher": teacher} if teacher else {}
+    if data:
+        given |= {"data.kind": "folder", "data.path": str(data)}
+    return recipe.changed(made, given | read_options(sets))
+
+
+def read_runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Runtime:
+    """The runtime of that name, or the bundle's own, with its options set."""
+    from edgeflash.roles import Runtime
+    from edgeflash.shelf import make
+
+    return make(Runtime, name or own_runtime(bundle), read_options(sets))
+
+
+def own_runtime(bundle: Bundle) -> str:
+    """The name of the runtime that opens what the bundle holds."""
+    from edgeflash.shelf import opener
+
+    return opener(bundle.manifest.components[0].target)

@@ -1,4 +1,4 @@
-"""The command line: parsing and one-line errors. With `demo.py` and `score.py` it knows all rooms.
+"""The command line: parsing and one-line errors. It knows all rooms, as do demo, price, score.
 
 Rooms are imported inside the commands, so that ``edgeflash --help`` loads none of them.
 """
@@ -8,20 +8,25 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from typer.main import get_command
 
-from edgeflash.arguments import read_counts, read_floors, read_options, read_size
+from edgeflash.arguments import (
+    own_runtime,
+    read_counts,
+    read_floors,
+    read_options,
+    read_recipe,
+    read_runtime,
+    read_size,
+)
 from edgeflash.errors import EdgeflashError
 
 if TYPE_CHECKING:
-    from edgeflash.bundle import Bundle
-    from edgeflash.recipe import Recipe
-    from edgeflash.roles import Runtime
     from edgeflash.runtimes.pipeline import Result
 
 app = typer.Typer(
@@ -53,7 +58,7 @@ def distill(
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Train a student: teacher folder -> student folder. Run it again to resume."""
-    made = _recipe(recipe, by or [], teacher, data, set_ or [])
+    made = read_recipe(recipe, by or [], teacher, data, set_ or [])
     if dry_run:
         import tomli_w
 
@@ -133,7 +138,7 @@ def run(
 
     check_png(out_png)
     opened = Bundle.open(bundle)
-    runtime = _runtime(on, opened, set_)
+    runtime = read_runtime(on, opened, set_)
     made = opened.manifest.image
     picture, painted = (None if path is None else read_picture(path) for path in (image, mask))
     request = Request(
@@ -177,7 +182,7 @@ def bench(
     opened = Bundle.open(bundle)
     job = Job(
         bundle=str(bundle),
-        runtime=on or _own_runtime(opened),
+        runtime=on or own_runtime(opened),
         options=read_options(set_),
         prompts=tuple(prompt or default_prompts(opened)),
         batch=batch,
@@ -211,11 +216,48 @@ def build(
     from edgeflash.bundle import Bundle
 
     opened = Bundle.open(bundle)
-    runtime = _runtime(on, opened, set_)
+    runtime = read_runtime(on, opened, set_)
     for component in opened.manifest.components:
         with err.status(f"building {component.name}"):
             told = runtime.build(bundle, component)
         print(told or f"{component.name}: nothing to build")
+
+
+@app.command()
+def price(
+    student: Annotated[
+        str, typer.Option(help="sdxs-512, bk-sdm-tiny …, a UNet's config.json, or a folder.")
+    ],
+    decoder: Annotated[str | None, typer.Option(help="kl, tiny or lite.")] = None,
+    size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
+    steps: Annotated[str, typer.Option(help="Step counts, as in 1,2,4.")] = "1,2,4",
+    on: Annotated[str, typer.Option(help="Runtimes, as in onnx,openvino.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="Of each, as in fp32,int8.")] = "fp32",
+    device: Annotated[list[str] | None, typer.Option(help="Estimate it there.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 5,
+    out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("price"),
+) -> None:
+    """Tell what a student will cost before it is trained: random weights, real export, real run."""
+    from edgeflash.devices import Device
+    from edgeflash.price import Way, asked_for, price_tables
+    from edgeflash.price import price as ask
+
+    asked = asked_for(student, decoder)
+    ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
+    counts, devices = read_counts(steps) or (), [Device.of(name) for name in device or ()]
+    command = shlex.join(["edgeflash", *sys.argv[1:]])
+    report = ask(
+        asked,
+        ways,
+        out_dir,
+        steps=counts,
+        size=read_size(size),
+        runs=runs,
+        devices=devices,
+        command=command,
+    )
+    out.print(price_tables(report, devices))
+    print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
 
 
 @app.command()
@@ -232,7 +274,7 @@ def verify(
     from edgeflash.verify import verify as climb
 
     opened = Bundle.open(bundle, check="sha256")
-    figures = climb(opened, _runtime(on, opened, set_), read_floors(floor))
+    figures = climb(opened, read_runtime(on, opened, set_), read_floors(floor))
     out.print(ladder(figures))
     refuse_below(figures, bundle)
 
@@ -253,7 +295,7 @@ def score(
     from edgeflash.score import score as judge
 
     opened = Bundle.open(bundle)
-    runtime = _runtime(on, opened, set_)
+    runtime = read_runtime(on, opened, set_)
     found = {}
     with err.status("drawing") as status:
         for count in read_counts(steps) or tuple(sorted(opened.manifest.schedules)):
@@ -318,41 +360,12 @@ def demo(
     run_demo(out_dir, full=full)
 
 
-def _recipe(
-    name: str | None, by: list[str], teacher: str | None, data: Path | None, sets: list[str]
-) -> Recipe:
-    """The recipe of a file, or one made of ``--by``, with the command line's changes in it."""
-    from edgeflash.recipe import changed, find_recipe, read_recipe, recipe_of
-
-    if (name is None) == (not by):
-        raise EdgeflashError("say either a recipe or --by METHOD: edgeflash distill shapes")
-    plain: dict[str, Any] = {"name": "-".join(by), "stage": [{"by": method} for method in by]}
-    made = read_recipe(find_recipe(name)) if name else recipe_of(plain, "--by")
-    given: dict[str, Any] = {"teacher": teacher} if teacher else {}
-    if data:
-        given |= {"data.kind": "folder", "data.path": str(data)}
-    return changed(made, given | read_options(sets))
-
-
-def _own_runtime(bundle: Bundle) -> str:
-    from edgeflash.shelf import opener
-
-    return opener(bundle.manifest.components[0].target)
-
-
 def _distill_installed() -> None:
     """Says which package is missing, before a room that needs it is imported."""
     from edgeflash.roles import Method
     from edgeflash.shelf import find
 
     find(Method, "attributes")
-
-
-def _runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Runtime:
-    from edgeflash.roles import Runtime
-    from edgeflash.shelf import make
-
-    return make(Runtime, name or _own_runtime(bundle), read_options(sets))
 
 
 def _tell(result: Result, prompts: tuple[str, ...], places: list[Path]) -> None:

@@ -1,0 +1,161 @@
+"""Diffusers folders of published or own sizes with random weights: what a student will cost.
+
+Latency, memory and bytes do not depend on what the weights are, so all of it can be known before
+anyone trains. What such a folder draws is noise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.student import read_json
+
+CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+SD15 = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+BASE = SD15 | {"layers_per_block": 1}
+SMALL = BASE | {"mid_block_type": None}
+TINY = SMALL | {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": (CROSS_DOWN,) * 3,
+    "up_block_types": (CROSS_UP,) * 3,
+}
+SDXS = TINY | {
+    "down_block_types": ("DownBlock2D", CROSS_DOWN, CROSS_DOWN),
+    "up_block_types": (CROSS_UP, CROSS_UP, "UpBlock2D"),
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+}
+UNETS: dict[str, dict[str, Any]] = {  # BK-SDM: arXiv 2305.15798, fig. 3; SDXS: 2403.16627, sec. 3
+    "sd15": SD15,
+    "bk-sdm-base": BASE,
+    "bk-sdm-small": SMALL,
+    "bk-sdm-tiny": TINY,
+    "sdxs-512": SDXS,
+}
+TEXT_ENCODERS: dict[int, dict[str, int]] = {  # by width: CLIP ViT-L, and ViT-H as SD 2.x cuts it
+    768: {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    1024: {"intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
+}
+DECODERS: dict[str, dict[str, Any]] = {
+    "kl": {  # of Stable Diffusion
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "sample_size": 512,
+    },
+    "tiny": {},  # TAESD's
+    "lite": {  # half of its width, and no block at full size
+        "encoder_block_out_channels": (32,) * 4,
+        "decoder_block_out_channels": (32,) * 4,
+        "num_encoder_blocks": (0, 1, 4, 4),
+        "num_decoder_blocks": (4, 4, 1, 0),
+    },
+}
+VOCABULARY = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A UNet's config, and the decoder that goes with it."""
+
+    name: str
+    unet: dict[str, Any]
+    decoder: str  # of `DECODERS`
+
+    @classmethod
+    def of(cls, what: str, decoder: str | None = None) -> Blueprint:
+        """The blueprint of a name in `UNETS`, or of a UNet's config file.
+
+        Raises:
+            EdgeflashError: no such name or file, or a UNet that wants another text encoder.
+        """
+        path = Path(what)
+        if what not in UNETS and path.suffix != ".json":
+            raise unknown("blueprint", what, UNETS)
+        unet = UNETS[what] if what in UNETS else _read_unet(path)
+        chosen = decoder or ("tiny" if what.startswith("sdxs") else "kl")
+        if chosen not in DECODERS:
+            raise unknown("decoder", chosen, DECODERS)
+        return cls(path.stem if path.suffix == ".json" else what, unet, chosen)
+
+    def networks(self) -> dict[str, Any]:
+        """Component -> network, float32, the same weights every time."""
+        import torch
+        from diffusers import UNet2DConditionModel
+
+        torch.manual_seed(0)
+        return {
+            "unet": UNet2DConditionModel(**{"sample_size": 64} | self.unet),
+            "text_encoder": _text_encoder(self.unet["cross_attention_dim"]),
+            "vae": _autoencoder(self.decoder),
+        }
+
+    def write(self, folder: Path) -> None:
+        """The whole diffusers folder, with the scheduler of LCM."""
+        for component, network in self.networks().items():
+            network.save_pretrained(folder / component)
+        self.write_rest(folder)
+
+    def write_rest(self, folder: Path) -> None:
+        """What has no weights: tokenizer, scheduler and index."""
+        from diffusers import LCMScheduler
+
+        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        LCMScheduler(**betas).save_pretrained(folder / "scheduler")
+        _write_tokenizer(folder / "tokenizer")
+        vae = "AutoencoderKL" if self.decoder == "kl" else "AutoencoderTiny"
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "scheduler": ["diffusers", "LCMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", vae],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _read_unet(path: Path) -> dict[str, Any]:
+    config = {k: v for k, v in read_json(path).items() if not k.startswith("_")}
+    if (width := config.get("cross_attention_dim")) not in TEXT_ENCODERS:
+        known = " or ".join(map(str, TEXT_ENCODERS))
+        raise EdgeflashError(
+            f"{path}: cross_attention_dim is {width}, where a CLIP text encoder gives {known}; "
+            "to price another one, give a whole diffusers folder"
+        )
+    return config
+
+
+def _text_encoder(width: int) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(vocab_size=49408, hidden_size=width, **TEXT_ENCODERS[width])
+    config.bos_token_id, config.eos_token_id = VOCABULARY.values()
+    return CLIPTextModel(config)
+
+
+def _autoencoder(decoder: str) -> Any:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    return (AutoencoderKL if decoder == "kl" else AutoencoderTiny)(**DECODERS[decoder])
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """CLIP's rules and special tokens, with letters alone."""
+    folder.mkdir()
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = {t: i for i, t in enumerate([*letters, *(c + "</w>" for c in letters)])}
+    (folder / "vocab.json").write_text(json.dumps(tokens | VOCABULARY))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    config = {"model_max_length": 77, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

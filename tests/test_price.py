@@ -1,0 +1,167 @@
+"""What a student will cost: the work is counted right, and every way is really run."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+
+from edgeflash.blueprints import DECODERS, SD15, UNETS, Blueprint
+from edgeflash.devices import DEVICES, Device
+from edgeflash.errors import EdgeflashError
+from edgeflash.price import (
+    COMPONENTS,
+    Way,
+    asked_for,
+    estimates_table,
+    gflops,
+    price,
+    price_table,
+    price_tables,
+)
+from edgeflash.report import read_report
+from edgeflash.student import Student
+
+PARAMETERS = {  # arXiv 2305.15798, tab. 1, and 2403.16627, to the last one
+    "sd15": 859_520_964,
+    "bk-sdm-base": 579_384_964,
+    "bk-sdm-small": 482_346_884,
+    "bk-sdm-tiny": 323_384_964,
+    "sdxs-512": 318_695_364,
+}
+
+SD21 = SD15 | {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_blueprints_have_the_published_sizes(name: str) -> None:
+    with torch.device("meta"):
+        assert UNet2DConditionModel(**UNETS[name]).num_parameters() == PARAMETERS[name]
+
+
+def skeleton(blueprint: Blueprint, folder: Path) -> Student:
+    """The folder without its weights."""
+    with torch.device("meta"):
+        networks = blueprint.networks()
+    networks["text_encoder"].config.save_pretrained(folder / "text_encoder")
+    for name in ("unet", "vae"):
+        networks[name].save_config(folder / name)
+    blueprint.write_rest(folder)
+    return Student.unfinished(folder)
+
+
+@pytest.mark.parametrize(("decoder", "wanted"), [("kl", 2514), ("tiny", 141.35), ("lite", 14.96)])
+def test_the_work_of_full_size_networks_is_counted_without_weights(
+    tmp_path: Path, decoder: str, wanted: float
+) -> None:
+    student = skeleton(Blueprint.of("sdxs-512", decoder), tmp_path)
+    found, quarter = gflops(student, (512, 512)), gflops(student, (256, 256))
+    assert found["vae_decoder"] == pytest.approx(wanted, rel=0.01)
+    attention = 4 * sum(n * (n + 77) * width * 3 for n, width in ((1024, 640), (256, 1280))) / 1e9
+    assert found["unet"] - attention == pytest.approx(360, rel=0.001)
+    if decoder != "kl":  # its attention grows with the square
+        assert quarter["vae_decoder"] == pytest.approx(wanted / 4, rel=0.01)
+
+
+def test_devices_name_the_work_as_it_is_counted(tmp_path: Path) -> None:
+    work = {"sd15": gflops(skeleton(Blueprint.of("sd15"), tmp_path / "sd15"), (512, 512))}
+    work["sd21"] = gflops(skeleton(Blueprint("sd21", SD21, "kl"), tmp_path / "sd21"), (512, 512))
+    for name in tomllib.loads(DEVICES.read_text()):
+        for entry in Device.of(name).published:
+            counted = work["sd21" if "2.1" in entry.network else "sd15"]
+            assert entry.gflop == pytest.approx(counted[entry.component], abs=0.06), (name, entry)
+
+
+def test_estimates_scale_published_figures_and_tell_how_far_they_are_off() -> None:
+    device = Device.of("galaxy-s24")
+    assert device.estimate_ms("unet", 803.3 / 2) == pytest.approx(79.1 / 2)
+    assert device.estimate_ms("vae_decoder", 2514.5) == pytest.approx(203.2)
+    assert device.estimate_ms("controlnet", 803.3) == pytest.approx(79.1)
+    work = {"text_encoder": 13.3, "unet": 803.3, "vae_decoder": 2514.5}
+    assert device.image_ms(work, 4) == pytest.approx(2.28 + 4 * 79.1 + 203.2)
+    errors = device.errors()
+    assert errors["SD 2.1 UNet"] == pytest.approx(79.1 / 69.7 * 804.3 / 803.3 - 1)
+    assert errors["SD 1.5 decoder by the UNet's rate"] == pytest.approx(247.6 / 203.2 - 1, abs=1e-3)
+    assert "SD 2.1 UNet +14%" in device.told()
+    with pytest.raises(EdgeflashError, match="did you mean 'galaxy-s25'"):
+        Device.of("galaxy-s26")
+
+
+def test_every_way_is_run_and_priced(one_step_student: Path, tmp_path: Path) -> None:
+    ways = [Way("onnx", "fp32"), Way("onnx", "int8")]
+    opened = Student.open(one_step_student)
+    device = Device.of("iphone-14")
+    made = price(opened, ways, tmp_path / "out", steps=(1, 4), runs=1, devices=[device])
+    assert read_report(tmp_path / "out") == made and device.told() in made.notes
+    found = [(system.extra["precision"], system.steps) for system in made.systems]
+    assert found == [("fp32", 1), ("fp32", 4), ("int8", 1), ("int8", 4)]
+    assert made.systems[2].size_mib < made.systems[0].size_mib
+    one, four = (system.extra for system in made.systems[:2])
+    work = {key: float(value) for key, value in one.items() if key != "precision"}
+    assert float(four["iphone-14, estimated ms"]) == pytest.approx(
+        device.image_ms({name: work[f"GFLOP of {name}"] for name in COMPONENTS}, 4), abs=0.06
+    )
+    assert work["GFLOP"] == pytest.approx(
+        sum(work[f"GFLOP of {name}"] for name in COMPONENTS), abs=2e-3
+    )
+    more = float(four["GFLOP"]) - work["GFLOP"]
+    assert more == pytest.approx(3 * work["GFLOP of unet"], abs=5e-3)
+    assert 0 < work["share of fp32 peak"] < 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.html",
+        "report.json",
+    ]
+    assert price_table(made).row_count == 4
+    assert estimates_table(made, [device]).row_count == 1
+    assert len(price_tables(made, [device]).renderables) == 3
+
+
+def test_guided_students_cost_two_calls_a_step(guided_student: Path, tmp_path: Path) -> None:
+    opened = Student.open(guided_student)
+    made = price(opened, [Way("onnx", "fp32")], tmp_path / "out", steps=(2,), runs=1)
+    (extra,) = (system.extra for system in made.systems)
+    assert extra["GFLOP of unet"] == pytest.approx(2 * gflops(opened)["unet"], abs=1e-3)
+
+
+def test_a_unet_of_ones_own_is_priced_from_its_config(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"_class_name": "UNet2DConditionModel"} | UNETS["sdxs-512"]))
+    mine = Blueprint.of(str(path), "lite")
+    assert (mine.name, mine.decoder) == ("mine", "lite") and "_class_name" not in mine.unet
+    path.write_text(json.dumps(UNETS["sdxs-512"] | {"cross_attention_dim": 2048}))
+    with pytest.raises(EdgeflashError, match=r"mine\.json: cross_attention_dim is 2048"):
+        Blueprint.of(str(path))
+
+
+def test_a_folder_has_its_decoder(one_step_student: Path) -> None:
+    assert isinstance(asked_for(str(one_step_student), None), Student)
+    with pytest.raises(EdgeflashError, match="leave --decoder out"):
+        asked_for(str(one_step_student), "tiny")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("sdxs",), "sdxs-512"),
+        (("sdxs-512", "tiney"), "tiny"),
+        (("nowhere.json",), r"nowhere\.json"),
+    ],
+)
+def test_what_is_no_blueprint(args: Any, message: str) -> None:
+    with pytest.raises(EdgeflashError, match=message):
+        Blueprint.of(*args)
+
+
+def test_the_lite_decoder_is_as_small_as_its_name_says() -> None:
+    lite, tiny = (AutoencoderTiny(**DECODERS[name]).decoder for name in ("lite", "tiny"))
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (lite, tiny)]
+    assert sizes == [279_395, 1_222_531]
