@@ -70,6 +70,21 @@ class File(Part):
     sha256: str
 
 
+class Engine(Part):
+    """How TensorRT's engine of a component is built from its ONNX file, and which one ships."""
+
+    vendor: Literal["tensorrt_rtx", "tensorrt"]  # the package that builds and runs it
+    rows: tuple[int, int, int]  # of a call: fewest, those it is tuned for, most; all one: static
+    tf32: bool = False
+    refit: bool = False
+    weight_streaming: bool = False
+    version_compatible: bool = False
+    hardware: Literal["this", "same_capability", "ampere_plus"] = "this"
+    optimization_level: int | None = None  # None: the vendor's default
+    built_with: str | None = None  # version of the package; None: no engine ships
+    built_for: tuple[str, ...] = ()  # compute capabilities, as in 8.9
+
+
 class Component(Part):
     """A network of the bundle: text_encoder, unet, vae_decoder or vae_encoder."""
 
@@ -79,6 +94,7 @@ class Component(Part):
     files: tuple[File, ...]  # the one to open first
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    engine: Engine | None = None
 
     def input(self, role: str) -> TensorSpec | None:
         """The input that plays a role; None when the component has none (a folded timestep)."""
@@ -163,6 +179,7 @@ class Manifest(Part):
     default_steps: int
     guidance: Guidance
     parity: tuple[Figure, ...] = ()
+    unproven: str | None = None  # what of it the ladder did not run where it was made
     goldens: tuple[Golden, ...] = ()
     files: tuple[File, ...] = ()  # all others: tokenizer, goldens, configs of the ecosystem
     lineage: Lineage = Lineage()
@@ -272,11 +289,14 @@ def check_file(folder: Path, file: File, how: Literal["size", "sha256"]) -> None
         )
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+def write_atomic(path: Path, content: Any) -> None:
+    """Writes a text or a buffer to a file, whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -209,6 +209,23 @@ def bench(
 
 
 @app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
+    set_: Set = None,
+) -> None:
+    """Make now what the first load would make here: engines for this machine's GPU."""
+    from edgeflash.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    runtime = read_runtime(on, opened, set_)
+    for component in opened.manifest.components:
+        with err.status(f"building {component.name}"):
+            told = runtime.build(bundle, component)
+        print(told or f"{component.name}: nothing to build")
+
+
+@app.command()
 def price(
     student: Annotated[
         str, typer.Option(help="sdxs-512, bk-sdm-tiny …, a UNet's config.json, or a folder.")

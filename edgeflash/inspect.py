@@ -15,6 +15,7 @@ from rich.table import Table
 from edgeflash.bundle import MANIFEST, Bundle, Figure, read_manifest
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.gpu import find_gpu
 from edgeflash.roles import Method, Plugin, Runtime, Target
 from edgeflash.shelf import EXTRAS, SHELVES, absent, find, imported_as, missing, names, pip_line
 
@@ -118,6 +119,11 @@ def _bundle(folder: Path) -> RenderableType:
         "guidance": f"{manifest.guidance.kind} {manifest.guidance.scale:g}",
         "weights licence": manifest.lineage.weights_licence or "not told",
     }
+    if manifest.unproven:
+        facts["unproven"] = manifest.unproven
+    if engine := manifest.components[0].engine:
+        made = f"{engine.built_with} for {', '.join(engine.built_for)}"
+        facts["engines"] = f"{engine.vendor} {made if engine.built_for else 'where it runs'}"
     return Group(_facts(facts), parts, ladder(manifest.parity))
 
 
@@ -190,15 +196,12 @@ def health() -> RenderableType:
 
 
 def _extras() -> Table:
-    used = {p for role in ROLES for name in names(role) for p in _opened(role, name).needs}
     table = _table("extra", "state", "to install it")
     for extra, distributions in EXTRAS.items():
         versions = [f"{name} {told}" for name in distributions if (told := _version(name))]
         packages = [imported_as(name) for name in distributions]
         line = f"pip install 'edgeflash[{extra}]'"
-        if not used.intersection(packages):
-            line = "no plug-in uses it yet"
-        elif not absent(packages):  # onnxruntime and onnxruntime-gpu are imported by one name
+        if not absent(packages):  # onnxruntime and onnxruntime-gpu are imported by one name
             line = "" if versions else f"pip uninstall the other {packages[0]}, then {line}"
         table.add_row(extra, ", ".join(versions) or "not here", escape(line))
     return table
@@ -217,6 +220,8 @@ def _asked(package: str) -> str:
         return "nothing: not installed"
     try:
         return DEVICES[package](importlib.import_module(package))
+    except EdgeflashError as error:
+        return f"nothing: {error}"
     except Exception as error:  # a broken install is what people ask a doctor about
         return f"nothing: does not load: {' '.join(str(error).split())}"
 
@@ -227,9 +232,15 @@ def _torch_device(torch: Any) -> str:
     return f"cpu; {'no CUDA device found' if torch.version.cuda else 'built without CUDA'}"
 
 
+def _nvidia_device(vendor: Any) -> str:
+    return str(find_gpu())
+
+
 DEVICES: dict[str, Callable[[Any], str]] = {
     "onnxruntime": lambda ort: ", ".join(ort.get_available_providers()),
     "openvino": lambda ov: ", ".join(ov.Core().available_devices),
+    "tensorrt": _nvidia_device,
+    "tensorrt_rtx": _nvidia_device,
     "torch": _torch_device,
 }
 

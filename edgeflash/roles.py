@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
-    from edgeflash.bundle import Component, Latent, TensorSpec
+    from edgeflash.bundle import Component, Engine, Latent, TensorSpec
     from edgeflash.distill.stage import Stage, Workshop
     from edgeflash.export.capture import Captured, Network
     from edgeflash.student import Student
@@ -84,7 +84,12 @@ class Target(Plugin, ABC):
 
     runtime: ClassVar[str]  # the runtime that opens what this writes, for the parity ladder
 
-    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of weights and sums")
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = Field(  # each takes some of them
+        "fp32", description="of weights and sums"
+    )
+
+    def check(self) -> None:
+        """Raises what stands in the way on this machine, before any network is loaded."""
 
     @abstractmethod
     def lower(self, captured: Captured, out: Path) -> list[Path]:
@@ -93,6 +98,16 @@ class Target(Plugin, ABC):
     def precision_of(self, component: str) -> str:
         """The precision it lowers that component to; not every one gains from quantization."""
         return self.precision
+
+    def engine_of(self, component: str) -> Engine | None:
+        """How engines are built of what it lowers, where the vendor's runtime runs no other."""
+        return None
+
+    def prover(self) -> Runtime:
+        """What the ladder runs on at the end of an export: the runtime that opens the files."""
+        from edgeflash import shelf
+
+        return shelf.make(Runtime, self.runtime, {})
 
     def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
         """An input as its ecosystem feeds it; ``whole``: every timestep is a whole number."""
@@ -130,6 +145,11 @@ class Runtime(Plugin, ABC):
 
     opens: ClassVar[tuple[str, ...]]  # names of the targets it can open
 
+    @property
+    def unproven(self) -> str:
+        """What the ladder leaves open on it, and what to do about that; "" for nothing."""
+        return ""
+
     @abstractmethod
     def open(self, folder: Path, component: Component) -> Session:
         """Loads one component of the bundle in ``folder``."""
@@ -142,6 +162,10 @@ class Runtime(Plugin, ABC):
         Nothing where a runtime cannot look inside.
         """
         return iter(())
+
+    def build(self, folder: Path, component: Component) -> str:
+        """Makes ahead what the first `open` would make, and tells what; "" for nothing."""
+        return ""
 
 
 class Session(ABC):

@@ -26,11 +26,13 @@ from edgeflash.roles import Runtime, Session
 from edgeflash.tokenizer import read_tokenizer
 
 PALETTES = tuple(f"lut{bits}" for bits in (8, 6, 4, 3, 2, 1))
-PRECISIONS = ("fp32", "fp16", "int8", "w8a8", *PALETTES)  # finest first
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "w8a8", *PALETTES)  # finest first
 FLOORS: dict[str, dict[str, float]] = {  # by precision; a name may be one rung's: "L4.psnr_db"
     "fp32": {"psnr_db": 80.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "fp16": {"psnr_db": 45.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
+    "bf16": {"psnr_db": 30.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "int8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
+    "fp8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
 }
 FLOORS |= {name: FLOORS["int8"] for name in ("w8a8", *PALETTES)}
 RATIOS = ("delta_ratio", "timestep_ratio")  # may be as far above 1 as below

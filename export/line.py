@@ -15,7 +15,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edgeflash import shelf
 from edgeflash.bundle import (
     Bundle,
     Component,
@@ -29,7 +28,7 @@ from edgeflash.bundle import (
 )
 from edgeflash.errors import EdgeflashError
 from edgeflash.golden import Sampler
-from edgeflash.roles import Runtime, Target
+from edgeflash.roles import Target
 from edgeflash.schedule import Guidance, Schedule
 from edgeflash.student import INSTEAD, Student, folder_sha256
 from edgeflash.tokenizer import read_tokenizer
@@ -49,6 +48,7 @@ PROMPTS = (  # for students that bring none of their own
     "an astronaut riding a horse on the moon, digital art",
 )
 GOLDENS = 3  # prompts that ship as goldens
+CALIBRATED = ("int8", "fp8", "w8a8")  # precisions whose ranges come from recorded calls
 BIG_BYTES = 256 * 2**20  # denoisers of that size take seconds a call: one golden
 
 
@@ -87,7 +87,9 @@ def export_student(
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
     """
     console = console or Console(stderr=True)
-    runtime = shelf.make(Runtime, target.runtime, {})
+    target.check()
+    prover = target.prover()
+    unproven = prover.unproven or None
     check_floors(floors or {})
     check_replaceable(out, student.folder, kind="bundle")
     plan = _plan(student, target, steps, guidance, prompts, size, image_to_image, fold_timestep)
@@ -106,15 +108,17 @@ def export_student(
             with _told(console, "pack"):
                 sha256 = student_sha256.result()
                 manifest = _pack(plan, target, pieces, sha256, draft, console)
-            with _told(console, f"verify on {target.runtime}"):
-                figures = verify(Bundle(draft, manifest), runtime, floors)
-                manifest = manifest.model_copy(update={"parity": figures})
-                pack.write_manifest(manifest, draft)
+            with _told(console, "verify on " + ("a stand-in" if unproven else target.runtime)):
+                figures = verify(Bundle(draft, manifest), prover, floors)
+                told = {"parity": figures, "unproven": unproven}
+                pack.write_manifest(manifest.model_copy(update=told), draft)
             _refuse(figures, plan, target, draft, out)
     except KeyboardInterrupt:
         raise EdgeflashError(
             f"interrupted: {out} was not written; run the same command again"
         ) from None
+    if unproven:
+        console.print(unproven, markup=False, highlight=False)
     return Bundle.open(out)
 
 
@@ -165,7 +169,7 @@ def _plan(
     whole = not any(t % 1 for t in times)
     big = sum(p.stat().st_size for p in student.weights("unet").files) > BIG_BYTES
     goldens = min(1 if big else GOLDENS, len(prompts))
-    calibrates = any(target.precision_of(name) in ("int8", "w8a8") for name in components)
+    calibrates = any(target.precision_of(name) in CALIBRATED for name in components)
     tape = Tape(
         student,
         target,
@@ -200,6 +204,7 @@ def _lower(captured: Captured, target: Target, draft: Path, hashing: ThreadPoolE
         files=(),
         inputs=captured.inputs,
         outputs=captured.outputs,
+        engine=target.engine_of(captured.component),
     )
     return _Piece(component, described)
 

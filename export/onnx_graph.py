@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from .capture import Captured
 
 OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
 EXTERNAL_SUFFIX = "_data"  # never .bin, which hub downloads for ONNX leave out
-LARGEST_HALF = 65504.0
+HALF, BF16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
+BF16_OPSET = 22  # the first in which convolutions take bfloat16; nothing else has changed
 KEEPS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs that stay float32 by definition: roi, scales
 
 
@@ -127,27 +129,31 @@ def load(path: Path) -> ir.Model:
     return ir.load(path)
 
 
-def to_half(model: ir.Model) -> None:
-    """Makes weights and sums float16; inputs and outputs stay float32.
+def to_half(model: ir.Model, kind: ir.DataType = HALF) -> None:
+    """Makes weights and sums float16 or bfloat16; inputs and outputs stay float32.
 
     What computes the timestep's sinusoids stays float32 too: half precision has no room for angles
     up to 1000 radians.
     """
     graph = model.graph
+    if kind == BF16:
+        graph.opset_imports[""] = max(BF16_OPSET, graph.opset_imports[""])
     island = _sinusoids(graph)
     inside = {value for node in island for value in node.outputs}
     crossed: dict[ir.Value, ir.Value] = {}
     for value in list(graph.initializers.values()):
-        _halve_weight(graph, value, island)
+        _halve_weight(graph, value, island, kind)
     for node in list(graph):
         if node not in island:
-            _halve_node(graph, node, inside, crossed)
+            _halve_node(graph, node, kind, inside, crossed)
     for i, value in enumerate(graph.outputs):
-        if value.dtype == ir.DataType.FLOAT16:
+        if value.dtype == kind:
             graph.outputs[i] = _widened(graph, value)
 
 
-def _halve_weight(graph: ir.Graph, value: ir.Value, island: set[ir.Node]) -> None:
+def _halve_weight(
+    graph: ir.Graph, value: ir.Value, island: set[ir.Node], kind: ir.DataType
+) -> None:
     tensor = value.const_value
     assert tensor is not None and value.name is not None
     if tensor.dtype != ir.DataType.FLOAT:
@@ -158,8 +164,8 @@ def _halve_weight(graph: ir.Graph, value: ir.Value, island: set[ir.Node]) -> Non
     half = ir.Value(
         name=f"{value.name}.half",
         shape=value.shape,
-        type=ir.TensorType(ir.DataType.FLOAT16),
-        const_value=_later(tensor, clipped_half, ir.DataType.FLOAT16),
+        type=ir.TensorType(kind),
+        const_value=_later(tensor, partial(clipped_half, kind=kind), kind),
     )
     graph.register_initializer(half)
     for use in uses:
@@ -169,25 +175,30 @@ def _halve_weight(graph: ir.Graph, value: ir.Value, island: set[ir.Node]) -> Non
 
 
 def _halve_node(
-    graph: ir.Graph, node: ir.Node, inside: set[ir.Value], crossed: dict[ir.Value, ir.Value]
+    graph: ir.Graph,
+    node: ir.Node,
+    kind: ir.DataType,
+    inside: set[ir.Value],
+    crossed: dict[ir.Value, ir.Value],
 ) -> None:
     for i, value in enumerate(node.inputs):
         if value is None or _keeps_float(node, i) or node.op_type == "Cast":
             continue
         if value.dtype == ir.DataType.FLOAT and (value in inside or value.is_graph_input()):
             if value not in crossed:
-                crossed[value] = _cast(graph, value, ir.DataType.FLOAT16, before=node)
+                crossed[value] = _cast(graph, value, kind, before=node)
             node.replace_input_with(i, crossed[value])
     for name, attribute in list(node.attributes.items()):
         if name == "to" and attribute.as_int() == ir.DataType.FLOAT:
-            node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT16)
+            node.attributes[name] = ir.AttrInt64(name, kind)
         elif attribute.type == ir.AttributeType.TENSOR:
             tensor = attribute.as_tensor()
             if tensor.dtype == ir.DataType.FLOAT:
-                node.attributes[name] = ir.AttrTensor(name, ir.tensor(clipped_half(tensor.numpy())))
+                halved = ir.tensor(clipped_half(tensor.numpy(), kind))
+                node.attributes[name] = ir.AttrTensor(name, halved)
     for value in node.outputs:
         if value.dtype == ir.DataType.FLOAT:
-            value.dtype = ir.DataType.FLOAT16
+            value.dtype = kind
 
 
 def _sinusoids(graph: ir.Graph) -> set[ir.Node]:
@@ -203,7 +214,7 @@ def _sinusoids(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _widened(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """A graph output of float16, cast back to float32 under its own name."""
+    """A graph output of half the width, cast back to float32 under its own name."""
     name = value.name
     value.name = f"{name}.half"
     node = value.producer()
@@ -236,11 +247,13 @@ def _keeps_float(node: ir.Node, index: int) -> bool:
     return (node.op_type, index) in KEEPS_FLOAT
 
 
-def clipped_half(array: Array) -> Array:
-    """float16, with finite values that it cannot hold (masks of -3e38) at its limits."""
+def clipped_half(array: Array, kind: ir.DataType = HALF) -> Array:
+    """float16 or bfloat16, with finite values beyond it (masks of -3e38) at its limits."""
     wide = torch.from_numpy(np.array(array, np.float32))
-    half = wide.clamp(-LARGEST_HALF, LARGEST_HALF).half()
-    return torch.where(wide.isinf(), wide.half(), half).contiguous().numpy()
+    narrow = torch.float16 if kind == HALF else torch.bfloat16
+    largest = torch.finfo(narrow).max
+    half = torch.where(wide.isinf(), wide, wide.clamp(-largest, largest)).to(narrow).contiguous()
+    return half.view(torch.int16).numpy().view(kind.numpy())
 
 
 def _later(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import onnx
 from onnxruntime import quantization as ort
@@ -17,11 +17,25 @@ from edgeflash.golden import Tensors
 from .capture import Captured, Sample
 from .quiet import quiet
 
-if TYPE_CHECKING:
-    from .to_onnx import OnnxTarget
-
 PRODUCTS = ("Conv", "MatMul", "Gemm")
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
+
+
+class Choice(Protocol):
+    """The options of a target that say what to quantize."""
+
+    @property
+    def operators(self) -> tuple[str, ...]: ...
+    @property
+    def keep(self) -> tuple[str, ...]: ...
+    @property
+    def attention(self) -> bool: ...
+    @property
+    def shortcuts(self) -> bool: ...
+    @property
+    def edges(self) -> bool: ...
+    @property
+    def ranges(self) -> str: ...
 
 
 class Recorded(CalibrationDataReader):  # type: ignore[misc]
@@ -35,12 +49,14 @@ class Recorded(CalibrationDataReader):  # type: ignore[misc]
         return sample.inputs if sample is not None else None
 
 
-def quantize_static(path: Path, captured: Captured, options: OnnxTarget) -> Path:
+def quantize_static(
+    path: Path, captured: Captured, options: Choice, *, symmetric: bool, **extra: Any
+) -> Path:
     """Quantizes the float32 model at ``path``; the result lies beside it.
 
-    Weights are int8 per output channel, activations uint8 or int8 with one range a tensor.
+    Weights are int8 per output channel, activations uint8, or int8 where ``symmetric``, with one
+    range a tensor. ``extra``: more of ONNX Runtime's extra options.
     """
-    symmetric = options.activations == "int8"
     kind = ort.QuantType.QInt8 if symmetric else ort.QuantType.QUInt8
     found = path.with_name("int8.onnx")
     with quiet():
@@ -56,12 +72,12 @@ def quantize_static(path: Path, captured: Captured, options: OnnxTarget) -> Path
             weight_type=ort.QuantType.QInt8,
             calibrate_method=getattr(ort.CalibrationMethod, METHODS[options.ranges]),
             use_external_data_format=True,
-            extra_options={"ActivationSymmetric": symmetric},
+            extra_options={"ActivationSymmetric": symmetric} | extra,
         )
     return found
 
 
-def left_alone(path: Path, captured: Captured, options: OnnxTarget) -> list[str]:
+def left_alone(path: Path, captured: Captured, options: Choice) -> list[str]:
     """Operators that stay in float: those asked for, and those that lose more than they gain.
 
     These are all that work on the timestep alone, since they cost next to nothing and every error

@@ -39,6 +39,7 @@ class OnnxTarget(Target):
     )
     runtime: ClassVar[str] = "onnx"
 
+    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of weights and sums")
     external_mib: float = Field(
         128, ge=0, le=1536, description="weights larger than this go to a file of their own, MiB"
     )
@@ -88,7 +89,8 @@ class OnnxTarget(Target):
             return onnx_graph.save(model, path, external_bytes)
         with tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch:
             whole = onnx_graph.save(model, Path(scratch) / "float.onnx", external_bytes)[0]
-            found = quantize_static(whole, captured, self)
+            symmetric = self.activations == "int8"
+            found = quantize_static(whole, captured, self, symmetric=symmetric)
             return onnx_graph.save(onnx_graph.load(found), path, external_bytes)
 
     def diverged(self, captured: Captured, out: Path) -> str:

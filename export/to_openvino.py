@@ -47,6 +47,7 @@ class OpenVinoTarget(Target):
     )
     runtime: ClassVar[str] = "openvino"
 
+    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of weights and sums")
     quantized: tuple[str, ...] = Field(
         ("unet", "vae_decoder", "vae_encoder"), description="components that int8 applies to"
     )

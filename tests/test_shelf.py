@@ -105,9 +105,6 @@ def test_the_doctor_tells_what_is_missing_and_what_is_in_use(lacking: Lacking) -
     told = shown(inspect.health())
     assert "pip install 'edgeflash[distill]'" in row(told, "distill")
     assert "torch runs on" in told and "nothing: not installed" in told
-    for extra in ("tensorrt", "tensorrt-rtx"):
-        assert "no plug-in uses it yet" in row(told, extra)
-        assert f"'edgeflash[{extra}]'" not in told
 
 
 def test_the_doctor_tells_devices(monkeypatch: pytest.MonkeyPatch) -> None:
