@@ -20,6 +20,7 @@ from edgeflash.distill.by_blocks import (
     pruned_config,
     teacher_name,
 )
+from edgeflash.distill.by_decoder import mixed, see_whitened, whitening
 from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM, Lesson
 from edgeflash.distill.by_reading import as_named
@@ -228,6 +229,21 @@ def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None
     assert doubt(labels)[:3].mean() == pytest.approx(nothing_known, rel=0.1)
     t = torch.full((6,), 1000)  # no shape can be told
     assert not changed(2).any() and changed(3).all()
+
+
+@torch.no_grad()
+def test_a_decoder_begins_by_seeing_all_directions_of_latents_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    skew = torch.tensor([[1.0, 0.9], [0.9, 1.0]])  # standard deviations 1.9 and 0.1
+    latents = mixed(skew, torch.randn(64, 2, 8, 8, generator=generator))
+    white = whitening(latents)
+    spread = torch.cov(mixed(white, latents).transpose(0, 1).flatten(1))
+    assert torch.allclose(spread, torch.eye(2), atol=1e-3)
+    layer = torch.nn.Conv2d(2, 8, 3, padding=1)
+    wanted = layer(mixed(white, latents))
+    see_whitened(layer, white)
+    assert torch.allclose(layer(latents), wanted, atol=1e-5)
+    assert whitening(mixed(torch.ones(2, 2), latents)).isfinite().all()  # no second direction
 
 
 def test_the_critics_margin() -> None:
