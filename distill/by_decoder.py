@@ -19,6 +19,7 @@ from edgeflash.roles import Method
 
 from .discriminators import PatchCritic, hinge_critic
 from .encoded import at_once, cached_latents
+from .process import noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
 KL = "AutoencoderKL"
@@ -47,6 +48,12 @@ class Decoder(Method):
     down_weight: float = Field(1.0, ge=0, description="of the L1 on 8x downsampled pictures")
     pixel_weight: float = Field(1.0, ge=0, description="of the L1 at full resolution")
     adversarial_weight: float = Field(0.0, ge=0, description="of the hinge critic; 0: no critic")
+    latent_noise: float = Field(
+        0.0,
+        ge=0,
+        description="noise on the latents, in standard deviations up to this: students do not hit "
+        "latents of pictures",
+    )
     encoder_weight: float = Field(1.0, ge=0, description="of the encoder's MSE on latents")
 
     def begin(self, shop: Workshop) -> Stage:
@@ -75,7 +82,9 @@ class Decoder(Method):
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             z, x = batch["z"], wanted(batch)
-            y, found = (out.float() for out in network(z, batch["pictures"]))
+            strength = self.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+            seen = z + strength.to(z.device) * noise_like(z, generator)
+            y, found = (out.float() for out in network(seen, batch["pictures"]))
             terms = {
                 "down8": self.down_weight * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)),
                 "pixel": self.pixel_weight * F.l1_loss(y, x),
