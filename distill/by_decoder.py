@@ -19,6 +19,7 @@ from edgeflash.roles import Method
 
 from .discriminators import PatchCritic, hinge_critic
 from .encoded import at_once, cached_latents
+from .process import noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
 KL = "AutoencoderKL"
@@ -28,7 +29,9 @@ class Decoder(Method):
     """SDXS's decoder distillation (arXiv 2403.16627, eq. 5) into an `AutoencoderTiny`.
 
     L = |down8(G(z)) - down8(x)|_1 + pixel |G(z) - x|_1 + adversarial L_GAN, x the teacher's own
-    decoding of z; SDXS has no pixel term. The encoder learns the teacher's scaled latents by MSE.
+    decoding of z; SDXS has no pixel term. The encoder learns the teacher's scaled latents by MSE
+    after `whitening`, and the decoder's first layer begins as if it saw them so: what the small
+    directions of latents tell, such as green from dark on black, is else learnt last.
     With ``target = "pictures"`` x is the picture that z was encoded from, which saves the teacher's
     call at every step.
     """
@@ -45,17 +48,25 @@ class Decoder(Method):
     down_weight: float = Field(1.0, ge=0, description="of the L1 on 8x downsampled pictures")
     pixel_weight: float = Field(1.0, ge=0, description="of the L1 at full resolution")
     adversarial_weight: float = Field(0.0, ge=0, description="of the hinge critic; 0: no critic")
+    latent_noise: float = Field(
+        0.0,
+        ge=0,
+        description="noise on the latents, in standard deviations up to this: students do not hit "
+        "latents of pictures",
+    )
     encoder_weight: float = Field(1.0, ge=0, description="of the encoder's MSE on latents")
 
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
         teacher = self.teacher(shop, shop.teacher)
-        tiny = self.build(teacher.config.latent_channels).to(
-            shop.device, memory_format=torch.channels_last
-        )
+        tiny = self.build(teacher.config.latent_channels)
         latents = cached_latents(shop)
         first = np.arange(min(256, len(shop.store)))
+        white = whitening(latents(first))
+        see_whitened(tiny.decoder.layers[0], white)
+        tiny.to(shop.device, memory_format=torch.channels_last)
+        white = white.to(shop.device)
         critic = PatchCritic().to(shop.device)
 
         def batch(indices: np.ndarray) -> Batch:
@@ -71,11 +82,13 @@ class Decoder(Method):
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             z, x = batch["z"], wanted(batch)
-            y, found = (out.float() for out in network(z, batch["pictures"]))
+            strength = self.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+            seen = z + strength.to(z.device) * noise_like(z, generator)
+            y, found = (out.float() for out in network(seen, batch["pictures"]))
             terms = {
                 "down8": self.down_weight * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)),
                 "pixel": self.pixel_weight * F.l1_loss(y, x),
-                "encoder": self.encoder_weight * F.mse_loss(found, z),
+                "encoder": self.encoder_weight * mixed(white, found - z).square().mean(),
             }
             if self.adversarial_weight:
                 terms["adversarial"] = -self.adversarial_weight * critic(y).float().mean()
@@ -124,6 +137,24 @@ class Decoder(Method):
             num_encoder_blocks=self.blocks[::-1],
             num_decoder_blocks=self.blocks,
         )
+
+
+def whitening(latents: Tensor) -> Tensor:
+    """The symmetric [c, c] that gives latents [n, c, h, w] unit variance in every direction."""
+    values, vectors = torch.linalg.eigh(torch.cov(latents.transpose(0, 1).flatten(1)))
+    scales = values.clamp(min=1e-4 * float(values.max())).rsqrt()
+    return vectors @ torch.diag(scales) @ vectors.T
+
+
+def mixed(matrix: Tensor, latents: Tensor) -> Tensor:
+    """Channels of latents [n, c, h, w] mixed by a matrix [c, c]."""
+    return torch.einsum("ij,njhw->nihw", matrix, latents)
+
+
+@torch.no_grad()
+def see_whitened(layer: nn.Conv2d, white: Tensor) -> None:
+    """Makes a convolution answer to latents as it would to whitened ones."""
+    layer.weight.copy_(torch.einsum("oikl,ij->ojkl", layer.weight, white))
 
 
 class _Both(nn.Module):
