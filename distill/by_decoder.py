@@ -143,7 +143,8 @@ def whitening(latents: Tensor) -> Tensor:
     """The symmetric [c, c] that gives latents [n, c, h, w] unit variance in every direction."""
     values, vectors = torch.linalg.eigh(torch.cov(latents.transpose(0, 1).flatten(1)))
     scales = values.clamp(min=1e-4 * float(values.max())).rsqrt()
-    return vectors @ torch.diag(scales) @ vectors.T
+    white: Tensor = vectors @ torch.diag(scales) @ vectors.T
+    return white
 
 
 def mixed(matrix: Tensor, latents: Tensor) -> Tensor:
