@@ -93,8 +93,8 @@ def round_results(model: ir.Model) -> None:
             elif attribute.type == ir.AttributeType.TENSOR:
                 tensor = attribute.as_tensor()
                 if tensor.dtype in NARROW:
-                    wide = ir.tensor(tensor.numpy().astype("float32"))
-                    node.attributes[name] = ir.AttrTensor(name, wide)
+                    widened = ir.tensor(tensor.numpy().astype("float32"))
+                    node.attributes[name] = ir.AttrTensor(name, widened)
         for value in node.outputs:
             if value.dtype in NARROW:
                 _round(graph, value)
