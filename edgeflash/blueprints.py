@@ -102,8 +102,11 @@ class Blueprint:
 
     def write(self, folder: Path) -> None:
         """The whole diffusers folder, with the scheduler of LCM."""
-        for component, network in self.networks().items():
-            network.save_pretrained(folder / component)
+        from edgeflash.networks_sd import quiet
+
+        with quiet():
+            for component, network in self.networks().items():
+                network.save_pretrained(folder / component)
         self.write_rest(folder)
 
     def write_rest(self, folder: Path) -> None:

@@ -135,13 +135,16 @@ def _export(
     console: Console,
 ) -> Bundle:
     from edgeflash.export.line import export_student
+    from edgeflash.runtimes.bench import PROMPT
 
+    own = student.manifest.prompts if student.manifest else ()
     return export_student(
         student,
         target,
         out,
         steps=steps,
         size=size,
+        prompts=own[:1] or (PROMPT,),  # calibration need not be good, only done
         floors=NO_FLOORS,  # random weights amplify rounding; nobody will look at the pictures
         console=console,
     )
