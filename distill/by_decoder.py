@@ -80,11 +80,13 @@ class Decoder(Method):
                 x: Tensor = teacher.decode(z / teacher.config.scaling_factor).sample
             return x.float().clamp(-1, 1)
 
+        def seen(z: Tensor, generator: torch.Generator) -> Tensor:
+            strength = self.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+            return z + strength.to(z.device) * noise_like(z, generator)
+
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             z, x = batch["z"], wanted(batch)
-            strength = self.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator)
-            seen = z + strength.to(z.device) * noise_like(z, generator)
-            y, found = (out.float() for out in network(seen, batch["pictures"]))
+            y, found = (out.float() for out in network(seen(z, generator), batch["pictures"]))
             terms = {
                 "down8": self.down_weight * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)),
                 "pixel": self.pixel_weight * F.l1_loss(y, x),
@@ -96,7 +98,7 @@ class Decoder(Method):
 
         def critic_loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             with torch.no_grad():
-                y = tiny.decode(batch["z"]).sample.float()
+                y = tiny.decode(seen(batch["z"], generator)).sample.float()
             real, fake = network(wanted(batch)).float(), network(y).float()
             return {"critic": hinge_critic(real, fake)}
 

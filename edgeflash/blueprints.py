@@ -130,7 +130,8 @@ class Blueprint:
 
 def _read_unet(path: Path) -> dict[str, Any]:
     config = {k: v for k, v in read_json(path).items() if not k.startswith("_")}
-    if (width := config.get("cross_attention_dim")) not in TEXT_ENCODERS:
+    width = config.get("cross_attention_dim")
+    if not isinstance(width, int) or width not in TEXT_ENCODERS:
         known = " or ".join(map(str, TEXT_ENCODERS))
         raise EdgeflashError(
             f"{path}: cross_attention_dim is {width}, where a CLIP text encoder gives {known}; "

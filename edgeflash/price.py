@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from edgeflash.blueprints import Blueprint
+from edgeflash.blueprints import UNETS, Blueprint
 from edgeflash.bundle import Bundle
 from edgeflash.devices import Device
+from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Report, System, told
@@ -48,12 +49,13 @@ class Way:
 
 
 def asked_for(student: str, decoder: str | None) -> Student | Blueprint:
-    """The diffusers folder of that path, or the blueprint of that name or config.
+    """The blueprint of that name or config, or else what `Student.open` finds by that name.
 
     Raises:
         EdgeflashError: neither, or a folder and a decoder.
     """
-    if not Path(student).is_dir():
+    config = Path(student).suffix == ".json"
+    if student in UNETS or config or not located(student).exists():
         return Blueprint.of(student, decoder)
     if decoder:
         raise EdgeflashError(f"--decoder {decoder}: {student} has its own; leave --decoder out")
@@ -86,9 +88,12 @@ def price(
         console: where progress is told; None: the terminal's standard error.
 
     Raises:
-        EdgeflashError: a way that is not on the shelf, or options that do not fit the student.
+        EdgeflashError: ``out`` is a file, a way is not on the shelf, or options do not fit the
+            student.
     """
     console = console or Console(stderr=True, highlight=False)
+    if out.is_file():
+        raise EdgeflashError(f"{out}: is a file; choose another --out")
     targets = [make(Target, way.on, {"precision": way.precision}) for way in ways]
     machine = Machine.here()
     peak = peak_gflops()

@@ -140,10 +140,17 @@ def test_a_unet_of_ones_own_is_priced_from_its_config(tmp_path: Path) -> None:
     path.write_text(json.dumps(UNETS["sdxs-512"] | {"cross_attention_dim": 2048}))
     with pytest.raises(EdgeflashError, match=r"mine\.json: cross_attention_dim is 2048"):
         Blueprint.of(str(path))
+    path.write_text(json.dumps(UNETS["sdxs-512"] | {"cross_attention_dim": [768, 768, 1024]}))
+    with pytest.raises(EdgeflashError, match=r"cross_attention_dim is \[768, 768, 1024\]"):
+        Blueprint.of(str(path))
 
 
 def test_a_folder_has_its_decoder(one_step_student: Path) -> None:
     assert isinstance(asked_for(str(one_step_student), None), Student)
+    assert isinstance(asked_for("shapes-student", None), Student)
+    assert isinstance(asked_for("sdxs-512", None), Blueprint)
+    with pytest.raises(EdgeflashError, match="did you mean 'sdxs-512'"):
+        asked_for("sdxs", None)
     with pytest.raises(EdgeflashError, match="leave --decoder out"):
         asked_for(str(one_step_student), "tiny")
 
