@@ -18,7 +18,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .discriminators import PatchCritic, hinge_critic
-from .encoded import at_once, cached_latents
+from .encoded import at_once, cached_latents, drawn_latents
 from .process import noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
@@ -33,7 +33,8 @@ class Decoder(Method):
     after `whitening`, and the decoder's first layer begins as if it saw them so: what the small
     directions of latents tell, such as green from dark on black, is else learnt last.
     With ``target = "pictures"`` x is the picture that z was encoded from, which saves the teacher's
-    call at every step.
+    call at every step. With ``own_steps`` the student's drawings are decoded too: they are no
+    latents of pictures, and a decoder that knows those alone misreads them.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -41,9 +42,12 @@ class Decoder(Method):
     target: Literal["decodings", "pictures"] = Field(
         "decodings", description="what a latent should become"
     )
-    width: int = Field(64, ge=8, description="channels of every layer")
+    width: int = Field(64, ge=8, description="channels of every layer of the decoder")
     blocks: tuple[int, ...] = Field(
         (3, 3, 3, 1), description="decoder blocks per resolution, smallest first"
+    )
+    encoder_width: int | None = Field(
+        None, ge=8, description="channels of the encoder; none: as many as the decoder's"
     )
     down_weight: float = Field(1.0, ge=0, description="of the L1 on 8x downsampled pictures")
     pixel_weight: float = Field(1.0, ge=0, description="of the L1 at full resolution")
@@ -53,6 +57,12 @@ class Decoder(Method):
         ge=0,
         description="noise on the latents, in standard deviations up to this: students do not hit "
         "latents of pictures",
+    )
+    own_steps: int = Field(
+        0,
+        ge=0,
+        description="half of a batch is what the student draws in 1 to so many steps, to become "
+        "what the teacher decodes, whatever the target; 0: all of it is data",
     )
     encoder_weight: float = Field(1.0, ge=0, description="of the encoder's MSE on latents")
 
@@ -69,11 +79,22 @@ class Decoder(Method):
         white = white.to(shop.device)
         critic = PatchCritic().to(shop.device)
 
-        def batch(indices: np.ndarray) -> Batch:
-            return {"z": latents(indices), "pictures": shop.store.pictures(indices)}
+        drawn = drawn_latents(shop, self.own_steps) if self.own_steps else None
 
-        def wanted(batch: Batch) -> Tensor:
-            return decoded(batch["z"]) if self.target == "decodings" else batch["pictures"]
+        def batch(indices: np.ndarray) -> Batch:
+            z, pictures = latents(indices), shop.store.pictures(indices)
+            own = {"own": drawn(indices[len(indices) // 2 :])} if drawn else {}
+            return {"z": z, "pictures": pictures} | own
+
+        def example(batch: Batch) -> tuple[Tensor, Tensor]:
+            """Latents to decode, and what they should become."""
+            z, x = batch["z"], batch["pictures"]
+            if drawn:
+                half = len(z) - len(batch["own"])
+                z = torch.cat([z[:half], batch["own"]])
+                if self.target == "pictures":
+                    return z, torch.cat([x[:half], decoded(batch["own"])])
+            return z, x if self.target == "pictures" else decoded(z)
 
         def decoded(z: Tensor) -> Tensor:
             with torch.no_grad():
@@ -85,21 +106,22 @@ class Decoder(Method):
             return z + strength.to(z.device) * noise_like(z, generator)
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
-            z, x = batch["z"], wanted(batch)
+            z, x = example(batch)
             y, found = (out.float() for out in network(seen(z, generator), batch["pictures"]))
             terms = {
                 "down8": self.down_weight * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)),
                 "pixel": self.pixel_weight * F.l1_loss(y, x),
-                "encoder": self.encoder_weight * mixed(white, found - z).square().mean(),
+                "encoder": self.encoder_weight * mixed(white, found - batch["z"]).square().mean(),
             }
             if self.adversarial_weight:
                 terms["adversarial"] = -self.adversarial_weight * critic(y).float().mean()
             return terms
 
         def critic_loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+            z, x = example(batch)
             with torch.no_grad():
-                y = tiny.decode(seen(batch["z"], generator)).sample.float()
-            real, fake = network(wanted(batch)).float(), network(y).float()
+                y = tiny.decode(seen(z, generator)).sample.float()
+            real, fake = network(x).float(), network(y).float()
             return {"critic": hinge_critic(real, fake)}
 
         players = {"tiny": Player(_Both(tiny), loss)}
@@ -130,11 +152,11 @@ class Decoder(Method):
         return teacher
 
     def build(self, latent_channels: int) -> AutoencoderTiny:
-        """TAESD's layers at any width and depth; the encoder mirrors the decoder."""
+        """TAESD's layers at any width and depth; the encoder mirrors the decoder's blocks."""
         depth = len(self.blocks)
         return AutoencoderTiny(
             latent_channels=latent_channels,
-            encoder_block_out_channels=(self.width,) * depth,
+            encoder_block_out_channels=(self.encoder_width or self.width,) * depth,
             decoder_block_out_channels=(self.width,) * depth,
             num_encoder_blocks=self.blocks[::-1],
             num_decoder_blocks=self.blocks,

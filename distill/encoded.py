@@ -15,6 +15,7 @@ import transformers
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from edgeflash.schedule import Schedule, advance
 from edgeflash.student import Student
 
 from .process import Process, noise_config
@@ -145,6 +146,46 @@ def sampled_latents(
     weights = [shop.teacher / "unet", shop.student / "text_encoder"]
     told = [guidance, steps, side, noise_config(shop.teacher), *map(_weights_key, weights)]
     return shop.store.cached(f"samples {json.dumps(told)}", make)
+
+
+def drawn_latents(shop: Workshop, most: int) -> Rows:
+    """Latents [n, c, h, w] float32 that the student so far draws of the store's captions, once.
+
+    By its own sampler, without guidance, row after row in 1 to ``most`` steps and from the noise of
+    its own seed.
+    """
+    unet = shop.load(shop.student, "unet")
+    student = Student.unfinished(shop.student)
+    tables = student.schedules(range(1, most + 1))
+    conditioning, _ = cached_conditioning(shop)
+    side = shop.store.size_px // student.family.latent(student).downsampling
+    shape = (unet.config.in_channels, side, side)
+
+    @torch.no_grad()
+    def draw(rows: np.ndarray, table: Schedule) -> Tensor:
+        seeds = [torch.Generator().manual_seed(int(row)) for row in rows]
+
+        def noise() -> Tensor:
+            return torch.stack([torch.randn(shape, generator=g) for g in seeds]).to(shop.device)
+
+        x, c, previous = table.init * noise(), conditioning(rows).to(shop.device), None
+        for step in table.steps:
+            output = unet(step.in_scale * x, step.t, c).sample
+            fresh = noise() if step.needs_noise else None
+            x, previous = advance(step, x, output, noise=fresh, previous=previous), (x, output)
+        return x
+
+    def make(indices: np.ndarray) -> Tensor:
+        drawn = torch.empty(len(indices), *shape)
+        for steps, table in tables.items():
+            (mine,) = np.nonzero(indices % most == steps - 1)
+            for part in np.array_split(mine, -(-len(mine) // at_once(shop.store.size_px))):
+                drawn[part] = draw(indices[part], table).cpu()
+        return drawn
+
+    weights = [shop.student / "unet", shop.student / "text_encoder"]
+    told = [[table.model_dump_json() for table in tables.values()], *map(_weights_key, weights)]
+    return shop.store.cached(f"drawings {json.dumps(told)}", make)
 
 
 def cached_samples(shop: Workshop) -> tuple[Callable[[np.ndarray], Batch], Tensor]:

@@ -13,7 +13,6 @@ from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from edgeflash import shapes
-from edgeflash.distill import by_decoder
 from edgeflash.distill.by_blocks import (
     Blocks,
     feature_pairs,
@@ -21,7 +20,6 @@ from edgeflash.distill.by_blocks import (
     pruned_config,
     teacher_name,
 )
-from edgeflash.distill.by_decoder import Decoder, mixed, see_whitened, whitening
 from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM, Lesson
 from edgeflash.distill.by_reading import as_named
@@ -230,46 +228,6 @@ def test_an_auxiliary_classifier_doubts_wrong_objects_and_nothing_else() -> None
     assert doubt(labels)[:3].mean() == pytest.approx(nothing_known, rel=0.1)
     t = torch.full((6,), 1000)  # no shape can be told
     assert not changed(2).any() and changed(3).all()
-
-
-@torch.no_grad()
-def test_a_decoder_begins_by_seeing_all_directions_of_latents_alike() -> None:
-    generator = torch.Generator().manual_seed(0)
-    skew = torch.tensor([[1.0, 0.9], [0.9, 1.0]])  # standard deviations 1.9 and 0.1
-    latents = mixed(skew, torch.randn(64, 2, 8, 8, generator=generator))
-    white = whitening(latents)
-    spread = torch.cov(mixed(white, latents).transpose(0, 1).flatten(1))
-    assert torch.allclose(spread, torch.eye(2), atol=1e-3)
-    layer = torch.nn.Conv2d(2, 8, 3, padding=1)
-    wanted = layer(mixed(white, latents))
-    see_whitened(layer, white)
-    assert torch.allclose(layer(latents), wanted, atol=1e-5)
-    assert whitening(mixed(torch.ones(2, 2), latents)).isfinite().all()  # no second direction
-
-
-def test_a_decoder_is_shown_latents_through_noise_up_to_a_strength(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def latents(indices: np.ndarray) -> Tensor:
-        return torch.randn(len(indices), 4, 8, 8, generator=torch.Generator().manual_seed(0))
-
-    config = SimpleNamespace(latent_channels=4, scaling_factor=1.0)
-    monkeypatch.setattr(by_decoder, "cached_latents", lambda shop: latents)
-    monkeypatch.setattr(Decoder, "teacher", lambda *_: SimpleNamespace(config=config))
-    shop: Any = SimpleNamespace(teacher=Path("there"), device=torch.device("cpu"), store=range(8))
-    options = Decoder(width=8, blocks=(1, 1), target="pictures", latent_noise=0.5)
-    player = options.begin(shop).players["tiny"]
-    seen: list[Tensor] = []
-
-    def network(z: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(z)
-        return pictures, torch.zeros_like(z)
-
-    batch = {"z": torch.zeros(256, 4, 8, 8), "pictures": torch.zeros(256, 3, 16, 16)}
-    terms = player.loss(network, batch, torch.Generator().manual_seed(0))
-    strength = seen[0].flatten(1).std(1)
-    assert strength.min() < 0.02 and float(strength.max()) == pytest.approx(0.5, abs=0.06)
-    assert float(terms["encoder"]) == 0  # which is held to the latents as they are
 
 
 def test_the_critics_margin() -> None:
