@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -72,61 +73,20 @@ class Decoder(Method):
         teacher = self.teacher(shop, shop.teacher)
         tiny = self.build(teacher.config.latent_channels)
         latents = cached_latents(shop)
-        first = np.arange(min(256, len(shop.store)))
-        white = whitening(latents(first))
+        drawn = drawn_latents(shop, self.own_steps) if self.own_steps else None
+        first = latents(np.arange(min(256, len(shop.store))))
+        white = whitening(first)
         see_whitened(tiny.decoder.layers[0], white)
         tiny.to(shop.device, memory_format=torch.channels_last)
-        white = white.to(shop.device)
-        critic = PatchCritic().to(shop.device)
-
-        drawn = drawn_latents(shop, self.own_steps) if self.own_steps else None
+        lesson = Lesson(self, teacher, tiny, PatchCritic().to(shop.device), white.to(shop.device))
 
         def batch(indices: np.ndarray) -> Batch:
-            z, pictures = latents(indices), shop.store.pictures(indices)
             own = {"own": drawn(indices[len(indices) // 2 :])} if drawn else {}
-            return {"z": z, "pictures": pictures} | own
+            return {"z": latents(indices), "pictures": shop.store.pictures(indices)} | own
 
-        def example(batch: Batch) -> tuple[Tensor, Tensor]:
-            """Latents to decode, and what they should become."""
-            z, x = batch["z"], batch["pictures"]
-            if drawn:
-                half = len(z) - len(batch["own"])
-                z = torch.cat([z[:half], batch["own"]])
-                if self.target == "pictures":
-                    return z, torch.cat([x[:half], decoded(batch["own"])])
-            return z, x if self.target == "pictures" else decoded(z)
-
-        def decoded(z: Tensor) -> Tensor:
-            with torch.no_grad():
-                x: Tensor = teacher.decode(z / teacher.config.scaling_factor).sample
-            return x.float().clamp(-1, 1)
-
-        def seen(z: Tensor, generator: torch.Generator) -> Tensor:
-            strength = self.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator)
-            return z + strength.to(z.device) * noise_like(z, generator)
-
-        def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
-            z, x = example(batch)
-            y, found = (out.float() for out in network(seen(z, generator), batch["pictures"]))
-            terms = {
-                "down8": self.down_weight * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)),
-                "pixel": self.pixel_weight * F.l1_loss(y, x),
-                "encoder": self.encoder_weight * mixed(white, found - batch["z"]).square().mean(),
-            }
-            if self.adversarial_weight:
-                terms["adversarial"] = -self.adversarial_weight * critic(y).float().mean()
-            return terms
-
-        def critic_loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
-            z, x = example(batch)
-            with torch.no_grad():
-                y = tiny.decode(seen(z, generator)).sample.float()
-            real, fake = network(x).float(), network(y).float()
-            return {"critic": hinge_critic(real, fake)}
-
-        players = {"tiny": Player(_Both(tiny), loss)}
+        players = {"tiny": Player(_Both(tiny), lesson.loss)}
         if self.adversarial_weight:
-            players["critic"] = Player(critic, critic_loss)
+            players["critic"] = Player(lesson.critic, lesson.critic_loss)
         return Stage(
             players=players,
             batch=batch,
@@ -134,8 +94,8 @@ class Decoder(Method):
             averages={"vae": average(tiny, self.ema)} if self.ema else {},
             finish=lambda networks: _measure(
                 networks["vae"],
-                torch.split(latents(first).to(shop.device), at_once(shop.store.size_px)),
-                decoded,
+                torch.split(first.to(shop.device), at_once(shop.store.size_px)),
+                lesson.decoded,
             ),
         )
 
@@ -161,6 +121,56 @@ class Decoder(Method):
             num_encoder_blocks=self.blocks[::-1],
             num_decoder_blocks=self.blocks,
         )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The losses: of decoder and encoder at once, and of the critic."""
+
+    options: Decoder
+    teacher: Any
+    tiny: AutoencoderTiny
+    critic: PatchCritic
+    white: Tensor
+
+    def loss(self, network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+        options, (z, x) = self.options, self.example(batch)
+        y, found = (out.float() for out in network(self.seen(z, generator), batch["pictures"]))
+        gap = mixed(self.white, found - batch["z"])
+        terms = {
+            "down8": options.down_weight * F.l1_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8)),
+            "pixel": options.pixel_weight * F.l1_loss(y, x),
+            "encoder": options.encoder_weight * gap.square().mean(),
+        }
+        if options.adversarial_weight:
+            terms["adversarial"] = -options.adversarial_weight * self.critic(y).float().mean()
+        return terms
+
+    def critic_loss(self, network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
+        z, x = self.example(batch)
+        with torch.no_grad():
+            y = self.tiny.decode(self.seen(z, generator)).sample.float()
+        return {"critic": hinge_critic(network(x).float(), network(y).float())}
+
+    def example(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Latents to decode, and what they should become."""
+        z, x = batch["z"], batch["pictures"]
+        data = len(z) - len(batch.get("own", ()))
+        if data < len(z):
+            z = torch.cat([z[:data], batch["own"]])
+        if self.options.target == "decodings":
+            return z, self.decoded(z)
+        return z, x if data == len(z) else torch.cat([x[:data], self.decoded(z[data:])])
+
+    def seen(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        strength = self.options.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+        return z + strength.to(z.device) * noise_like(z, generator)
+
+    @torch.no_grad()
+    def decoded(self, z: Tensor) -> Tensor:
+        """Pictures in [-1, 1] by the teacher's autoencoder."""
+        x: Tensor = self.teacher.decode(z / self.teacher.config.scaling_factor).sample
+        return x.float().clamp(-1, 1)
 
 
 def whitening(latents: Tensor) -> Tensor:

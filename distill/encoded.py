@@ -162,13 +162,14 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
     shape = (unet.config.in_channels, side, side)
 
     @torch.no_grad()
-    def draw(rows: np.ndarray, table: Schedule) -> Tensor:
+    def draw(rows: np.ndarray, table: Schedule) -> Any:
         seeds = [torch.Generator().manual_seed(int(row)) for row in rows]
 
-        def noise() -> Tensor:
+        def noise() -> Any:  # numpy's arithmetic is what `advance` speaks of; torch's is the same
             return torch.stack([torch.randn(shape, generator=g) for g in seeds]).to(shop.device)
 
-        x, c, previous = table.init * noise(), conditioning(rows).to(shop.device), None
+        x = table.init * noise()
+        c, previous = conditioning(rows).to(shop.device), None
         for step in table.steps:
             output = unet(step.in_scale * x, step.t, c).sample
             fresh = noise() if step.needs_noise else None
@@ -179,7 +180,8 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
         drawn = torch.empty(len(indices), *shape)
         for steps, table in tables.items():
             (mine,) = np.nonzero(indices % most == steps - 1)
-            for part in np.array_split(mine, -(-len(mine) // at_once(shop.store.size_px))):
+            parts = -(-len(mine) // at_once(shop.store.size_px))
+            for part in np.array_split(mine, parts) if parts else ():
                 drawn[part] = draw(indices[part], table).cpu()
         return drawn
 
