@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -11,9 +12,10 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
+from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .encoded import cached_samples
+from .encoded import cached_samples, mistaken_latents
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
@@ -28,7 +30,10 @@ class Denoising(Method):
     """Latent diffusion (arXiv 2112.10752, eq. 3) with caption dropout (arXiv 2207.12598).
 
     Autoencoder and text encoder of the student folder are frozen, and what they make of the data is
-    cached. With ``attribute_weight`` a `Witness` says which objects the predicted x_0 shows.
+    cached. With ``attribute_weight`` a `Witness` says which objects the predicted x_0 shows. With
+    ``mistakes`` the noise of some samples holds a part of the scene as it should not be, in the
+    manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
+    errors, and must learn to trust the caption more than them.
     """
 
     widths: tuple[int, ...] = Field((64, 128), description="UNet channels at each resolution")
@@ -46,6 +51,12 @@ class Denoising(Method):
     )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions, for CFG")
     attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
+    mistakes: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of samples whose noise has a part of the wrong colours and shapes in it",
+    )
 
     @model_validator(mode="after")
     def _one_for_each(self) -> Denoising:
@@ -69,6 +80,8 @@ class Denoising(Method):
         witness = None
         if self.attribute_weight:
             witness = Witness.at(shop, "denoising", sample, process)
+        if self.mistakes:
+            batch = self.with_mistakes(shop, batch)
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
@@ -76,6 +89,9 @@ class Denoising(Method):
             t = self.times(count, process.timesteps, generator).to(x_0.device)
             empty = torch.rand(count, generator=generator) < self.caption_dropout
             c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
+            if self.mistakes:
+                part = self.parts(empty, generator).to(x_0.device)
+                eps = eps + part * process.alpha(t) * (batch["mistaken"] - x_0)
             x_t = process.noised(x_0, eps, t)
             output = network(x_t, t, c).sample.float()
             terms = {"denoising": F.mse_loss(output, process.target(x_0, eps, t))}
@@ -92,6 +108,24 @@ class Denoising(Method):
             results={"unet": unet, "scheduler": scheduler},
             averages={"unet": average(unet, self.ema)} if self.ema else {},
         )
+
+    def with_mistakes(
+        self, shop: Workshop, batch: Callable[[np.ndarray], Batch]
+    ) -> Callable[[np.ndarray], Batch]:
+        """Batches that also have ``mistaken`` [n, c, h, w], the latents of the wrong scenes.
+
+        Raises:
+            EdgeflashError: the data are not the shapes scenes.
+        """
+        if shop.store.labels is None:
+            raise EdgeflashError("denoising.mistakes needs [data] kind = 'shapes'")
+        mistaken = mistaken_latents(shop)
+        return lambda indices: batch(indices) | {"mistaken": mistaken(indices)}
+
+    def parts(self, empty: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """How much of its mistakes a sample's noise holds, [n, 1, 1, 1]; none without a caption."""
+        drawn, part = torch.rand(2, len(empty), generator=generator)
+        return torch.where((drawn < self.mistakes) & ~empty, part, 0)[:, None, None, None]
 
     def times(self, count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
         """Training timesteps, int64 [count], of mean ``timesteps`` / (1 + timestep_power)."""

@@ -33,6 +33,7 @@ from edgeflash.recipe import Data
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CHUNK = 500  # shapes rendered at once
+SAMPLES = "samples.json"  # in a store: captions, labels, seed
 ROWS = 64  # encoded between two notes of how far it is
 TELL_SECONDS = 30
 
@@ -45,13 +46,15 @@ class Store:
     Attributes:
         folder: where the arrays lie.
         captions: one a sample.
+        labels: of the shapes scenes, int64 [n, heads]; None of other data.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        told = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        told = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
         self.captions: list[str] = told["captions"]
         self.labels = np.array(told["labels"], np.int64) if told["labels"] else None
+        self._seed = told["seed"]
         self._pictures = np.load(folder / "pictures.npy", mmap_mode="r")
         self._open: dict[Path, np.ndarray] = {}
 
@@ -72,6 +75,12 @@ class Store:
             return self.pictures(np.arange(min(count, len(self))))
         fresh, _, _ = shapes.batch(shapes.HELD_OUT_SEED, range(count))
         return _unit(fresh)
+
+    def mistaken(self, indices: np.ndarray) -> Tensor:
+        """The same scenes of shapes as `shapes.mistaken` has them, float32 [n, 3, s, s]."""
+        rows = indices.tolist()
+        scenes = [shapes.mistaken(shapes.scene(self._seed, i), self._seed, i) for i in rows]
+        return _unit(shapes.render(scenes, self._seed, rows))
 
     def cached(self, key: str, compute: Callable[[np.ndarray], Tensor]) -> Cached:
         """What ``compute`` makes of each sample, computed once and kept as float16.
@@ -148,9 +157,9 @@ def open_store(data: Data, seed: int, folder: Path) -> Store:
     """
     told = f"{data.model_dump_json()} {seed}{_listing(data)}"
     home = folder / f"data-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-    if not (home / "captions.json").exists():
+    if not (home / SAMPLES).exists():
         home.mkdir(parents=True, exist_ok=True)
-        _pack(_SOURCES[data.kind](data, seed), data, home)
+        _pack(_SOURCES[data.kind](data, seed), data, seed, home)
     return Store(home)
 
 
@@ -201,7 +210,7 @@ def _progress(label: str, total: int, start: int = 0) -> Iterator[Callable[[int]
         yield advance
 
 
-def _pack(source: Iterator[Found], data: Data, home: Path) -> None:
+def _pack(source: Iterator[Found], data: Data, seed: int, home: Path) -> None:
     for stale in home.glob("pictures.*"):  # of a packing that was killed: its room is needed
         stale.unlink()
     draft, cut = home / "pictures.new", home / "pictures.cut.npy"
@@ -218,7 +227,8 @@ def _pack(source: Iterator[Found], data: Data, home: Path) -> None:
     finally:
         draft.unlink(missing_ok=True)
         cut.unlink(missing_ok=True)
-    write_atomic(home / "captions.json", json.dumps({"captions": captions, "labels": labels}))
+    told = {"captions": captions, "labels": labels, "seed": seed}
+    write_atomic(home / SAMPLES, json.dumps(told))
 
 
 def _take(source: Iterator[Found], data: Data, packed: np.ndarray) -> tuple[list[str], list[Any]]:

@@ -57,15 +57,24 @@ def cached_latents(shop: Workshop) -> Rows:
 
     The posterior's mean is kept: its standard deviation is a hundredth of the latents'.
     """
+    return _cached_latents(shop, "latents", shop.store.pictures)
+
+
+def mistaken_latents(shop: Workshop) -> Rows:
+    """Scaled latents of the shapes scenes as `shapes.mistaken` has them, [n, c, h, w] float32."""
+    return _cached_latents(shop, "mistakes", shop.store.mistaken)
+
+
+def _cached_latents(shop: Workshop, name: str, pictures: Rows) -> Rows:
     folder = (shop.teacher or shop.student) / "vae"
     encode_part = _encoder(shop.load(folder.parent, "vae"))
 
     @torch.no_grad()
     def encode(indices: np.ndarray) -> Tensor:
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
-        return torch.cat([encode_part(shop.store.pictures(p).to(shop.device)) for p in parts])
+        return torch.cat([encode_part(pictures(part).to(shop.device)) for part in parts])
 
-    return shop.store.cached(f"latents {_weights_key(folder)}", encode)
+    return shop.store.cached(f"{name} {_weights_key(folder)}", encode)
 
 
 def _encoder(vae: Any) -> Callable[[Tensor], Tensor]:

@@ -8,7 +8,7 @@ the prompt can be checked exactly. Everything is a pure function of ``(seed, ind
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 SIZE_PX = 64
 HELD_OUT_SEED = 1_000_003  # no recipe trains on this stream of scenes
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-COLOURS = {
+COLOURS = {  # in the order of hues
     "red": (0.86, 0.12, 0.15),
     "orange": (0.98, 0.55, 0.08),
     "yellow": (0.98, 0.88, 0.15),
@@ -176,6 +176,20 @@ def render(scenes: list[Scene], seed: int, indices: list[int]) -> Array:
                 colours = [COLOURS[scenes[i].things[slot].colour] for i in those]
                 canvas[those] = _draw(canvas[those], shape, np.array(poses), np.array(colours))
     return np.asarray(np.rint(np.clip(canvas, 0, 1) * 255), np.uint8)
+
+
+def mistaken(what: Scene, seed: int, index: int) -> Scene:
+    """The scene with some objects in a neighbouring hue, and some of another shape."""
+    rng, hues = np.random.default_rng((seed, index, 3)), tuple(COLOURS)
+    things = []
+    for thing in what.things:
+        if rng.random() < 0.6:
+            neighbour = hues.index(thing.colour) + (1 if rng.random() < 0.5 else -1)
+            thing = thing._replace(colour=hues[neighbour % len(hues)])
+        if rng.random() < 0.35:
+            thing = thing._replace(shape=_pick(rng, SHAPES))
+        things.append(thing)
+    return replace(what, things=tuple(things))
 
 
 def batch(seed: int, indices: range | list[int]) -> tuple[Array, list[Caption], Array]:

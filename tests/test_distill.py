@@ -377,7 +377,7 @@ def test_a_teacher_from_nothing(tmp_path: Path) -> None:
     stages = [
         {"by": "autoencoder", "widths": [8, 8], **common},
         {"by": "reading", "text_width": 16, "text_layers": 1, **common},
-        {"by": "denoising", "widths": [16, 16], "attribute_weight": 0.1, **common},
+        {"by": "denoising", "widths": [16, 16], "attribute_weight": 0.1, "mistakes": 0.5, **common},
     ]
     data = {"kind": "shapes", "samples": 12}
     plain = {"name": "t", "data": data, "stage": stages, "sampling": {"steps": [2]}}

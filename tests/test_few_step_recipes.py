@@ -125,12 +125,20 @@ def test_what_a_teachers_timesteps_do_not_allow_is_said(
         distill(small_recipe(tmp_path, stage=[stage], sampling=None), tmp_path / "student")
 
 
-@pytest.mark.parametrize("by", ["denoising", "blocks", "lcm"])
-def test_an_auxiliary_classifier_needs_labels(tmp_path: Path, by: str) -> None:
+@pytest.mark.parametrize(
+    ("by", "option"),
+    [
+        ("denoising", "attribute_weight"),
+        ("blocks", "attribute_weight"),
+        ("lcm", "attribute_weight"),
+        ("denoising", "mistakes"),
+    ],
+)
+def test_what_looks_at_attributes_needs_labels(tmp_path: Path, by: str, option: str) -> None:
     rule = {"rule": "small"} if by == "blocks" else {}
-    stage = {"by": by, "attribute_weight": 1, "steps": 1} | rule
+    stage = {"by": by, option: 1, "steps": 1} | rule
     recipe = small_recipe(tmp_path, stage=[stage])
-    with pytest.raises(EdgeflashError, match=rf"^{by}\.attribute_weight needs .* 'shapes'"):
+    with pytest.raises(EdgeflashError, match=rf"^{by}\.{option} needs .* 'shapes'"):
         distill(recipe, tmp_path / "s")
 
 

@@ -20,7 +20,6 @@ from edgeflash.distill.by_blocks import (
     pruned_config,
     teacher_name,
 )
-from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.by_lcm import LCM, Lesson
 from edgeflash.distill.by_reading import as_named
 from edgeflash.distill.consistency import consistency, scalings
@@ -192,16 +191,6 @@ def test_an_lcm_student_is_met_where_its_own_sampler_stands() -> None:
     spread = (it.alpha(t) ** 2 * s**2 + it.sigma(t) ** 2).sqrt()
     assert float(x.std()) == pytest.approx(float(spread), rel=0.03)
     assert lesson.own(exact, noise, torch.tensor([19]), noise, generator) is noise
-
-
-def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
-    def mean(power: float) -> float:
-        options = Denoising(timestep_power=power)
-        t = options.times(20_000, 1000, torch.Generator().manual_seed(0))
-        assert t.min() >= 0 and t.max() == 999
-        return float(t.float().mean())
-
-    assert mean(1) == pytest.approx(499.5, abs=6) and mean(0.5) == pytest.approx(666, abs=6)
 
 
 @torch.no_grad()

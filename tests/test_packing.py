@@ -47,7 +47,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 
 def left(store: Store) -> list[str]:
-    packed = ("captions.json", "pictures.npy")
+    packed = ("samples.json", "pictures.npy")
     return sorted(p.suffix for p in store.folder.iterdir() if p.name not in packed)
 
 
