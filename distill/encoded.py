@@ -114,6 +114,14 @@ def _text_encoder(shop: Workshop, texts: list[str]) -> Rows:
     return encode
 
 
+def latent_shape(shop: Workshop, unet: Any) -> tuple[int, int, int]:
+    """Of one of the store's pictures as a latent of the teacher's, whose UNet is given."""
+    assert shop.teacher
+    teacher = Student.unfinished(shop.teacher)
+    side = shop.store.size_px // teacher.family.latent(teacher).downsampling
+    return unet.config.in_channels, side, side
+
+
 def sampled_latents(
     shop: Workshop,
     unet: Any,
@@ -136,9 +144,7 @@ def sampled_latents(
         steps: DDIM steps, of two calls each.
     """
     assert shop.teacher
-    teacher, (conditioning, nothing) = Student.unfinished(shop.teacher), texts
-    side = shop.store.size_px // teacher.family.latent(teacher).downsampling
-    shape = (unet.config.in_channels, side, side)
+    (conditioning, nothing), shape = texts, latent_shape(shop, unet)
     last = process.timesteps - 1
 
     def sample(rows: np.ndarray) -> Tensor:
@@ -153,7 +159,7 @@ def sampled_latents(
         return torch.cat([sample(part) for part in parts])
 
     weights = [shop.teacher / "unet", shop.student / "text_encoder"]
-    told = [guidance, steps, side, noise_config(shop.teacher), *map(_weights_key, weights)]
+    told = [guidance, steps, shape[-1], noise_config(shop.teacher), *map(_weights_key, weights)]
     return shop.store.cached(f"samples {json.dumps(told)}", make)
 
 

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
     "add": ({"by": "add"}, "LCMScheduler", FOUR_STEPS),
     "ufogen": ({"by": "ufogen"}, "LCMScheduler", FOUR_STEPS),
     "ladd": ({"by": "ladd", "solver_steps": 2}, "LCMScheduler", FOUR_STEPS),
+    "sdxs": ({"by": "sdxs", "solver_steps": 2}, "LCMScheduler", {1: [999]}),
 }
 GUIDED = {"perflow", "reflow", "progressive"}  # those that are sampled with guidance
 
