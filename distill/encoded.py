@@ -173,8 +173,7 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
     student = Student.unfinished(shop.student)
     tables = student.schedules(range(1, most + 1))
     conditioning, _ = cached_conditioning(shop)
-    side = shop.store.size_px // student.family.latent(student).downsampling
-    shape = (unet.config.in_channels, side, side)
+    shape = latent_shape(shop, unet)
 
     @torch.no_grad()
     def draw(rows: np.ndarray, table: Schedule) -> Any:
