@@ -165,7 +165,7 @@ def _brief(out: Path, console: Console) -> list[Entry]:
     minutes = (manifest.lineage.seconds or 0) / 60
     return [
         Entry("pruned teacher, before training", pruned, 4),
-        Entry(f"trained in this run, {minutes:.0f} min", bundle, 4),
+        Entry(f"trained in this run, {minutes:.2g} min", bundle, 4),
     ]
 
 
