@@ -24,7 +24,7 @@ from edgeflash.arguments import (
     read_runtime,
     read_size,
 )
-from edgeflash.errors import EdgeflashError
+from edgeflash.errors import in_one_line
 
 if TYPE_CHECKING:
     from edgeflash.runtimes.pipeline import Result
@@ -34,7 +34,6 @@ app = typer.Typer(
     add_completion=False,
     help="Distil a diffusion model BY a method, export it TO a target, run it ON a runtime.",
 )
-INTERRUPTED = 130  # what typer makes of Ctrl-C
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -379,22 +378,4 @@ def _tell(result: Result, prompts: tuple[str, ...], places: list[Path]) -> None:
 
 def main() -> None:
     """Runs the command line; a person's mistake is one line on stderr and exit code 2."""
-    try:
-        code = get_command(app).main(standalone_mode=False)
-        if code == INTERRUPTED:
-            code = _fail("interrupted; nothing half-written was left: run the same command again")
-    except EdgeflashError as error:
-        code = _fail(str(error))
-    except OSError as error:
-        code = _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # typer's own complaints have it
-            raise
-        code = _fail(" ".join(error.format_message().split()) or "see edgeflash --help", bare=True)
-    sys.exit(code or 0)
-
-
-def _fail(line: str, *, bare: bool = False) -> int:
-    if line and not (bare and line == "see edgeflash --help"):
-        print(f"edgeflash: {line}", file=sys.stderr)
-    return 2
+    sys.exit(in_one_line(lambda: get_command(app).main(standalone_mode=False)))
