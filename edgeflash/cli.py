@@ -245,7 +245,7 @@ def price(
 
     asked = asked_for(student, decoder)
     ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
-    counts, devices = read_counts(steps) or (), [Device.of(name) for name in device or ()]
+    counts, devices = read_counts(steps) or (), [Device.timed(name) for name in device or ()]
     command = shlex.join(["edgeflash", *sys.argv[1:]])
     report = ask(
         asked,
@@ -278,6 +278,25 @@ def verify(
     figures = climb(opened, read_runtime(on, opened, set_), read_floors(floor))
     out.print(ladder(figures))
     refuse_below(figures, bundle)
+
+
+@app.command()
+def lint(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    device: Annotated[list[str], typer.Option(help="May be given several times.")],
+) -> None:
+    """Tell whether a bundle fits a device, without the device. Exit code 2 where it does not."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.devices import Device
+    from edgeflash.inspect import judgement
+    from edgeflash.runtimes.lint import judge, look, refuse_unfit
+
+    devices = [Device.of(name) for name in device]
+    seen = look(Bundle.open(bundle))
+    judged = [judge(seen, each) for each in devices]
+    for each in judged:
+        out.print(judgement(each))
+    refuse_unfit(judged, bundle)
 
 
 @app.command()
