@@ -24,7 +24,7 @@ from edgeflash.arguments import (
     read_runtime,
     read_size,
 )
-from edgeflash.errors import EdgeflashError
+from edgeflash.errors import in_one_line
 
 if TYPE_CHECKING:
     from edgeflash.runtimes.pipeline import Result
@@ -34,7 +34,6 @@ app = typer.Typer(
     add_completion=False,
     help="Distil a diffusion model BY a method, export it TO a target, run it ON a runtime.",
 )
-INTERRUPTED = 130  # what typer makes of Ctrl-C
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -246,7 +245,7 @@ def price(
 
     asked = asked_for(student, decoder)
     ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
-    counts, devices = read_counts(steps) or (), [Device.of(name) for name in device or ()]
+    counts, devices = read_counts(steps) or (), [Device.timed(name) for name in device or ()]
     command = shlex.join(["edgeflash", *sys.argv[1:]])
     report = ask(
         asked,
@@ -279,6 +278,25 @@ def verify(
     figures = climb(opened, read_runtime(on, opened, set_), read_floors(floor))
     out.print(ladder(figures))
     refuse_below(figures, bundle)
+
+
+@app.command()
+def lint(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    device: Annotated[list[str], typer.Option(help="May be given several times.")],
+) -> None:
+    """Tell whether a bundle fits a device, without the device. Exit code 2 where it does not."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.devices import Device
+    from edgeflash.inspect import judgement
+    from edgeflash.runtimes.lint import judge, look, refuse_unfit
+
+    devices = [Device.of(name) for name in device]
+    seen = look(Bundle.open(bundle))
+    judged = [judge(seen, each) for each in devices]
+    for each in judged:
+        out.print(judgement(each))
+    refuse_unfit(judged, bundle)
 
 
 @app.command()
@@ -379,22 +397,4 @@ def _tell(result: Result, prompts: tuple[str, ...], places: list[Path]) -> None:
 
 def main() -> None:
     """Runs the command line; a person's mistake is one line on stderr and exit code 2."""
-    try:
-        code = get_command(app).main(standalone_mode=False)
-        if code == INTERRUPTED:
-            code = _fail("interrupted; nothing half-written was left: run the same command again")
-    except EdgeflashError as error:
-        code = _fail(str(error))
-    except OSError as error:
-        code = _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # typer's own complaints have it
-            raise
-        code = _fail(" ".join(error.format_message().split()) or "see edgeflash --help", bare=True)
-    sys.exit(code or 0)
-
-
-def _fail(line: str, *, bare: bool = False) -> int:
-    if line and not (bare and line == "see edgeflash --help"):
-        print(f"edgeflash: {line}", file=sys.stderr)
-    return 2
+    sys.exit(in_one_line(lambda: get_command(app).main(standalone_mode=False)))

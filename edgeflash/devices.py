@@ -5,11 +5,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from edgeflash.bundle import Part
-from edgeflash.errors import unknown
+from edgeflash.errors import EdgeflashError, unknown
 
 DEVICES = Path(__file__).with_name("devices.toml")
+Verdict = Literal["fits", "tight", "unsupported", "will be killed"]  # from good to bad
 
 
 class Published(Part):
@@ -21,8 +23,22 @@ class Published(Part):
     ms: float
 
 
+class Limit(Part):
+    """What bundles must keep to on some devices; `edgeflash.runtimes.lint` has its rule."""
+
+    name: str
+    rule: str
+    most: int = 0  # bytes or, for rank, dimensions
+    multiple: int = 1  # bytes
+    takes: tuple[str, ...] = ()  # names of what there is
+    targets: tuple[str, ...] = ()  # whose bundles it is about; none: all
+    broken: Verdict
+    source: str
+    advice: str = ""
+
+
 class Device(Part):
-    """A device by its published figures; estimates scale them with the work.
+    """A device by its published figures and limits; estimates scale the figures with the work.
 
     Networks that move more bytes for their work than those, as tiny decoders do, take longer than
     estimated; so does a device that is warm.
@@ -30,9 +46,11 @@ class Device(Part):
 
     name: str
     chip: str
-    precision: str
-    source: str
-    published: tuple[Published, ...]
+    runs: tuple[str, ...]  # targets
+    limits: tuple[Limit, ...]
+    precision: str = ""  # of the figures, as the source
+    source: str = ""
+    published: tuple[Published, ...] = ()
 
     @classmethod
     def of(cls, name: str) -> Device:
@@ -42,9 +60,26 @@ class Device(Part):
             EdgeflashError: none of that name.
         """
         known = tomllib.loads(DEVICES.read_text(encoding="utf-8"))
-        if name not in known:
-            raise unknown("device", name, known)
-        return cls.model_validate({"name": name} | known[name])
+        if name not in known["device"]:
+            raise unknown("device", name, known["device"])
+        told = known["device"][name]
+        limits = [{"name": limit} | known["limit"][limit] for limit in told["limits"]]
+        return cls.model_validate({"name": name} | told | {"limits": limits})
+
+    @classmethod
+    def timed(cls, name: str) -> Device:
+        """The same, to estimate times on.
+
+        Raises:
+            EdgeflashError: none of that name, or nothing is published that estimates could rest on.
+        """
+        device = cls.of(name)
+        if not device.published:
+            raise EdgeflashError(
+                f"device {name}: no times of it are known to estimate from; edgeflash lint tells "
+                "whether a bundle fits it"
+            )
+        return device
 
     def estimate_ms(self, component: str, gflop: float) -> float:
         """Time of one call, at the rate of the component's published figure, or of the UNet's."""

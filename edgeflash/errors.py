@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
 class EdgeflashError(Exception):
@@ -24,3 +27,29 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> EdgeflashError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return EdgeflashError(f"no {kind} {name!r} (have: {', '.join(names) or 'none'}){hint}")
+
+
+def in_one_line(command: Callable[[], int | None]) -> int:
+    """Runs a command of the command line and returns its exit code.
+
+    A person's mistake is one line on stderr, and exit code 2.
+    """
+    try:
+        code = command()
+        if code == INTERRUPTED:
+            return _fail("interrupted; nothing half-written was left: run the same command again")
+    except EdgeflashError as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own complaints have it
+            raise
+        return _fail(" ".join(error.format_message().split()))
+    return code or 0
+
+
+def _fail(line: str) -> int:
+    if line:
+        print(f"edgeflash: {line}", file=sys.stderr)
+    return 2

@@ -21,6 +21,7 @@ from edgeflash.shelf import EXTRAS, SHELVES, absent, find, imported_as, missing,
 
 if TYPE_CHECKING:
     from edgeflash.distill.judge import Verdict
+    from edgeflash.runtimes.lint import Finding, Judgement
 
 ROLES: tuple[type[Plugin], ...] = (Method, Target, Runtime)
 VERBS = {Method: "distill by", Target: "export to", Runtime: "run on"}
@@ -181,6 +182,37 @@ def verdicts(found: dict[int, Verdict]) -> RenderableType:
     for name in dict.fromkeys(name for v in verdicts for name in v.by_attribute):
         row(name, (v.by_attribute[name] for v in verdicts))
     return table
+
+
+def judgement(judged: Judgement) -> RenderableType:
+    """Whether a bundle fits a device, what stands against it, and the memory it takes."""
+    device, parts = judged.device, [_memory(judged)]
+    rules: dict[tuple[str, str], list[Finding]] = {}
+    for finding in judged.findings:
+        rules.setdefault((finding.rule, finding.source), []).append(finding)
+    for findings in rules.values():
+        parts.append(_broken(findings))
+    head = f"[bold]{escape(device.name)}: {judged.verdict}[/bold]   {escape(device.chip)}"
+    return Group(head, *parts, *map(escape, judged.left_open), "")
+
+
+def _broken(findings: list[Finding]) -> RenderableType:
+    """What breaks one rule, a row a component."""
+    first, table = findings[0], _table("", "", "")
+    table.show_header = False
+    for finding in findings:
+        table.add_row(finding.component, escape(finding.where), escape(finding.found))
+    facts = {"limit": first.limit, "source": first.source, "to do": first.advice}
+    return Group(f"[bold]{first.verdict}[/bold]: {first.rule}", table, _facts(facts))
+
+
+def _memory(judged: Judgement) -> RenderableType:
+    table = _table("component", "weights MiB", "results MiB", "most are alive at")
+    for part in judged.seen:
+        weights, results = (f"{n / 2**20:,.1f}" for n in (part.weight_bytes, part.peak.bytes))
+        table.add_row(part.component.name, weights, results, escape(str(part.peak)))
+    together, alone = (f"{n / 2**20:,.1f} MiB" for n in judged.bytes)
+    return Group(table, f"estimate: {together} with all loaded, {alone} one at a time")
 
 
 def health() -> RenderableType:

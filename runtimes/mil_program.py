@@ -220,13 +220,13 @@ def _last_read(operations: Any, outputs: tuple[str, ...]) -> dict[str, int]:
     """Tensor -> number of the operator that reads it last; not for what is given in the end."""
     found: dict[str, int] = {}
     for number, told in enumerate(operations):
-        for name in _read_by(told):
+        for name in read_by(told):
             found[name] = number
     constants = {told.outputs[0].name for told in operations if told.type.startswith("const")}
     return {name: number for name, number in found.items() if name not in {*outputs, *constants}}
 
 
-def _read_by(told: Any) -> Iterator[str]:
+def read_by(told: Any) -> Iterator[str]:
     for given in told.inputs.values():
         for binding in given.arguments:
             if binding.WhichOneof("binding") == "name":

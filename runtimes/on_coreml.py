@@ -45,7 +45,7 @@ class CoreMlRuntime(Runtime):
         Raises:
             EdgeflashError: Apple's framework is asked for elsewhere, or a package does not load.
         """
-        _quieten()
+        quieten()
         mac = sys.platform == "darwin"
         packages = packages_of(folder, component)
         if self.units == "evaluator" or (self.units == "auto" and not mac):
@@ -57,7 +57,7 @@ class CoreMlRuntime(Runtime):
     def watch(
         self, folder: Path, component: Component, inputs: Mapping[str, Array]
     ) -> Iterator[tuple[str, str, Array]]:
-        _quieten()
+        quieten()
         known = dict(inputs)
         for path in packages_of(folder, component):
             program = Program(path, halves=self.halves)
@@ -74,7 +74,7 @@ def packages_of(folder: Path, component: Component) -> list[Path]:
     return [folder / f.path.removesuffix(ends) for f in component.files if f.path.endswith(ends)]
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Off a Mac, coremltools warns of every library of Apple's that it misses."""
     logging.getLogger("coremltools").setLevel(logging.ERROR)
 

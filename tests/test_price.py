@@ -75,7 +75,7 @@ def test_the_work_of_full_size_networks_is_counted_without_weights(
 def test_devices_name_the_work_as_it_is_counted(tmp_path: Path) -> None:
     work = {"sd15": gflops(skeleton(Blueprint.of("sd15"), tmp_path / "sd15"), (512, 512))}
     work["sd21"] = gflops(skeleton(Blueprint("sd21", SD21, "kl"), tmp_path / "sd21"), (512, 512))
-    for name in tomllib.loads(DEVICES.read_text()):
+    for name in tomllib.loads(DEVICES.read_text())["device"]:
         for entry in Device.of(name).published:
             counted = work["sd21" if "2.1" in entry.network else "sd15"]
             assert entry.gflop == pytest.approx(counted[entry.component], abs=0.06), (name, entry)
@@ -94,6 +94,8 @@ def test_estimates_scale_published_figures_and_tell_how_far_they_are_off() -> No
     assert "SD 2.1 UNet +14%" in device.told()
     with pytest.raises(EdgeflashError, match="did you mean 'galaxy-s25'"):
         Device.of("galaxy-s26")
+    with pytest.raises(EdgeflashError, match="device web: no times of it are known"):
+        Device.timed("web")
 
 
 def test_every_way_is_run_and_priced(one_step_student: Path, tmp_path: Path) -> None:
