@@ -28,8 +28,9 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# Small networks gain less from a second thread than tests do from a second process.
 unit: $(INSTALLED)
-	$(BIN)/pytest -m 'not slow' --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow' --durations=10
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow --durations=10
