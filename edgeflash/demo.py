@@ -156,10 +156,12 @@ def _brief(out: Path, console: Console) -> list[Entry]:
     with tempfile.TemporaryDirectory() as scratch:
         student = Path(scratch) / "student-pruned"
         _prune(embedded("shapes-teacher"), rule, student)
-        pruned = _export(student, out / "bundle-pruned", "fp32", (4,), console, 1, UNTRAINED)
+        pruned = _export(
+            student, out / "bundle-pruned", "fp32", (4,), console, recorded=1, floors=UNTRAINED
+        )
     with _told(console, "distil a student in this run"):
         distill(recipe, folder, console=console)
-    bundle = _export(folder, out / "bundle-brief", "fp32", (4,), console, 1)
+    bundle = _export(folder, out / "bundle-brief", "fp32", (4,), console, recorded=1)
     manifest = Student.open(folder).manifest
     assert manifest is not None
     minutes = (manifest.lineage.seconds or 0) / 60
@@ -183,7 +185,9 @@ def _prune(teacher: Path, rule: Any, out: Path) -> None:
 
 def _shipped(out: Path, console: Console) -> list[Entry]:
     """Teacher at 25 steps; the shipped student at 1, 2 and 4, and its int8 bundle."""
-    teacher = _export(embedded("shapes-teacher"), out / "bundle-teacher", "fp32", (25,), console, 1)
+    teacher = _export(
+        embedded("shapes-teacher"), out / "bundle-teacher", "fp32", (25,), console, recorded=1
+    )
     entries = [Entry("teacher", teacher, 25)]
     for precision in ("fp32", "int8"):
         bundle = out / f"bundle-onnx-{precision}"
@@ -199,6 +203,7 @@ def _export(
     precision: str,
     steps: tuple[int, ...],
     console: Console,
+    *,
     recorded: int = 16,
     floors: Mapping[str, float] | None = None,
 ) -> Path:
