@@ -19,6 +19,7 @@ from edgeflash.arguments import (
     own_runtime,
     read_counts,
     read_floors,
+    read_loras,
     read_options,
     read_recipe,
     read_runtime,
@@ -82,6 +83,9 @@ def export(
     guidance: Annotated[
         float | None, typer.Option(min=0, max=100, help="Scale; 1: none; default: the student's.")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[=SCALE]", help="Fuse it; may be repeated.")
+    ] = None,
     image_to_image: Annotated[bool, typer.Option(help="Ship the encoder too.")] = False,
     keep_timestep: Annotated[
         bool, typer.Option(help="An input even of one-step students.")
@@ -99,7 +103,7 @@ def export(
     counts, pixels = read_counts(steps), read_size(size)
     from edgeflash.export.line import export_student
 
-    opened = Student.open(student)
+    opened = Student.open(student, read_loras(lora))
     export_student(
         opened,
         target,
@@ -310,8 +314,10 @@ def score(
     """Prompt accuracy and Fréchet distance of a bundle of the embedded models."""
     from edgeflash.bundle import Bundle
     from edgeflash.inspect import verdicts
+    from edgeflash.roles import Method
+    from edgeflash.shelf import find
 
-    _distill_installed()
+    find(Method, "attributes")  # says which package is missing, before the room is imported
     from edgeflash.score import score as judge
 
     opened = Bundle.open(bundle)
@@ -378,14 +384,6 @@ def demo(
     from edgeflash.demo import run_demo
 
     run_demo(out_dir, full=full)
-
-
-def _distill_installed() -> None:
-    """Says which package is missing, before a room that needs it is imported."""
-    from edgeflash.roles import Method
-    from edgeflash.shelf import find
-
-    find(Method, "attributes")
 
 
 def _tell(result: Result, prompts: tuple[str, ...], places: list[Path]) -> None:
