@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,12 @@ if TYPE_CHECKING:
     from edgeflash.bundle import Bundle
     from edgeflash.recipe import Recipe
     from edgeflash.roles import Runtime
+
+
+def typed(folder: Path | None = None) -> str:
+    """The command line as it was typed, for the record; of ``folder`` its name alone."""
+    words = [folder.name if folder and word == str(folder) else word for word in sys.argv[1:]]
+    return shlex.join(["edgeflash", *words])
 
 
 def read_options(sets: list[str] | None, flag: str = "--set") -> dict[str, Any]:

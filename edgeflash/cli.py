@@ -5,7 +5,6 @@ Rooms are imported inside the commands, so that ``edgeflash --help`` loads none 
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +22,7 @@ from edgeflash.arguments import (
     read_recipe,
     read_runtime,
     read_size,
+    typed,
 )
 from edgeflash.errors import in_one_line
 
@@ -166,6 +166,7 @@ def bench(
     steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before those.")] = 2,
+    minutes: Annotated[float, typer.Option(min=0, help="Then on without a pause.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images a run.")] = 1,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -191,16 +192,15 @@ def bench(
         seed=seed,
         warmup_runs=warmup,
         runs=runs,
+        minutes=minutes,
         low_memory=low_memory,
     )
-    words = [bundle.name if word == str(bundle) else word for word in sys.argv[1:]]
-    command = shlex.join(["edgeflash", *words])
     with err.status("measuring") as status:
         report = measure(
             job,
             out_dir,
             steps=read_counts(steps) or (),
-            command=command,
+            command=typed(bundle),
             tell=lambda name, done, of: status.update(escape(f"{name}: {done}/{of}")),
         )
     out.print(SystemsTable(report))
@@ -246,7 +246,6 @@ def price(
     asked = asked_for(student, decoder)
     ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
     counts, devices = read_counts(steps) or (), [Device.timed(name) for name in device or ()]
-    command = shlex.join(["edgeflash", *sys.argv[1:]])
     report = ask(
         asked,
         ways,
@@ -255,7 +254,7 @@ def price(
         size=read_size(size),
         runs=runs,
         devices=devices,
-        command=command,
+        command=typed(),
     )
     out.print(price_tables(report, devices))
     print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
