@@ -1,6 +1,6 @@
 """The whole line on the embedded models, offline: distil, export, verify, bench, and a page.
 
-With `cli.py` and `score.py` the only file that knows all rooms.
+Knows all rooms, as the command line does.
 """
 
 from __future__ import annotations
