@@ -26,7 +26,7 @@ from edgeflash.arguments import (
     read_runtime,
     read_size,
 )
-from edgeflash.cli_tell import telling
+from edgeflash.cli_tell import distill_installed, telling
 from edgeflash.errors import in_one_line
 
 if TYPE_CHECKING:
@@ -180,6 +180,20 @@ def demo(
     from edgeflash.demo import run_demo
 
     run_demo(out_dir, full=full)
+
+
+@app.command()
+def benchmark_methods(
+    methods: Annotated[list[str] | None, typer.Argument(help="Default: all of them.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("benchmark"),
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, each.")] = 20,
+) -> None:
+    """Train every few-step method for an equal time, and judge them. Run it again to resume."""
+    distill_installed()
+    from edgeflash.benchmark import benchmark
+
+    benchmark(out_dir, tuple(methods or ()), minutes=minutes)
+    print(f"wrote {out_dir / 'RESULTS.md'}")
 
 
 app.add_typer(telling)

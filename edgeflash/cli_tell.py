@@ -108,7 +108,7 @@ def score(
     from edgeflash.bundle import Bundle
     from edgeflash.inspect import verdicts
 
-    _distill_installed()
+    distill_installed()
     from edgeflash.score import score as judge
 
     opened = Bundle.open(bundle)
@@ -221,7 +221,7 @@ def doctor() -> None:
     out.print(health())
 
 
-def _distill_installed() -> None:
+def distill_installed() -> None:
     """Says which package is missing, before a room that needs it is imported."""
     from edgeflash.roles import Method
     from edgeflash.shelf import find

@@ -95,7 +95,7 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
                 stages_ms[stage].append(elapsed_ms)
         tell(done + 1, of)
     sustained_ms = _sustain(pipeline, request, job.minutes * 60, tell)
-    peak_rss_mib = _peak_rss_mib()
+    peak = peak_rss_mib()
 
     names = _draw_each(pipeline, job, lambda j: tell(of - len(job.prompts) + j + 1, of))
     manifest = pipeline.manifest
@@ -113,7 +113,7 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
         runs_ms=tuple(runs_ms[1 + job.warmup_runs :]),
         sustained_ms=sustained_ms,
         stages_ms={stage: tuple(samples) for stage, samples in stages_ms.items()},
-        peak_rss_mib=peak_rss_mib,
+        peak_rss_mib=peak,
         images=names,
     )
 
@@ -160,7 +160,7 @@ def _since(start: float) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-def _peak_rss_mib() -> float | None:
+def peak_rss_mib() -> float | None:
     """Largest resident memory of this process so far; None where the system does not tell."""
     try:  # getrusage would do, but on Linux it also counts the process that started this one
         for line in Path("/proc/self/status").read_text().splitlines():
