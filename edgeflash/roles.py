@@ -49,7 +49,9 @@ class Method(Plugin, ABC):
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")
     batch_size: int = Field(16, ge=1, description="samples a step, over all processes")
-    accumulate: int = Field(1, ge=1, description="micro-batches a step is cut into")
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches a step is cut into, over all processes"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     decay: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="course of the learning rate after the warm-up"

@@ -14,8 +14,9 @@ from tiny_student import write_student
 
 from edgeflash.bundle import sha256_of
 from edgeflash.distill import loop
+from edgeflash.distill.folders import copy_folder
 from edgeflash.distill.lora import TARGETS
-from edgeflash.distill.run import copy_folder, distill
+from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import line, pack
 from edgeflash.lora import FILE, Lora, fuse
