@@ -183,8 +183,8 @@ def r1(critic: Any, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         scores = critic(x, z, c).mean(1)
     (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
-    squares: Tensor = gradient.square().flatten(1).sum(1)
-    return squares.mean()
+    penalty: Tensor = gradient.square().flatten(1).sum(1).mean()
+    return penalty
 
 
 def augmented(both: Tensor, generator: torch.Generator) -> Tensor:
