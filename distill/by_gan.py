@@ -183,8 +183,7 @@ def r1(critic: Any, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         scores = critic(x, z, c).mean(1)
     (gradient,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
-    penalty: Tensor = gradient.square().flatten(1).sum(1).mean()
-    return penalty
+    return gradient.square().flatten(1).sum(1).mean()
 
 
 def augmented(both: Tensor, generator: torch.Generator) -> Tensor:
@@ -217,4 +216,5 @@ def window(count: int, sides: torch.Size, generator: torch.Generator) -> Tensor:
         ((torch.arange(side) + 0.5) / side - at).abs() < 0.25
         for side, at in zip(sides, centre, strict=True)
     ]
-    return 1 - (near[0][:, :, None] & near[1][:, None]).float()[:, None]
+    cut: Tensor = near[0][:, :, None] & near[1][:, None]
+    return 1 - cut[:, None].float()
