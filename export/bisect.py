@@ -80,7 +80,8 @@ def bisect_bundles(bundle: Bundle, reference: Bundle, name: str, floor_db: float
     for folder, target in ((bundle.folder, suspect.target), (reference.folder, whole.target)):
         if target != "onnx":
             raise EdgeflashError(f"{folder}: only ONNX bundles can be bisected, not {target}")
-    if bundle.manifest.lineage.student_sha256 != reference.manifest.lineage.student_sha256:
+    ours, theirs = bundle.manifest.lineage, reference.manifest.lineage
+    if (ours.student_sha256, ours.loras) != (theirs.student_sha256, theirs.loras):
         raise EdgeflashError(f"{reference.folder}: was made from another student")
     paths = (reference.folder / whole.files[0].path, bundle.folder / suspect.files[0].path)
     return str(first_divergence(*paths, first_call(bundle, suspect), floor_db) or "")
