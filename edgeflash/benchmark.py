@@ -175,7 +175,8 @@ def _fitting(name: str, options: dict[str, Any], start: Path, out: Path, minutes
         _train(_recipe(name, options, start, PROBE_STEPS), probe, out)
         manifest = Student.open(probe).manifest
         assert manifest is not None and manifest.lineage.seconds
-        write_atomic(noted, str(round(minutes * 60 * PROBE_STEPS / manifest.lineage.seconds)))
+        steps = minutes * 60 * PROBE_STEPS / manifest.lineage.seconds
+        write_atomic(noted, str(max(1, round(steps))))
     return int(noted.read_text())
 
 

@@ -56,6 +56,7 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
     "ufogen": ({"by": "ufogen"}, "LCMScheduler", FOUR_STEPS),
     "ladd": ({"by": "ladd", "solver_steps": 2}, "LCMScheduler", FOUR_STEPS),
     "sdxs": ({"by": "sdxs", "solver_steps": 2}, "LCMScheduler", {1: [999]}),
+    "gan": ({"by": "gan", "solver_steps": 2}, "LCMScheduler", {1: [999]}),
     "scm": (
         {"by": "scm", "guidance": 4.5},
         "LCMScheduler",
