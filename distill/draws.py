@@ -40,7 +40,7 @@ def rows(draw: Callable[[int], Tensor], count: int, generator: torch.Generator) 
     drawn, index, samples = draw(count * generator.parts), generator.index, generator.samples
     if count % samples:
         return drawn[index * count : (index + 1) * count]
-    tensors = drawn.unflatten(0, (count // samples, -1))
+    tensors = drawn.reshape(count // samples, -1, *drawn.shape[1:])
     return tensors[:, index * samples : (index + 1) * samples].flatten(0, 1)
 
 
