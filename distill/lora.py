@@ -45,7 +45,7 @@ def add_lora(stage: Stage, method: Method, name: str, seed: int) -> None:
     Raises:
         EdgeflashError: a stage that trains no denoiser, or targets that it has no layer for.
     """
-    unet = stage.results.get("unet")
+    unet: Any = stage.results.get("unet")
     if not any(player.network is unet for player in stage.players.values()):
         raise EdgeflashError(f"{name}.lora_rank: method {name!r} trains no denoiser: leave it out")
     with torch.random.fork_rng(devices=[]):
