@@ -68,8 +68,8 @@ def fuse(
         high=255,
     )
     ids, drawn = _value(tokens), _value(noise)
-    conditioning = _condition(graph, bundle, runtime, ids)
-    x = _loop(graph, manifest, schedule, drawn, conditioning)
+    conditioning = _condition(graph, bundle, runtime, ids, rows)
+    x = _loop(graph, manifest, schedule, drawn, conditioning, rows)
     output = _decode(graph, manifest, x)
     output.name, output.dtype, output.shape = pixels.name, ir.DataType.UINT8, ir.Shape(pixels.shape)
     files = onnx_graph.save(
@@ -180,7 +180,9 @@ def _doubled(manifest: Manifest) -> bool:
     return manifest.guidance.kind == "cfg" and manifest.guidance.scale != 1
 
 
-def _condition(graph: _Graph, bundle: Bundle, runtime: Runtime, ids: ir.Value) -> ir.Value:
+def _condition(
+    graph: _Graph, bundle: Bundle, runtime: Runtime, ids: ir.Value, rows: int
+) -> ir.Value:
     """Conditioning [n, s, d]; [2n, s, d] for guidance, that of the empty prompt first."""
     prompt = graph.call("text_encoder", tokens=ids)
     if not _doubled(bundle.manifest):
@@ -188,7 +190,6 @@ def _condition(graph: _Graph, bundle: Bundle, runtime: Runtime, ids: ir.Value) -
     text_encoder = bundle.component("text_encoder")
     encode = Part(runtime.open(bundle.folder, text_encoder), text_encoder)
     empty = read_tokenizer(bundle.folder, bundle.manifest.tokenizer)("").ids
-    rows = int(ids.shape[0])
     bare = graph.constant(np.repeat(encode(tokens=np.array([empty])), rows, axis=0))
     encode.session.close()
     return graph.op("Concat", bare, prompt, axis=0)
@@ -200,6 +201,7 @@ def _loop(
     schedule: Schedule,
     noise: ir.Value,
     conditioning: ir.Value,
+    rows: int,
 ) -> ir.Value:
     """The latent after the last row of the table."""
 
@@ -208,7 +210,7 @@ def _loop(
 
     x, previous = graph.op("Mul", draw(0), schedule.init), None
     for i, step in enumerate(schedule.steps):
-        output = _predict(graph, manifest, step, x, conditioning, int(noise.shape[1]))
+        output = _predict(graph, manifest, step, x, conditioning, rows)
         following = graph.op("Mul", x, step.a)
         terms = [(step.b, output)]
         if step.needs_noise:
