@@ -37,11 +37,7 @@ from .lora import add_lora, save_and_fuse
 from .stage import Stage, Workshop
 
 STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
-STEERING |= {
-    "clip_norm",
-    "precision",
-    "accumulate",
-}  # options that a begun stage can go on with changed
+STEERING |= {"clip_norm", "precision", "accumulate"}  # a begun stage goes on with these changed
 NEEDED = ["model_index.json", "*/*"]  # the root holds the same weights once more
 NOT_NEEDED = ["*.ckpt", "*.onnx*", "*.msgpack", "*.h5", "*.bin", "*non_ema*", "*.png", "*.jpg"]
 PATIENCE = timedelta(days=7)  # of the other processes, while the main one fills caches

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
-    from edgeflash.bundle import Component, Engine, Latent, TensorSpec
+    from edgeflash.bundle import Bundle, Component, Engine, Latent, TensorSpec
     from edgeflash.distill.stage import Stage, Workshop
     from edgeflash.export.capture import Captured, Network
     from edgeflash.student import Student
@@ -147,6 +147,13 @@ class Target(Plugin, ABC):
         Returns what a person should know of it, in one line; "" for nothing.
         """
         return ""
+
+    def fuse(self, bundle: Bundle) -> Component | None:
+        """One more file: the whole bundle as one graph, tokens and noise in, pictures out.
+
+        ``bundle``: without its ladder. None where no such graph is asked for.
+        """
+        return None
 
     def diverged(self, captured: Captured, out: Path) -> str:
         """Where a lowered component below ``out`` first goes astray; "" where it cannot say."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from edgeflash.bundle import Bundle, Component
 from edgeflash.roles import Target
 from edgeflash.student import INDEX, Student
 from edgeflash.verify import FLOORS
@@ -27,6 +28,10 @@ class OnnxTarget(Target):
     model in `model.onnx_data`, from where ONNX Runtime maps them instead of reading them. Stock
     optimum pipelines open the bundle; they want the timestep as an input, also of one-step students
     (``--keep-timestep``).
+
+    With ``fused=1`` there is also `pipeline.onnx`, all that an app needs which wants one call:
+    token ids [1, s] and noise [k, 1, c, h, w] in, a uint8 picture [1, H, W, 3] out, in the default
+    steps (`export/fuse.py`). An app that takes this file can leave the components out.
     """
 
     needs: ClassVar[tuple[str, ...]] = (
@@ -71,6 +76,10 @@ class OnnxTarget(Target):
         "minmax", description="int8: how recorded values become ranges"
     )
 
+    fused: int = Field(
+        0, ge=0, le=16, description="pictures of a call of one graph of all steps; 0: no such graph"
+    )
+
     def precision_of(self, component: str) -> str:
         skipped = self.precision == "int8" and component not in self.quantized
         return self.rest if skipped else self.precision
@@ -92,6 +101,14 @@ class OnnxTarget(Target):
             symmetric = self.activations == "int8"
             found = quantize_static(whole, captured, self, symmetric=symmetric)
             return onnx_graph.save(onnx_graph.load(found), path, external_bytes)
+
+    def fuse(self, bundle: Bundle) -> Component | None:
+        from .fuse import fuse
+
+        if not self.fused:
+            return None
+        external_bytes = int(self.external_mib * MIB)
+        return fuse(bundle, self.prover(), self.fused, self.precision, external_bytes)
 
     def diverged(self, captured: Captured, out: Path) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
