@@ -28,6 +28,7 @@ MANIFEST = "edgeflash.json"
 FORMAT_VERSION = 1
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
+    "text_encoder_2": "conditioning",
     "unet": "prediction",
     "vae_decoder": "image",
     "vae_encoder": "latent",
@@ -44,9 +45,11 @@ class TensorSpec(Part):
     """One input or output of a component.
 
     ``role`` says what a runtime must feed or may read, whatever it is called: tokens [n, s],
-    conditioning [n, s, d], sample [n, c, h, w], timestep (rank 0 or [n]), guidance (the
-    w-embedding) [n, d], prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W]. In layout
-    "NC1S" conditioning is [n, d, 1, s]. A dimension that is a string is free.
+    conditioning [n, s, d], pooled (a prompt in one vector) [n, d], time_ids [n, 6], sample
+    [n, c, h, w], timestep (rank 0 or [n]), guidance (the w-embedding) [n, d], prediction
+    [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W], or unused. In layout "NC1S" conditioning
+    is [n, d, 1, s]. A dimension that is a string is free. `edgeflash.conditioning` says how the
+    denoiser's conditioning comes from the text encoders'.
     """
 
     name: str
@@ -85,8 +88,17 @@ class Engine(Part):
     built_for: tuple[str, ...] = ()  # compute capabilities, as in 8.9
 
 
+class Tokenizer(Part):
+    kind: Literal["clip"]
+    folder: str  # holds vocab.json and merges.txt, and tokenizer.json
+    max_length: int
+    start_id: int
+    end_id: int
+    pad_id: int
+
+
 class Component(Part):
-    """A network of the bundle: text_encoder, unet, vae_decoder or vae_encoder."""
+    """A network of the bundle: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder."""
 
     name: str
     target: str
@@ -95,6 +107,7 @@ class Component(Part):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     engine: Engine | None = None
+    tokenizer: Tokenizer | None = None  # of a text encoder; None: the bundle's
 
     def input(self, role: str) -> TensorSpec | None:
         """The input that plays a role; None when the component has none (a folded timestep)."""
@@ -105,15 +118,6 @@ class Component(Part):
         if found is None:
             raise EdgeflashError(f"component {self.name!r} has no output of role {role!r}")
         return found
-
-
-class Tokenizer(Part):
-    kind: Literal["clip"]
-    folder: str  # holds vocab.json and merges.txt, and tokenizer.json
-    max_length: int
-    start_id: int
-    end_id: int
-    pad_id: int
 
 
 class Latent(Part):
@@ -178,6 +182,7 @@ class Manifest(Part):
     schedules: dict[int, Schedule]  # by number of steps
     default_steps: int
     guidance: Guidance
+    no_prompt: Literal["zeros"] | None = None  # what guides away; None: "" as any other prompt
     parity: tuple[Figure, ...] = ()
     unproven: str | None = None  # what of it the ladder did not run where it was made
     goldens: tuple[Golden, ...] = ()
@@ -230,6 +235,11 @@ class Bundle:
                 return component
         have = ", ".join(c.name for c in self.manifest.components)
         raise EdgeflashError(f"{self.folder}: bundle has no component {name!r} (has: {have})")
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """Those that read prompts, in the order in which their answers are joined."""
+        return tuple(c for c in self.manifest.components if c.name.startswith("text_encoder"))
 
     @property
     def bytes(self) -> int:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from edgeflash.errors import EdgeflashError
 from edgeflash.student import Student
 
+SIZES = 6  # numbers that tell a UNet of the kind "text_time" how large a picture is, and was
+
 
 def load_network(student: Student, component: str) -> Any:
     """One component as diffusers or transformers loads it: float32, CPU, from local files only.
@@ -103,7 +105,14 @@ def _small_call(network: Any, t: float) -> None:
     sample = torch.zeros(1, network.config.in_channels, side, side)
     channels = network.config.time_cond_proj_dim
     guidance = torch.zeros(1, channels) if channels else None
-    network(sample, torch.tensor(t), torch.zeros(1, 1, width), timestep_cond=guidance)
+    added = None
+    if network.config.addition_embed_type == "text_time":
+        sizes = torch.zeros(1, SIZES)
+        seen = network.add_embedding.linear_1.in_features
+        pooled = torch.zeros(1, seen - SIZES * network.config.addition_time_embed_dim)
+        added = {"text_embeds": pooled, "time_ids": sizes}
+    text = torch.zeros(1, 1, width)
+    network(sample, torch.tensor(t), text, timestep_cond=guidance, added_cond_kwargs=added)
 
 
 class Constant(nn.Module):

@@ -83,6 +83,7 @@ class Target(Plugin, ABC):
     """Lowers one captured component to one vendor's format: ``export/to_<name>.py``."""
 
     runtime: ClassVar[str]  # the runtime that opens what this writes, for the parity ladder
+    families: ClassVar[tuple[str, ...]] = ()  # whose components it can lower; none named: all
 
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = Field(  # each takes some of them
         "fp32", description="of weights and sums"

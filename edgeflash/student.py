@@ -34,7 +34,7 @@ FEW_STEPS, MANY_STEPS = (1, 2, 4), (25,)
 INSTEAD = {  # PNDM looks four calls back, and is what most SD folders name
     "PNDMScheduler": "DPMSolverMultistepScheduler"
 }
-CFG_SCALE, LCM_SCALE = 7.5, 8.5  # what diffusers' own pipelines default to
+LCM_SCALE = 8.5  # what diffusers' own pipeline defaults to
 
 
 class StudentLineage(Part):
@@ -206,7 +206,7 @@ class Student:
             return Guidance(kind="embedded", scale=LCM_SCALE, channels=channels)
         if self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS:
             return Guidance()
-        return Guidance(kind="cfg", scale=CFG_SCALE)
+        return Guidance(kind="cfg", scale=self.family.cfg_scale)
 
     def default_steps(self, schedules: Iterable[int]) -> int:
         """The step count to run when nobody says: the manifest's, else the largest on offer."""

@@ -52,6 +52,7 @@ class CoreMlTarget(Target):
         "sklearn",
     )
     runtime: ClassVar[str] = "coreml"
+    families: ClassVar[tuple[str, ...]] = ("sd",)  # Apple's names and factors of others differ
 
     precision: Precision = Field(  # type: ignore[assignment]
         "fp32", description="of weights and sums"

@@ -111,7 +111,7 @@ class OnnxTarget(Target):
         """Configs, scheduler and index where optimum looks for them."""
         index = write_configs(student, out)
         del index["vae"]
-        for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
+        for name in student.family.components(encoder=True):
             if (out / name).is_dir():
                 index[name] = ["diffusers", "OnnxRuntimeModel"]
         write_json(out / INDEX, index)

@@ -13,11 +13,12 @@ from edgeflash.roles import Runtime
 
 FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     "text_encoder": {"tokens"},
-    "unet": {"sample", "timestep", "conditioning", "guidance"},
+    "text_encoder_2": {"tokens"},
+    "unet": {"sample", "timestep", "conditioning", "pooled", "time_ids", "guidance"},
     "vae_decoder": {"latent"},
     "vae_encoder": {"image"},
 }
-OPTIONAL = {"timestep", "guidance"}
+OPTIONAL = {"timestep", "pooled", "time_ids", "guidance"}
 DTYPES = {"float16", "float32", "float64", "int32", "int64"}
 LAYOUTS = {"", "NCHW", "NSC", "NC1S", "NS", "NC", "N"}
 
@@ -41,6 +42,7 @@ def reasons(bundle: Bundle, runtime: Runtime) -> Iterator[str]:
             yield f"components: {component.name!r} is not known here: pip install -U edgeflash"
         else:
             yield from _about_component(component, runtime)
+    yield from _about_prompts(bundle, have["unet"])
     yield from _about_timesteps(bundle, have["unet"])
     yield from _about_guidance(bundle, have["unet"])
 
@@ -65,6 +67,20 @@ def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
             yield f"{where}.{spec.name}.dtype: {spec.dtype!r} is none of {known}; export it again"
         if spec.layout not in LAYOUTS:
             yield f"{where}.{spec.name}.layout: {spec.layout!r} is not NCHW; export it as NCHW"
+
+
+def _about_prompts(bundle: Bundle, unet: Component) -> Iterator[str]:
+    """Whether the text encoders tell the denoiser as much as it takes."""
+    told = [spec for component in bundle.text_encoders for spec in component.outputs]
+    for role in ("conditioning", "pooled"):
+        if spec := unet.input(role):
+            axis = 1 if spec.layout == "NC1S" else -1
+            width = sum(int(each.shape[-1]) for each in told if each.role == role)
+            if width != spec.shape[axis]:
+                yield (
+                    f"components.unet.{spec.name}: takes {spec.shape[axis]} numbers of role "
+                    f"{role!r}, but the text encoders give {width}; export it again"
+                )
 
 
 def _about_timesteps(bundle: Bundle, unet: Component) -> Iterator[str]:
