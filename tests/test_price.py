@@ -33,6 +33,9 @@ PARAMETERS = {  # arXiv 2305.15798, tab. 1, and 2403.16627, to the last one
     "bk-sdm-small": 482_346_884,
     "bk-sdm-tiny": 323_384_964,
     "sdxs-512": 318_695_364,
+    "sdxl": 2_567_463_684,  # published in billions: 2.57, 1.3 and 0.78
+    "ssd-1b": 1_331_334_404,
+    "koala-700m": 782_822_724,
 }
 
 SD21 = SD15 | {
@@ -52,7 +55,8 @@ def skeleton(blueprint: Blueprint, folder: Path) -> Student:
     """The folder without its weights."""
     with torch.device("meta"):
         networks = blueprint.networks()
-    networks["text_encoder"].config.save_pretrained(folder / "text_encoder")
+    for name in networks.keys() - {"unet", "vae"}:
+        networks[name].config.save_pretrained(folder / name)
     for name in ("unet", "vae"):
         networks[name].save_config(folder / name)
     blueprint.write_rest(folder)
@@ -70,6 +74,13 @@ def test_the_work_of_full_size_networks_is_counted_without_weights(
     assert found["unet"] - attention == pytest.approx(360, rel=0.001)
     if decoder != "kl":  # its attention grows with the square
         assert quarter["vae_decoder"] == pytest.approx(wanted / 4, rel=0.01)
+
+
+def test_the_work_of_sdxl_is_the_published_one(tmp_path: Path) -> None:
+    """149.4 T multiply-adds in 25 steps of two calls, as the authors of T-GATE count them."""
+    found = gflops(skeleton(Blueprint.of("sdxl", "tiny"), tmp_path))
+    assert found["unet"] / 2 * 50 / 1000 == pytest.approx(149.4, rel=0.01)
+    assert list(found) == ["text_encoder", "text_encoder_2", "unet", "vae_decoder"]
 
 
 def test_devices_name_the_work_as_it_is_counted(tmp_path: Path) -> None:

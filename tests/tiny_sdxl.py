@@ -8,27 +8,17 @@ from typing import Any
 
 from tiny_student import LENGTH, PAIRS, write_tokenizer
 
+from edgeflash.blueprints import SDXL
+
 WIDTHS, POOLED = (32, 24), 20  # of the text encoders
-FULL: dict[str, Any] = {  # SDXL's UNet
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-SMALL = FULL | {
+SMALL = SDXL | {
     "sample_size": 8,
     "block_out_channels": (8, 16),
     "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2),
+    "transformer_layers_per_block": (1, 1),
+    "mid_block_type": "UNetMidBlock2D",
     "attention_head_dim": (2, 4),
     "cross_attention_dim": sum(WIDTHS),
     "addition_time_embed_dim": 8,
@@ -90,8 +80,8 @@ def _text_encoders() -> tuple[Any, Any]:
         CLIPTextConfig(
             vocab_size=2 * 94 + len(PAIRS) + 2,
             hidden_size=width,
-            intermediate_size=64,
-            num_hidden_layers=3,
+            intermediate_size=32,
+            num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=LENGTH,
             projection_dim=POOLED,
