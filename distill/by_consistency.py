@@ -16,7 +16,7 @@ from edgeflash.roles import Method
 
 from .consistency import consistency
 from .encoded import cached_samples
-from .few_steps import few_step_scheduler
+from .few_steps import few_step_scheduler, source_of
 from .losses import pseudo_huber
 from .process import Process, noise_like
 from .rollout import heun
@@ -74,11 +74,7 @@ class Consistency(Method):
 
     def begin(self, shop: Workshop) -> Stage:
         distils = self.kind == "distillation"
-        if distils and not shop.teacher:
-            raise EdgeflashError(
-                "consistency: distillation needs a teacher in the recipe; set kind = 'training'"
-            )
-        source = shop.teacher or shop.student
+        source = source_of(shop, "consistency", self.kind)
         process = Process.of(source, shop.device)
         if process.abar[-1] == 0:
             raise EdgeflashError(

@@ -17,7 +17,7 @@ from edgeflash.roles import Method
 
 from .discriminators import UnetCritic, softplus_critic
 from .encoded import cached_samples
-from .losses import matching
+from .losses import noised_matching
 from .process import Process, noise_config, noise_like
 from .rollout import renoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
@@ -188,9 +188,6 @@ class Duel:
         low, high = (round(share * process.timesteps) for share in (options.t_min, options.t_max))
         last = min(high, process.timesteps - 1)
         t = torch.randint(low, last + 1, (len(x),), generator=generator).to(x.device)
-        with torch.no_grad():
-            x_t = process.noised(x, noise_like(x, generator), t)
-            fake, _ = plain(self.fake, process, x_t, t, c)
-            ask = asked(self.teacher, process, c, self.nothing, options.real_guidance)
-            real, _ = ask(x_t, t)
-        return matching(x, real, fake)
+        real = asked(self.teacher, process, c, self.nothing, options.real_guidance)
+        fake = asked(self.fake, process, c, self.nothing)
+        return noised_matching(x, t, real, fake, process, generator)

@@ -19,10 +19,10 @@ from .consistency import consistency
 from .discriminators import FrozenCritic, least_squares_critic
 from .encoded import cached_samples
 from .few_steps import few_step_scheduler
-from .losses import matching
+from .losses import noised_matching
 from .process import Process, noise_config, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
-from .teacher import asked, plain
+from .teacher import asked
 
 RENOISED = (0.01, 0.25, 0.5, 0.75)  # where the critic looks, as shares of T
 
@@ -203,12 +203,10 @@ class Lesson:
         """Distribution matching of samples x at any timestep; twice DMD's own half of a square."""
         process = self.process
         t = torch.randint(process.timesteps, (len(x),), generator=generator).to(x.device)
-        with torch.no_grad():
-            x_t = process.noised(x, noise_like(x, generator), t)
-            fake, _ = plain(self.student, process, x_t, t, c)
-            scale = self.options.scale(generator)
-            real, _ = asked(self.teacher, process, c, self.nothing, scale)(x_t, t)
-        return 2 * matching(x, real, fake)
+        scale = self.options.scale(generator)
+        real = asked(self.teacher, process, c, self.nothing, scale)
+        fake = asked(self.student, process, c, self.nothing)
+        return 2 * noised_matching(x, t, real, fake, process, generator)
 
     def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples as the critic sees them, each at one of four timesteps."""

@@ -19,7 +19,7 @@ from .discriminators import encoder_half
 from .encoded import cached_conditioning, latent_shape
 from .features import Taps
 from .few_steps import few_step_scheduler
-from .losses import matching
+from .losses import noised_matching
 from .process import Process, noise_like
 from .rollout import denoised
 from .run import locate_teacher
@@ -222,12 +222,9 @@ class Lesson:
         process, options = self.process, self.options
         end = max(1, round(alpha * process.timesteps))
         t = torch.randint(end, (len(x),), generator=generator).to(x.device)
-        with torch.no_grad():
-            x_t = process.noised(x, noise_like(x, generator), t)
-            online, _ = plain(self.online, process, x_t, t, c)
-            ask = asked(self.teacher, process, c, self.nothing, options.guidance)
-            offline, _ = ask(x_t, t)
-        return matching(x, offline, online)
+        offline = asked(self.teacher, process, c, self.nothing, options.guidance)
+        online = asked(self.online, process, c, self.nothing)
+        return noised_matching(x, t, offline, online, process, generator)
 
 
 def encoder_maps(unet: Any) -> Sees:

@@ -13,8 +13,21 @@ from edgeflash.errors import EdgeflashError
 
 from .consistency import TIMESTEP_SCALING
 from .process import Process, noise_config, noise_like
-from .stage import Batch
+from .stage import Batch, Workshop
 from .teacher import plain
+
+
+def source_of(shop: Workshop, by: str, kind: str) -> Path:
+    """The folder whose noise a student learns: its teacher's, or, trained on data, its own.
+
+    Raises:
+        EdgeflashError: there is nothing to distil; ``by`` is the method's name.
+    """
+    if kind == "distillation" and not shop.teacher:
+        raise EdgeflashError(
+            f"{by}: distillation needs a teacher in the recipe; set kind = 'training'"
+        )
+    return shop.teacher or shop.student
 
 
 def ladder(process: Process, steps: int, option: str) -> Tensor:

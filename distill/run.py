@@ -41,7 +41,9 @@ NOT_NEEDED = ["*.ckpt", "*.onnx*", "*.msgpack", "*.h5", "*.bin", "*non_ema*", "*
 PROMPTS = 16  # captions that travel with the student, for calibration and parity
 
 
-def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Path:
+def distill(
+    recipe: Recipe, out: Path, *, cache: Path | None = None, console: Console | None = None
+) -> Path:
     """Trains every stage of a recipe and writes the student folder.
 
     Stages, checkpoints, caches and logs lie in ``out`` + ".run"; a second call with the same recipe
@@ -50,6 +52,7 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
     Args:
         recipe: the recipe.
         out: the student folder to write; replaced when it exists.
+        cache: folder of the encoded data, for several runs to share; none: one beside the stages.
 
     Raises:
         EdgeflashError: a teacher that cannot be opened, a changed recipe, or an interruption.
@@ -70,7 +73,7 @@ def distill(recipe: Recipe, out: Path, *, console: Console | None = None) -> Pat
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise EdgeflashError("training in several processes is not there yet: start one")
-    store = open_store(recipe.data, recipe.seed, work / "cache")
+    store = open_store(recipe.data, recipe.seed, cache or work / "cache")
     student = base or _empty(work / "0-empty")
     told: list[dict[str, Any]] = []
     for number, (spec, method) in enumerate(zip(recipe.stage, methods, strict=True), 1):

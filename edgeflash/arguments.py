@@ -1,10 +1,14 @@
-"""What people write behind the options of the command line, as values."""
+"""Options that several commands have, and what people write behind them as values."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from edgeflash.errors import EdgeflashError
 
@@ -12,6 +16,19 @@ if TYPE_CHECKING:
     from edgeflash.bundle import Bundle
     from edgeflash.recipe import Recipe
     from edgeflash.roles import Runtime
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a plug-in's option.")
+]
+Floors = Annotated[list[str] | None, typer.Option("--floor", help="As in L4.psnr_db=30.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
+On = Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")]
+
+
+def typed(folder: Path | None = None) -> str:
+    """The command line as it was typed, for the record; of ``folder`` its name alone."""
+    words = [folder.name if folder and word == str(folder) else word for word in sys.argv[1:]]
+    return shlex.join(["edgeflash", *words])
 
 
 def read_options(sets: list[str] | None, flag: str = "--set") -> dict[str, Any]:
