@@ -69,6 +69,7 @@ def distill(
         _check(Student.open(folder), recipe, out)
     for spec, method in zip(recipe.stage, methods, strict=True):
         _check_wants(spec.by, method, recipe)
+    _check_families(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
@@ -102,6 +103,22 @@ def _check(student: Student, recipe: Recipe, out: Path) -> None:
         raise EdgeflashError(
             f"[data] size_px = {side}: {student.folder} wants a multiple of {unit} px"
         )
+
+
+def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Refuses what would only fail when the student is put together."""
+    names = sorted({Student.unfinished(folder).family.name for folder in folders})
+    if len(names) > 1:
+        raise EdgeflashError(
+            f"teacher and base: are of the families {' and '.join(names)}, which do not hear "
+            "prompts alike: choose two of one"
+        )
+    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
+        if method.families and not set(names) <= set(method.families):
+            raise EdgeflashError(
+                f"method {spec.by!r} makes parts of {', '.join(method.families)} alone, not of "
+                f"{names[0]}: leave it out"
+            )
 
 
 def _check_wants(name: str, method: Method, recipe: Recipe) -> None:

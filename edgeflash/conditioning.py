@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgeflash.bundle import TensorSpec
 
+SIZES = 6  # numbers in time_ids
 Array = NDArray[Any]
 Conditioning = Mapping[str, Array]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from edgeflash.conditioning import time_ids
+from edgeflash.conditioning import SIZES, time_ids
 from edgeflash.errors import EdgeflashError
 from edgeflash.family_sd import BATCH, CLASSES, Specs, StableDiffusion, floats
 from edgeflash.student import Student
@@ -42,7 +42,7 @@ class StableDiffusionXL(StableDiffusion):
                 f"{student.folder}: unet has addition_embed_type "
                 f"{unet.get('addition_embed_type')!r}, where this family has 'text_time'"
             )
-        pooled, sizes = self._pooled(student), 6 * unet["addition_time_embed_dim"]
+        pooled, sizes = self._pooled(student), SIZES * unet["addition_time_embed_dim"]
         if (takes := unet["projection_class_embeddings_input_dim"]) != pooled + sizes:
             raise EdgeflashError(
                 f"{student.folder}: unet takes {takes} numbers beside the conditioning "
@@ -91,7 +91,7 @@ class StableDiffusionXL(StableDiffusion):
     def _unet(self, student: Student, z: tuple[int | str, ...]) -> tuple[Specs, Specs]:
         (sample, timestep, text, *guidance), outputs = super()._unet(student, z)
         pooled = floats("text_embeds", "pooled", (BATCH, self._pooled(student)), "NC")
-        sizes = floats("time_ids", "time_ids", (BATCH, 6), "NC")
+        sizes = floats("time_ids", "time_ids", (BATCH, SIZES), "NC")
         return (sample, timestep, text, pooled, sizes, *guidance), outputs
 
     def _pooled(self, student: Student) -> int:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeflash.conditioning import SIZES
 from edgeflash.errors import EdgeflashError
 from edgeflash.student import Student
-
-SIZES = 6  # numbers that tell a UNet of the kind "text_time" how large a picture is, and was
 
 
 def load_network(student: Student, component: str) -> Any:

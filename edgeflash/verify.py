@@ -136,13 +136,14 @@ def first_call(bundle: Bundle, component: Component) -> Tensors:
     row, space = int(told["rows"][0]), bundle.manifest.latent
     prompt, _ = heard_by(bundle, told)
     roles = prompt | {
-        "tokens": told.get(told_by(component.name, "ids"), told["ids"]),
         "sample": told[f"input.{row}"],
         "timestep": np.array(bundle.manifest.schedules[golden.steps].steps[row].t),
         "guidance": np.zeros(0),
         "latent": told["latent"] / space.scale + space.shift,
         "image": told["image"],
     }
+    if component in bundle.text_encoders:
+        roles["tokens"] = told[told_by(component.name, "ids")]
     if bundle.manifest.guidance.kind == "embedded":
         roles["guidance"] = bundle.manifest.guidance.embedding()
     return feeds(component, roles)

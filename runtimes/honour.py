@@ -73,14 +73,16 @@ def _about_prompts(bundle: Bundle, unet: Component) -> Iterator[str]:
     """Whether the text encoders tell the denoiser as much as it takes."""
     told = [spec for component in bundle.text_encoders for spec in component.outputs]
     for role in ("conditioning", "pooled"):
-        if spec := unet.input(role):
-            axis = 1 if spec.layout == "NC1S" else -1
-            width = sum(int(each.shape[-1]) for each in told if each.role == role)
-            if width != spec.shape[axis]:
-                yield (
-                    f"components.unet.{spec.name}: takes {spec.shape[axis]} numbers of role "
-                    f"{role!r}, but the text encoders give {width}; export it again"
-                )
+        spec = unet.input(role)
+        given = [each.shape[-1] for each in told if each.role == role]
+        if spec is None or any(isinstance(width, str) for width in given):
+            continue
+        takes = spec.shape[1 if spec.layout == "NC1S" else -1]
+        if takes != (gives := sum(map(int, given))):
+            yield (
+                f"components.unet.{spec.name}: takes {takes} numbers of role {role!r}, but the text "
+                f"encoders give {gives}; export it again"
+            )
 
 
 def _about_timesteps(bundle: Bundle, unet: Component) -> Iterator[str]:
