@@ -67,7 +67,7 @@ class Family(ABC):
 
     @abstractmethod
     def wrap(self, network: Any, component: str, timestep: float | None = None) -> nn.Module:
-        """A network as `load` gives it."""
+        """A plain network in the form that `load` gives it."""
 
     @abstractmethod
     def signature(

@@ -37,7 +37,10 @@ class StableDiffusion(Family):
     """SD 1.x, SD 2.x, BK-SDM, SDXS, LCM: see the module."""
 
     name = "sd"
-    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionPipeline",
+        "LatentConsistencyModelPipeline",
+    )
     folders: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
     classes: ClassVar[dict[str, tuple[str, ...]]] = CLASSES
     fed: ClassVar[dict[str, str]] = {"addition_embed_type": "text"}  # additions that are served

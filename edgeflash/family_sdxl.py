@@ -116,7 +116,7 @@ class StableDiffusionXL(StableDiffusion):
         ]
         text = torch.cat([each.hidden_states[-2] for each in told], -1)
         pooled, width = told[1].text_embeds, text.shape[-1]
-        rows = pad(pooled, (0, -pooled.shape[-1] % width)).unflatten(1, (-1, width))
+        rows = pad(pooled, (0, -pooled.shape[-1] % width)).view(len(pooled), -1, width)
         return torch.cat([text, rows], 1)
 
     def listening(self, student: Student, denoiser: Any) -> Any:

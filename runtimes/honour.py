@@ -80,8 +80,8 @@ def _about_prompts(bundle: Bundle, unet: Component) -> Iterator[str]:
         takes = spec.shape[1 if spec.layout == "NC1S" else -1]
         if takes != (gives := sum(map(int, given))):
             yield (
-                f"components.unet.{spec.name}: takes {takes} numbers of role {role!r}, but the text "
-                f"encoders give {gives}; export it again"
+                f"components.unet.{spec.name}: takes {takes} numbers of role {role!r}, but the "
+                f"text encoders give {gives}; export it again"
             )
 
 

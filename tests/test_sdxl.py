@@ -214,7 +214,7 @@ def test_methods_and_pipeline_hear_the_same(folder: Path, diffusers_pipeline: An
     student, pipeline = Student.open(folder), diffusers_pipeline
     ids = [token_ids(t, [PROMPT, "star"]) for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
     unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
-    x, t = torch.randn(2, 4, 8, 8), torch.tensor([500, 20])
+    x, t = torch.randn(2, 4, 8, 4), torch.tensor([500, 20])
     with torch.no_grad():
         encoders = (pipeline.text_encoder, pipeline.text_encoder_2)
         c = student.family.encode_prompt(encoders, ids)
@@ -222,8 +222,8 @@ def test_methods_and_pipeline_hear_the_same(folder: Path, diffusers_pipeline: An
         text, _, pooled, _ = pipeline.encode_prompt(
             [PROMPT, "star"], device=x.device, do_classifier_free_guidance=False
         )
-        sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * 2)
-        added = {"text_embeds": pooled, "time_ids": sizes}
+        sizes = pipeline._get_add_time_ids((16, 8), (0, 0), (16, 8), x.dtype, POOLED)
+        added = {"text_embeds": pooled, "time_ids": sizes.repeat(2, 1)}
         wanted = unet(x, t, text, added_cond_kwargs=added).sample
         torch.testing.assert_close(student.family.listening(student, unet)(x, t, c).sample, wanted)
 
