@@ -301,5 +301,22 @@ def test_what_does_not_fit_is_said_in_one_line(folder: Path, tmp_path: Path) -> 
         prune(UNet2DConditionModel.from_pretrained(folder / "unet"), "base", (1, 2, 3))
 
 
+def test_recipes_that_end_in_no_student_are_refused(
+    folder: Path, one_step_student: Path, tmp_path: Path
+) -> None:
+    data = {"kind": "folder", "path": str(tmp_path), "size_px": 16}
+
+    def refused(**changes: Any) -> str:
+        plain = {"name": "x", "teacher": str(folder), "data": data, **changes}
+        with pytest.raises(EdgeflashError) as caught:
+            distill(recipe_of(plain, "test"), tmp_path / "student")
+        return str(caught.value)
+
+    assert "'denoising' makes parts of sd alone, not of sdxl" in refused(
+        stage=[{"by": "denoising"}]
+    )
+    assert "families sd and sdxl" in refused(stage=[{"by": "lcm"}], base=str(one_step_student))
+
+
 def test_guidance_is_what_its_pipeline_defaults_to(folder: Path) -> None:
     assert Student.open(folder).guidance() == Guidance(kind="cfg", scale=5.0)
