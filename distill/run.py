@@ -12,14 +12,17 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from edgeflash.bundle import check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded, located
 from edgeflash.errors import EdgeflashError
+from edgeflash.lora import FILE
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
+from edgeflash.shelf import require
 from edgeflash.student import (
     INDEX,
     Student,
@@ -32,6 +35,7 @@ from edgeflash.tokenizer import write_vocabulary
 
 from .data import open_store
 from .loop import Outcome, train
+from .lora import add_lora, save_and_fuse
 from .stage import Stage, Workshop
 
 STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
@@ -69,6 +73,8 @@ def distill(
         _check(Student.open(folder), recipe, out)
     for spec, method in zip(recipe.stage, methods, strict=True):
         _check_wants(spec.by, method, recipe)
+        if method.lora_rank:
+            require(f"{spec.by}.lora_rank", ["peft"])
     _check_families(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
     accelerator = Accelerator()
@@ -83,7 +89,7 @@ def distill(
         if not (folder / "outcome.json").exists():
             folder.mkdir(exist_ok=True)
             shop = Workshop(teacher, student, store, folder, accelerator.device)
-            _run_stage(method, shop, accelerator, recipe.seed + number, label)
+            _run_stage(spec.by, method, shop, accelerator, recipe.seed + number, label)
         told.append({"by": spec.by} | json.loads((folder / "outcome.json").read_text()))
         console.print(_line(label, told[-1]), highlight=False)
         student = folder / "student"
@@ -147,10 +153,12 @@ def _sampler(recipe: Recipe) -> tuple[str, range]:
 
 
 def _run_stage(
-    method: Method, shop: Workshop, accelerator: Accelerator, seed: int, label: str
+    name: str, method: Method, shop: Workshop, accelerator: Accelerator, seed: int, label: str
 ) -> None:
     """Trains one stage and writes its student and `outcome.json`, the mark that it is done."""
     stage = method.begin(shop)
+    if method.lora_rank:
+        add_lora(stage, method, name, seed)
     outcome = train(
         stage, method, shop.folder, accelerator, samples=len(shop.store), seed=seed, label=label
     )
@@ -158,6 +166,8 @@ def _run_stage(
         shutil.rmtree(shop.folder / "student", ignore_errors=True)  # of a run cut off here
         with fresh_folder(shop.folder / "student") as draft:
             copy_folder(shop.student, draft, leave=stage.final(), link=True)
+            if method.lora_rank:
+                save_and_fuse(stage.final()["unet"], draft)
             _save_components(stage, draft)
         write_atomic(shop.folder / "outcome.json", json.dumps(_told(outcome), indent=1))
         shutil.rmtree(shop.folder / "checkpoint", ignore_errors=True)
@@ -211,12 +221,15 @@ def _empty(folder: Path) -> Path:
 def copy_folder(source: Path, target: Path, *, leave: Collection[str] = (), link: bool) -> None:
     """Copies the index and the components it names, but not what is in ``leave``.
 
+    A LoRA that was trained goes with the denoiser that it is fused into.
     Of several variants of a network's weights one is copied, under the plain name, which is what
     diffusers looks for. ``link``: as hard links where the disk can, for folders that nobody writes
     into afterwards: that would change the source as well.
     """
     student = Student.unfinished(source)
     named = {INDEX} | {k for k, v in student.index.items() if isinstance(v, list)}
+    if "unet" not in leave:
+        named.add(FILE)
     there = [k for k in named.difference(leave) if (source / k).is_dir()]
     networks = {k: student.weights(k) for k in there if student.is_network(k)}
     for path in sorted(source.rglob("*")):
@@ -260,13 +273,15 @@ def halve(folder: Path) -> None:
         EdgeflashError: a weight beyond float16's range.
     """
     for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, "pt") as opened:
+            told = opened.metadata()  # of a LoRA: its alpha
         tensors = load_file(path)
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 tensors[name] = tensor.half()
                 if not tensors[name].isfinite().all():
                     raise EdgeflashError(f"{path}: {name} overflows float16; set weights = 'fp32'")
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata=told or {"format": "pt"})
 
 
 def locate_teacher(name: str) -> Path:

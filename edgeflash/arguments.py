@@ -14,6 +14,7 @@ from edgeflash.errors import EdgeflashError
 
 if TYPE_CHECKING:
     from edgeflash.bundle import Bundle
+    from edgeflash.lora import Lora
     from edgeflash.recipe import Recipe
     from edgeflash.roles import Runtime
 
@@ -52,6 +53,26 @@ def read_floors(pairs: list[str] | None) -> dict[str, float]:
         if not isinstance(value, int | float):
             raise EdgeflashError(f"--floor {name}={value}: the value must be a number")
     return floors
+
+
+def read_loras(given: list[str] | None) -> tuple[Lora, ...]:
+    """``FILE`` or ``FILE=SCALE``; of a folder, the file in it that diffusers looks for."""
+    from edgeflash.lora import Lora
+    from edgeflash.shelf import require
+
+    found = []
+    for text in given or []:
+        require("--lora", ["peft"])
+        name, equals, number = text.rpartition("=")
+        if not equals or Path(text).exists():
+            name, number = text, "1"
+        try:
+            found.append(Lora(Path(name), float(number)))
+        except ValueError:
+            raise EdgeflashError(f"--lora {text}: write it as FILE or FILE=SCALE") from None
+        if not found[-1].file.is_file():
+            raise EdgeflashError(f"--lora {found[-1].file}: no such file")
+    return tuple(found)
 
 
 def read_counts(text: str | None) -> tuple[int, ...] | None:

@@ -166,6 +166,7 @@ class Lineage(Part):
     teacher: str | None = None
     recipe_sha256: str | None = None
     student_sha256: str | None = None
+    loras: dict[str, float] = {}  # sha256 of a fused LoRA file -> its scale
     tools: dict[str, str] = {}
     weights_licence: str | None = None
 

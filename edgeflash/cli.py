@@ -21,6 +21,7 @@ from edgeflash.arguments import (
     Set,
     read_counts,
     read_floors,
+    read_loras,
     read_options,
     read_recipe,
     read_runtime,
@@ -78,6 +79,9 @@ def export(
     guidance: Annotated[
         float | None, typer.Option(min=0, max=100, help="Scale; 1: none; default: the student's.")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[=SCALE]", help="Fuse it; may be repeated.")
+    ] = None,
     image_to_image: Annotated[bool, typer.Option(help="Ship the encoder too.")] = False,
     keep_timestep: Annotated[
         bool, typer.Option(help="An input even of one-step students.")
@@ -95,7 +99,7 @@ def export(
     counts, pixels = read_counts(steps), read_size(size)
     from edgeflash.export.line import export_student
 
-    opened = Student.open(student)
+    opened = Student.open(student, read_loras(lora))
     export_student(
         opened,
         target,

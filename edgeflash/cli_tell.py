@@ -33,17 +33,27 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     on: On = None,
     floor: Floors = None,
+    bisect: Annotated[
+        Path | None, typer.Option(help="fp32 ONNX bundle to find the first wrong operator by.")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Climb the parity ladder on the files that ship. Exit code 2 below a floor."""
     from edgeflash.bundle import Bundle
     from edgeflash.inspect import ladder
+    from edgeflash.shelf import require
     from edgeflash.verify import refuse_below
     from edgeflash.verify import verify as climb
 
     opened = Bundle.open(bundle, check="sha256")
     figures = climb(opened, read_runtime(on, opened, set_), read_floors(floor))
     out.print(ladder(figures))
+    if bisect:
+        require("--bisect", ["onnx", "onnxruntime"])
+        from edgeflash.export.bisect import told_by_component
+
+        for line in told_by_component(opened, Bundle.open(bisect)):
+            print(line)
     refuse_below(figures, bundle)
 
 

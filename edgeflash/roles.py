@@ -60,9 +60,20 @@ class Method(Plugin, ABC):
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average kept; 0: none")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast of the networks")
+    lora_rank: int | None = Field(
+        None, ge=1, description="train LoRA of this rank on the denoiser, not all of it"
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="LoRA counts alpha / rank; none: as much as the rank"
+    )
+    lora_targets: tuple[str, ...] | None = Field(
+        None, description="how names of layers with LoRA end; none: as diffusers' LCM-LoRA has it"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        if not self.lora_rank and (self.lora_alpha or self.lora_targets):
+            raise ValueError("lora_alpha and lora_targets go with lora_rank")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide {self.batch_size}")
         return self
