@@ -80,6 +80,9 @@ class OnnxTarget(Target):
         0, ge=0, le=16, description="pictures of a call of one graph of all steps; 0: no such graph"
     )
 
+    def families(self) -> tuple[str, ...]:
+        return ("sd",) if self.fused else ()  # the fused graph has one text encoder
+
     def precision_of(self, component: str) -> str:
         skipped = self.precision == "int8" and component not in self.quantized
         return self.rest if skipped else self.precision
@@ -128,7 +131,7 @@ class OnnxTarget(Target):
         """Configs, scheduler and index where optimum looks for them."""
         index = write_configs(student, out)
         del index["vae"]
-        for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
+        for name in student.family.components(encoder=True):
             if (out / name).is_dir():
                 index[name] = ["diffusers", "OnnxRuntimeModel"]
         write_json(out / INDEX, index)
