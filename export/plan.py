@@ -69,7 +69,7 @@ class Plan(BaseModel):
 
     def words(self) -> set[str]:
         """All that it says anywhere."""
-        return {*self.kinds.values(), *self.names.values(), *([self.default] * bool(self.default))}
+        return {self.default or NONE, *self.kinds.values(), *self.names.values()}
 
     def __str__(self) -> str:
         return self.toml().strip() or "none"

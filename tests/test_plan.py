@@ -160,8 +160,9 @@ def test_plans_that_fit_nothing_are_refused() -> None:
 # --- what targets make of it ----------------------------------------------------------------------
 
 
-def lowered(exported: Exported, out: Path, **options: Any) -> Any:
-    path = quantizing(**options).lower(exported.captured["unet"], out)[0]
+def lowered(exported: Exported, out: Path, name: str = "unet", **options: Any) -> Any:
+    out.mkdir(exist_ok=True)
+    path = quantizing(**options).lower(exported.captured[name], out)[0]
     return onnx.load(path).graph
 
 
@@ -225,8 +226,8 @@ def test_four_bits_are_of_matrix_products_and_the_rest_is_halved(
     whole = lowered(guided, tmp_path / "b", precision="int4-weights", rest="fp32")
     assert all(weight.data_type != TensorProto.FLOAT16 for weight in whole.initializer)
     with pytest.raises(EdgeflashError, match="vae_decoder has nothing that int4-weights applies"):
-        tiny = quantizing(precision="int4-weights", quantized=["vae_decoder"], keep=["*"])
-        tiny.lower(guided.captured["vae_decoder"], tmp_path / "c")
+        options = {"precision": "int4-weights", "quantized": ["vae_decoder"], "keep": ["*"]}
+        lowered(guided, tmp_path, "vae_decoder", **options)
 
 
 def test_a_plan_of_one_target_is_followed_by_the_others(guided: Exported, tmp_path: Path) -> None:
