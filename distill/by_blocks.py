@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import rand, randint, randn
 from .encoded import cached_samples
 from .features import Taps
 from .process import Process
@@ -68,9 +69,9 @@ class Blocks(Method):
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
-            eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-            t = torch.randint(process.timesteps, (count,), generator=generator).to(x_0.device)
-            empty = torch.rand(count, generator=generator) < self.caption_dropout
+            eps = randn(x_0.shape, generator).to(x_0.device)
+            t = randint(0, process.timesteps, count, generator).to(x_0.device)
+            empty = rand(count, generator) < self.caption_dropout
             c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
             x_t = process.noised(x_0, eps, t)
             with torch.no_grad():

@@ -15,8 +15,9 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .consistency import consistency
+from .draws import randint
 from .encoded import cached_samples
-from .few_steps import few_step_scheduler
+from .few_steps import few_step_scheduler, source_of
 from .losses import pseudo_huber
 from .process import Process, noise_like
 from .rollout import heun
@@ -74,11 +75,7 @@ class Consistency(Method):
 
     def begin(self, shop: Workshop) -> Stage:
         distils = self.kind == "distillation"
-        if distils and not shop.teacher:
-            raise EdgeflashError(
-                "consistency: distillation needs a teacher in the recipe; set kind = 'training'"
-            )
-        source = shop.teacher or shop.student
+        source = source_of(shop, "consistency", self.kind)
         process = Process.of(source, shop.device)
         if process.abar[-1] == 0:
             raise EdgeflashError(
@@ -148,7 +145,7 @@ class Lesson:
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
         grid = options.grid(process, int(batch["step"]))
-        n = torch.randint(len(grid) - 1, (len(x_0),), generator=generator).to(x_0.device)
+        n = randint(0, len(grid) - 1, len(x_0), generator).to(x_0.device)
         t, s, eps = grid[n + 1], grid[n], noise_like(x_0, generator)
         x_t, x_s = process.noised(x_0, eps, t), process.noised(x_0, eps, s)
         if options.kind == "distillation":

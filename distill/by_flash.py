@@ -17,12 +17,13 @@ from edgeflash.roles import Method
 
 from .consistency import consistency
 from .discriminators import FrozenCritic, least_squares_critic
+from .draws import randint
 from .encoded import cached_samples
 from .few_steps import few_step_scheduler
-from .losses import matching
+from .losses import noised_matching
 from .process import Process, noise_config, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
-from .teacher import asked, plain
+from .teacher import asked
 
 RENOISED = (0.01, 0.25, 0.5, 0.75)  # where the critic looks, as shares of T
 
@@ -202,16 +203,14 @@ class Lesson:
     def matching(self, x: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
         """Distribution matching of samples x at any timestep; twice DMD's own half of a square."""
         process = self.process
-        t = torch.randint(process.timesteps, (len(x),), generator=generator).to(x.device)
-        with torch.no_grad():
-            x_t = process.noised(x, noise_like(x, generator), t)
-            fake, _ = plain(self.student, process, x_t, t, c)
-            scale = self.options.scale(generator)
-            real, _ = asked(self.teacher, process, c, self.nothing, scale)(x_t, t)
-        return 2 * matching(x, real, fake)
+        t = randint(0, process.timesteps, len(x), generator).to(x.device)
+        scale = self.options.scale(generator)
+        real = asked(self.teacher, process, c, self.nothing, scale)
+        fake = asked(self.student, process, c, self.nothing)
+        return 2 * noised_matching(x, t, real, fake, process, generator)
 
     def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples as the critic sees them, each at one of four timesteps."""
         stops = (torch.tensor(RENOISED) * self.process.timesteps).long()
-        t = stops[torch.randint(len(stops), (len(x),), generator=generator)].to(x.device)
+        t = stops[randint(0, len(stops), len(x), generator)].to(x.device)
         return self.process.noised(x, noise_like(x, generator), t), t

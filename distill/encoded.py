@@ -122,6 +122,12 @@ def latent_shape(shop: Workshop, unet: Any) -> tuple[int, int, int]:
     return unet.config.in_channels, side, side
 
 
+def noise_of(rows: np.ndarray, shape: tuple[int, int, int]) -> Tensor:
+    """Noise [n, *shape] that belongs to the store's rows: that of row i has seed i."""
+    seeds = [torch.Generator().manual_seed(int(row)) for row in rows]
+    return torch.stack([torch.randn(shape, generator=seed) for seed in seeds])
+
+
 def sampled_latents(
     shop: Workshop,
     unet: Any,
@@ -133,7 +139,7 @@ def sampled_latents(
 ) -> Rows:
     """Latents [n, c, h, w] float32 that the guided teacher makes of the store's captions, once.
 
-    The noise of row i is that of seed i: the same row is made again, in whatever batch.
+    The noise of row i is `noise_of` it: the same row is made again, in whatever batch.
 
     Args:
         shop: where teacher and captions are.
@@ -148,8 +154,7 @@ def sampled_latents(
     last = process.timesteps - 1
 
     def sample(rows: np.ndarray) -> Tensor:
-        seeds = [torch.Generator().manual_seed(int(row)) for row in rows]
-        eps = torch.stack([torch.randn(shape, generator=g) for g in seeds]).to(shop.device)
+        eps = noise_of(rows, shape).to(shop.device)
         t = torch.full((len(rows),), last, device=shop.device)
         ask = asked(unet, process, conditioning(rows).to(shop.device), nothing, guidance)
         return denoised(ask, process, eps, t, steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -97,9 +98,9 @@ def look(judge: Judge, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(labels), np.concatenate(features)
 
 
-def verdict(judge: Judge, pictures: np.ndarray, captions: Sequence[shapes.Caption]) -> Verdict:
-    """Judges pictures uint8 [n, 64, 64, 3] made for n captions."""
-    labels, features = look(judge, pictures)
+def verdict(pictures: np.ndarray, captions: Sequence[shapes.Caption]) -> Verdict:
+    """What the shipped judge says of pictures uint8 [n, 64, 64, 3] made for n captions."""
+    labels, features = look(load_judge(), pictures)
     found = [shapes.satisfied(c.demand, row) for c, row in zip(captions, labels, strict=True)]
     right = np.array([all(f.values()) for f in found])
     counts = np.array([len(c.demand.things) for c in captions])
@@ -107,10 +108,16 @@ def verdict(judge: Judge, pictures: np.ndarray, captions: Sequence[shapes.Captio
     attributes = {n: float(np.mean([f[n] for f in found if n in f])) for n in names}
     fd = None
     if len(pictures) >= 500:
-        real, _, _ = shapes.batch(shapes.HELD_OUT_SEED + 1, range(len(pictures)))
-        fd = frechet_distance(features, look(judge, real)[1])
+        fd = frechet_distance(features, held_out_features(len(pictures)))
     by_count = {int(k): float(right[counts == k].mean()) for k in np.unique(counts)}
     return Verdict(float(right.mean()), by_count, attributes, fd)
+
+
+@cache
+def held_out_features(count: int) -> np.ndarray:
+    """What the shipped judge sees in so many held-out renders, [n, f]."""
+    pictures, _, _ = shapes.batch(shapes.HELD_OUT_SEED + 1, range(count))
+    return look(load_judge(), pictures)[1]
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .process import Process, noise_like
+from .rollout import Asked
 
 
 def matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
@@ -19,6 +23,16 @@ def matching(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """
     scale = (x.detach() - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-8)
     return 0.5 * F.mse_loss(x, (x - (fake - real) / scale).detach())
+
+
+def noised_matching(
+    x: Tensor, t: Tensor, real: Asked, fake: Asked, process: Process, generator: torch.Generator
+) -> Tensor:
+    """`matching` of samples x [n, c, h, w] by what both see in them, noised to timesteps t [n]."""
+    with torch.no_grad():
+        x_t = process.noised(x, noise_like(x, generator), t)
+        right, wrong = real(x_t, t)[0], fake(x_t, t)[0]
+    return matching(x, right, wrong)
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:

@@ -7,6 +7,7 @@ this goes through a scheduler, whose state depends on timesteps set earlier.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from edgeflash.errors import EdgeflashError
+
+from .draws import randn
 
 NOISE = (  # what of a scheduler's config describes the noise, and not the sampler
     "num_train_timesteps",
@@ -74,19 +77,43 @@ class Process:
         return len(self.abar)
 
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t for timesteps int64 [n], as [n, 1, 1, 1]; -1 is the clean sample."""
-        return self._abar(t).sqrt()[:, None, None, None]
+        """alpha_t for timesteps [n], as [n, 1, 1, 1]; -1 is the clean sample.
+
+        Timesteps are int64, or floats that may lie between two; so everywhere here.
+        """
+        alpha = self.angle(t).cos() if t.is_floating_point() else self._abar(t).sqrt()
+        return alpha[:, None, None, None]
 
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t for timesteps int64 [n], as [n, 1, 1, 1]; -1 is the clean sample."""
-        return (1 - self._abar(t)).sqrt()[:, None, None, None]
+        """sigma_t for timesteps [n], as [n, 1, 1, 1]; -1 is the clean sample."""
+        sigma = self.angle(t).sin() if t.is_floating_point() else (1 - self._abar(t)).sqrt()
+        return sigma[:, None, None, None]
 
     def ratio(self, t: Tensor) -> Tensor:
-        """sigma_t / alpha_t for timesteps int64 [n], as [n, 1, 1, 1]: the noise of x / alpha."""
+        """sigma_t / alpha_t for timesteps [n], as [n, 1, 1, 1]: the noise of x / alpha."""
         return self.sigma(t) / self.alpha(t)
 
     def _abar(self, t: Tensor) -> Tensor:
         return torch.where(t < 0, 1.0, self.abar[t])
+
+    @cached_property
+    def angles(self) -> Tensor:
+        """atan(sigma / alpha) of the clean sample and of every timestep, [T + 1], ascending."""
+        abar = torch.cat([self.abar.new_ones(1), self.abar])
+        return torch.atan2((1 - abar).sqrt(), abar.sqrt())
+
+    def angle(self, t: Tensor) -> Tensor:
+        """atan(sigma / alpha) of timesteps [n]; between whole ones it goes straight."""
+        below = t.floor().long().clamp(-1, self.timesteps - 2)
+        start, end = self.angles[below + 1], self.angles[below + 2]
+        return start + (t - below) * (end - start)
+
+    def timestep(self, angle: Tensor) -> Tensor:
+        """The timesteps, floats [n], that have these angles."""
+        places = torch.searchsorted(self.angles, angle.detach(), right=True)
+        below = places.clamp(1, self.timesteps) - 1
+        start, end = self.angles[below], self.angles[below + 1]
+        return below - 1 + (angle - start) / (end - start)
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0), all [n, c, h, w]."""
@@ -103,7 +130,11 @@ class Process:
             return eps
         if self.predicts == "sample":
             return x_0
-        return self.alpha(t) * eps - self.sigma(t) * x_0  # v, arXiv 2202.00512 app. D
+        return self.v(x_0, eps, t)
+
+    def v(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """alpha eps - sigma x_0 (arXiv 2202.00512, app. D): d x_t / d angle, [n, c, h, w]."""
+        return self.alpha(t) * eps - self.sigma(t) * x_0
 
     def x_0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The clean sample that an output means, [n, c, h, w]."""
@@ -128,4 +159,4 @@ class Process:
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal noise of x's shape, where x lives."""
-    return torch.randn(x.shape, generator=generator).to(x.device)
+    return randn(x.shape, generator).to(x.device)

@@ -28,7 +28,9 @@ class Player:
 
     ``loss(network, batch, generator)`` is given the network as the accelerator wrapped it, and
     draws every random number from ``generator``, which is seeded by the step: that is what makes a
-    resumed run equal to an uninterrupted one. ``batch["step"]``, int64 [], counts the steps before.
+    resumed run equal to an uninterrupted one. For samples it draws by `draws`, and is a mean over
+    them: then micro-batches and processes make no difference either. ``batch["step"]``, int64 [],
+    counts the steps before.
     """
 
     network: nn.Module

@@ -1,17 +1,35 @@
-"""What people write behind the options of the command line, as values."""
+"""Options that several commands have, and what people write behind them as values."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from edgeflash.errors import EdgeflashError
 
 if TYPE_CHECKING:
     from edgeflash.bundle import Bundle
+    from edgeflash.lora import Lora
     from edgeflash.recipe import Recipe
     from edgeflash.roles import Runtime
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a plug-in's option.")
+]
+Floors = Annotated[list[str] | None, typer.Option("--floor", help="As in L4.psnr_db=30.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
+On = Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")]
+
+
+def typed(folder: Path | None = None) -> str:
+    """The command line as it was typed, for the record; of ``folder`` its name alone."""
+    words = [folder.name if folder and word == str(folder) else word for word in sys.argv[1:]]
+    return shlex.join(["edgeflash", *words])
 
 
 def read_options(sets: list[str] | None, flag: str = "--set") -> dict[str, Any]:
@@ -35,6 +53,26 @@ def read_floors(pairs: list[str] | None) -> dict[str, float]:
         if not isinstance(value, int | float):
             raise EdgeflashError(f"--floor {name}={value}: the value must be a number")
     return floors
+
+
+def read_loras(given: list[str] | None) -> tuple[Lora, ...]:
+    """``FILE`` or ``FILE=SCALE``; of a folder, the file in it that diffusers looks for."""
+    from edgeflash.lora import Lora
+    from edgeflash.shelf import require
+
+    found = []
+    for text in given or []:
+        require("--lora", ["peft"])
+        name, equals, number = text.rpartition("=")
+        if not equals or Path(text).exists():
+            name, number = text, "1"
+        try:
+            found.append(Lora(Path(name), float(number)))
+        except ValueError:
+            raise EdgeflashError(f"--lora {text}: write it as FILE or FILE=SCALE") from None
+        if not found[-1].file.is_file():
+            raise EdgeflashError(f"--lora {found[-1].file}: no such file")
+    return tuple(found)
 
 
 def read_counts(text: str | None) -> tuple[int, ...] | None:

@@ -45,8 +45,9 @@ class TensorSpec(Part):
 
     ``role`` says what a runtime must feed or may read, whatever it is called: tokens [n, s],
     conditioning [n, s, d], sample [n, c, h, w], timestep (rank 0 or [n]), guidance (the
-    w-embedding) [n, d], prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W]. In layout
-    "NC1S" conditioning is [n, d, 1, s]. A dimension that is a string is free.
+    w-embedding) [n, d], prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W]; of a
+    fused graph noise [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is
+    [n, d, 1, s]. A dimension that is a string is free.
     """
 
     name: str
@@ -56,6 +57,11 @@ class TensorSpec(Part):
     layout: str = ""  # "NCHW", "NSC", "NC1S" …; empty where it means nothing
     low: float | None = None  # value range, where it is a promise
     high: float | None = None
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The value range of a picture; -1 to 1 where the manifest is silent."""
+        return -1.0 if self.low is None else self.low, 1.0 if self.high is None else self.high
 
     def arranged(self, array: NDArray[Any]) -> NDArray[Any]:
         """An array as this tensor has it: dtype and layout; no copy where it fits already."""
@@ -86,7 +92,10 @@ class Engine(Part):
 
 
 class Component(Part):
-    """A network of the bundle: text_encoder, unet, vae_decoder or vae_encoder."""
+    """A network of the bundle: text_encoder, unet, vae_decoder or vae_encoder.
+
+    Or ``pipeline``, which stands by itself: text_encoder, all steps and vae_decoder in one graph.
+    """
 
     name: str
     target: str
@@ -162,6 +171,7 @@ class Lineage(Part):
     teacher: str | None = None
     recipe_sha256: str | None = None
     student_sha256: str | None = None
+    loras: dict[str, float] = {}  # sha256 of a fused LoRA file -> its scale
     tools: dict[str, str] = {}
     weights_licence: str | None = None
 
@@ -178,11 +188,17 @@ class Manifest(Part):
     schedules: dict[int, Schedule]  # by number of steps
     default_steps: int
     guidance: Guidance
+    fused: Component | None = None  # draws in default_steps, with the guidance above
     parity: tuple[Figure, ...] = ()
     unproven: str | None = None  # what of it the ladder did not run where it was made
     goldens: tuple[Golden, ...] = ()
     files: tuple[File, ...] = ()  # all others: tokenizer, goldens, configs of the ecosystem
     lineage: Lineage = Lineage()
+
+    @property
+    def lowered(self) -> tuple[Component, ...]:
+        """The components, and the graph of them all where there is one."""
+        return self.components if self.fused is None else (*self.components, self.fused)
 
     @model_validator(mode="after")
     def _has_its_schedules(self) -> Manifest:
@@ -220,7 +236,7 @@ class Bundle:
 
     def files(self) -> Iterator[File]:
         """Every file of the bundle but the manifest."""
-        for component in self.manifest.components:
+        for component in self.manifest.lowered:
             yield from component.files
         yield from self.manifest.files
 

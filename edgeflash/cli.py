@@ -1,29 +1,33 @@
-"""The command line: parsing and one-line errors. It knows all rooms, as do demo, price, score.
+"""The command line: parsing and one-line errors. Here are the commands that make something.
 
-Rooms are imported inside the commands, so that ``edgeflash --help`` loads none of them.
+Those that measure and tell are in `cli_tell.py`. Rooms are imported inside the commands, so that
+``edgeflash --help`` loads none of them. Both files know all rooms, as do demo, price and score.
 """
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from typer.main import get_command
 
 from edgeflash.arguments import (
-    own_runtime,
+    Floors,
+    On,
+    Prompts,
+    Set,
     read_counts,
     read_floors,
+    read_loras,
     read_options,
     read_recipe,
     read_runtime,
     read_size,
 )
+from edgeflash.cli_tell import distill_installed, telling
 from edgeflash.errors import in_one_line
 
 if TYPE_CHECKING:
@@ -34,14 +38,7 @@ app = typer.Typer(
     add_completion=False,
     help="Distil a diffusion model BY a method, export it TO a target, run it ON a runtime.",
 )
-out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
-
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a plug-in's option.")
-]
-Floors = Annotated[list[str] | None, typer.Option("--floor", help="As in L4.psnr_db=30.")]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
 
 
 @app.command()
@@ -82,6 +79,9 @@ def export(
     guidance: Annotated[
         float | None, typer.Option(min=0, max=100, help="Scale; 1: none; default: the student's.")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[=SCALE]", help="Fuse it; may be repeated.")
+    ] = None,
     image_to_image: Annotated[bool, typer.Option(help="Ship the encoder too.")] = False,
     keep_timestep: Annotated[
         bool, typer.Option(help="An input even of one-step students.")
@@ -99,7 +99,7 @@ def export(
     counts, pixels = read_counts(steps), read_size(size)
     from edgeflash.export.line import export_student
 
-    opened = Student.open(student)
+    opened = Student.open(student, read_loras(lora))
     export_student(
         opened,
         target,
@@ -116,10 +116,27 @@ def export(
 
 
 @app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    on: On = None,
+    set_: Set = None,
+) -> None:
+    """Make now what the first load would make here: engines for this machine's GPU."""
+    from edgeflash.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    runtime = read_runtime(on, opened, set_)
+    for component in opened.manifest.components:
+        with err.status(f"building {component.name}"):
+            told = runtime.build(bundle, component)
+        print(told or f"{component.name}: nothing to build")
+
+
+@app.command()
 def run(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     prompt: Prompts,
-    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
+    on: On = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first image.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Network calls an image.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
@@ -159,217 +176,6 @@ def run(
 
 
 @app.command()
-def bench(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
-    out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("report"),
-    steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="Runs before those.")] = 2,
-    batch: Annotated[int, typer.Option(min=1, help="Images a run.")] = 1,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,
-    prompt: Prompts = None,
-    set_: Set = None,
-) -> None:
-    """Measure latency, memory and size here: bundle folder -> report.json and report.html."""
-    from edgeflash.bundle import Bundle
-    from edgeflash.report import SystemsTable
-    from edgeflash.runtimes.bench import bench as measure
-    from edgeflash.runtimes.bench import default_prompts
-    from edgeflash.runtimes.measure import Job
-
-    opened = Bundle.open(bundle)
-    job = Job(
-        bundle=str(bundle),
-        runtime=on or own_runtime(opened),
-        options=read_options(set_),
-        prompts=tuple(prompt or default_prompts(opened)),
-        batch=batch,
-        guidance=guidance,
-        seed=seed,
-        warmup_runs=warmup,
-        runs=runs,
-        low_memory=low_memory,
-    )
-    words = [bundle.name if word == str(bundle) else word for word in sys.argv[1:]]
-    command = shlex.join(["edgeflash", *words])
-    with err.status("measuring") as status:
-        report = measure(
-            job,
-            out_dir,
-            steps=read_counts(steps) or (),
-            command=command,
-            tell=lambda name, done, of: status.update(escape(f"{name}: {done}/{of}")),
-        )
-    out.print(SystemsTable(report))
-    print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
-
-
-@app.command()
-def build(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
-    set_: Set = None,
-) -> None:
-    """Make now what the first load would make here: engines for this machine's GPU."""
-    from edgeflash.bundle import Bundle
-
-    opened = Bundle.open(bundle)
-    runtime = read_runtime(on, opened, set_)
-    for component in opened.manifest.components:
-        with err.status(f"building {component.name}"):
-            told = runtime.build(bundle, component)
-        print(told or f"{component.name}: nothing to build")
-
-
-@app.command()
-def price(
-    student: Annotated[
-        str, typer.Option(help="sdxs-512, bk-sdm-tiny …, a UNet's config.json, or a folder.")
-    ],
-    decoder: Annotated[str | None, typer.Option(help="kl, tiny or lite.")] = None,
-    size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
-    steps: Annotated[str, typer.Option(help="Step counts, as in 1,2,4.")] = "1,2,4",
-    on: Annotated[str, typer.Option(help="Runtimes, as in onnx,openvino.")] = "onnx",
-    precision: Annotated[str, typer.Option(help="Of each, as in fp32,int8.")] = "fp32",
-    device: Annotated[list[str] | None, typer.Option(help="Estimate it there.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 5,
-    out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("price"),
-) -> None:
-    """Tell what a student will cost before it is trained: random weights, real export, real run."""
-    from edgeflash.devices import Device
-    from edgeflash.price import Way, asked_for, price_tables
-    from edgeflash.price import price as ask
-
-    asked = asked_for(student, decoder)
-    ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
-    counts, devices = read_counts(steps) or (), [Device.timed(name) for name in device or ()]
-    command = shlex.join(["edgeflash", *sys.argv[1:]])
-    report = ask(
-        asked,
-        ways,
-        out_dir,
-        steps=counts,
-        size=read_size(size),
-        runs=runs,
-        devices=devices,
-        command=command,
-    )
-    out.print(price_tables(report, devices))
-    print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
-
-
-@app.command()
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
-    floor: Floors = None,
-    set_: Set = None,
-) -> None:
-    """Climb the parity ladder on the files that ship. Exit code 2 below a floor."""
-    from edgeflash.bundle import Bundle
-    from edgeflash.inspect import ladder
-    from edgeflash.verify import refuse_below
-    from edgeflash.verify import verify as climb
-
-    opened = Bundle.open(bundle, check="sha256")
-    figures = climb(opened, read_runtime(on, opened, set_), read_floors(floor))
-    out.print(ladder(figures))
-    refuse_below(figures, bundle)
-
-
-@app.command()
-def lint(
-    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
-    device: Annotated[list[str], typer.Option(help="May be given several times.")],
-) -> None:
-    """Tell whether a bundle fits a device, without the device. Exit code 2 where it does not."""
-    from edgeflash.bundle import Bundle
-    from edgeflash.devices import Device
-    from edgeflash.inspect import judgement
-    from edgeflash.runtimes.lint import judge, look, refuse_unfit
-
-    devices = [Device.of(name) for name in device]
-    seen = look(Bundle.open(bundle))
-    judged = [judge(seen, each) for each in devices]
-    for each in judged:
-        out.print(judgement(each))
-    refuse_unfit(judged, bundle)
-
-
-@app.command()
-def score(
-    bundle: Annotated[Path, typer.Argument(help="Bundle of a shapes model.")],
-    on: Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")] = None,
-    steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
-    images: Annotated[int, typer.Option(min=20, help="Prompts; FD needs 500.")] = 2000,
-    set_: Set = None,
-) -> None:
-    """Prompt accuracy and Fréchet distance of a bundle of the embedded models."""
-    from edgeflash.bundle import Bundle
-    from edgeflash.inspect import verdicts
-
-    _distill_installed()
-    from edgeflash.score import score as judge
-
-    opened = Bundle.open(bundle)
-    runtime = read_runtime(on, opened, set_)
-    found = {}
-    with err.status("drawing") as status:
-        for count in read_counts(steps) or tuple(sorted(opened.manifest.schedules)):
-            found[count] = judge(
-                opened,
-                runtime,
-                steps=count,
-                images=images,
-                tell=lambda done, of, n=count: status.update(f"{n} steps: {done}/{of}"),  # type: ignore[misc]
-            )
-    out.print(verdicts(found))
-
-
-@app.command()
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="The folder, or a single-file checkpoint.")],
-) -> None:
-    """Tell what a student, bundle, diffusers folder or checkpoint holds."""
-    from edgeflash.inspect import tell
-
-    out.print(tell(folder))
-
-
-@app.command("list")
-def list_(
-    name: Annotated[str | None, typer.Argument(help="A method, target or runtime.")] = None,
-) -> None:
-    """Show the shelf, or one plug-in with its options."""
-    from edgeflash.inspect import one_plugin, the_shelf
-
-    out.print(one_plugin(name) if name else the_shelf())
-
-
-@app.command()
-def compare(
-    a: Annotated[Path, typer.Argument(help="report.json")],
-    b: Annotated[Path, typer.Argument(help="report.json")],
-) -> None:
-    """Put two reports side by side, as ratios."""
-    from edgeflash.report import compare as put
-    from edgeflash.report import comparison_table, read_report
-
-    out.print(comparison_table(put(read_report(a), read_report(b)), a.name, b.name))
-
-
-@app.command()
-def doctor() -> None:
-    """Tell what is installed, what is usable here, and what to install for the rest."""
-    from edgeflash.inspect import health
-
-    out.print(health())
-
-
-@app.command()
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("demo"),
     full: Annotated[bool, typer.Option(help="Rerun the full recipe of the student first.")] = False,
@@ -380,12 +186,21 @@ def demo(
     run_demo(out_dir, full=full)
 
 
-def _distill_installed() -> None:
-    """Says which package is missing, before a room that needs it is imported."""
-    from edgeflash.roles import Method
-    from edgeflash.shelf import find
+@app.command()
+def benchmark_methods(
+    methods: Annotated[list[str] | None, typer.Argument(help="Default: all of them.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("benchmark"),
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, each.")] = 20,
+) -> None:
+    """Train every few-step method for an equal time, and judge them. Run it again to resume."""
+    distill_installed()
+    from edgeflash.benchmark import benchmark
 
-    find(Method, "attributes")
+    benchmark(out_dir, tuple(methods or ()), minutes=minutes)
+    print(f"wrote {out_dir / 'RESULTS.md'}")
+
+
+app.add_typer(telling)
 
 
 def _tell(result: Result, prompts: tuple[str, ...], places: list[Path]) -> None:

@@ -1,6 +1,6 @@
 """The whole line on the embedded models, offline: distil, export, verify, bench, and a page.
 
-With `cli.py` and `score.py` the only file that knows all rooms.
+Knows all rooms, as the command line does.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def _export(
 
 def _measure(entry: Entry, out: Path) -> tuple[System, list[Path]]:
     """Latency and memory in a process of their own, then the judge's verdict."""
-    from edgeflash.distill.judge import held_out_captions, load_judge, verdict
+    from edgeflash.distill.judge import held_out_captions, verdict
     from edgeflash.runtimes.bench import run_apart, system_of
     from edgeflash.runtimes.measure import Job
     from edgeflash.score import draw
@@ -243,7 +243,7 @@ def _measure(entry: Entry, out: Path) -> tuple[System, list[Path]]:
     captions = held_out_captions(JUDGED)
     prompts = tuple(caption.text for caption in captions)
     pictures = draw(bundle, make(Runtime, "onnx", {}), prompts, steps=entry.steps)
-    found = verdict(load_judge(), pictures, captions)
+    found = verdict(pictures, captions)
     shares = {f"accuracy with {n} object{'s' * (n > 1)}": v for n, v in found.by_count.items()}
     shares |= {f"accuracy of {name}": v for name, v in found.by_attribute.items()}
     told = {

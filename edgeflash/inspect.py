@@ -102,7 +102,7 @@ def _bundle(folder: Path) -> RenderableType:
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
     parts = _table("component", "target", "precision", "MiB", "takes -> gives")
-    for component in manifest.components:
+    for component in manifest.lowered:
         mib = sum(file.bytes for file in component.files) / 2**20
         takes = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in component.inputs)
         gives = ", ".join(f"{spec.name} {list(spec.shape)}" for spec in component.outputs)

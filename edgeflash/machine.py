@@ -43,7 +43,7 @@ class Machine(BaseModel):
     def here(cls) -> Machine:
         return cls(
             cpu=_cpu(),
-            cores=_cores(),
+            cores=usable_cores(),
             ram_mib=_ram_mib(),
             gpu=_gpu(),
             os=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -74,10 +74,11 @@ def _cpu() -> str:
     return board or platform.processor() or platform.machine()
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """Logical cores this process may use; 1 where nobody tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 0
+    return os.cpu_count() or 1
 
 
 def _ram_mib() -> int:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from edgeflash.errors import EdgeflashError
+from edgeflash.lora import fuse
 from edgeflash.student import Student
 
 
 def load_network(student: Student, component: str) -> Any:
     """One component as diffusers or transformers loads it: float32, CPU, from local files only.
 
+    The student's LoRAs are fused into it.
+
     Raises:
-        EdgeflashError: the weights do not fit the config.
+        EdgeflashError: the weights do not fit the config, or a LoRA not the network.
     """
     library, name = student.class_of(component)
     where = student.folder / component
@@ -41,6 +44,9 @@ def load_network(student: Student, component: str) -> Any:
                 f"{where}: {problem.replace('_', ' ')} in the weights: {keys[0]} and "
                 f"{len(keys) - 1} more; config and weights do not belong together"
             )
+    with quiet():
+        for lora in student.loras:
+            fuse(network, component, lora)
     return network
 
 

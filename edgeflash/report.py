@@ -5,6 +5,7 @@ The page to look at is written by `report_html.py`.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,29 @@ class Percentiles(_Figures):
         return cls(p50_ms=round(float(p50), 4), p90_ms=round(float(p90), 4))
 
 
+class Sustained(_Figures):
+    """Latency while drawing without a pause, as devices slow down when they get warm.
+
+    Spans of equally many images, in order: when each ended, since the first began, and its median.
+    ``drift``: by how much the last span is slower than the first, as a share.
+    """
+
+    ended_s: tuple[float, ...] = Field(min_length=1)
+    p50_ms: tuple[float, ...] = Field(min_length=1)
+    drift: float
+
+    @classmethod
+    def of(cls, runs_ms: Sequence[float], spans: int = 20) -> Self:
+        parts = np.array_split(np.asarray(runs_ms, np.float64), min(spans, len(runs_ms)))
+        ended = np.cumsum([part.sum() for part in parts]) / 1000
+        medians = [round(float(np.median(part)), 4) for part in parts]
+        return cls(
+            ended_s=tuple(np.round(ended, 3).tolist()),
+            p50_ms=tuple(medians),
+            drift=round(medians[-1] / medians[0] - 1, 4),
+        )
+
+
 class Conditions(_Figures):
     """What must be the same before two figures may be ranked, beside the machine and the steps."""
 
@@ -55,14 +79,17 @@ class Conditions(_Figures):
     low_memory: bool = False
     warmup_runs: int = 0
     runs: int = 1
+    minutes: float = 0.0  # of drawing without a pause, after the runs
 
 
 class System(_Figures):
     """One way to make the pictures, and what it costs. None: not measured.
 
     ``latency_ms_*`` is from prompt to pixels for the whole batch, everything loaded. In ``stages``,
-    ``unet`` is one step and the others are the whole stage. ``images`` are PNG files, relative to
-    the report, one for each of the report's prompts. ``extra`` takes figures of one's own.
+    ``unet`` is one step and the others are the whole stage. ``manifest_sha256`` is that of the
+    bundle's `edgeflash.json`, which has those of its files. ``images`` are
+    PNG files, relative to the report, one for each of the report's prompts. ``extra`` takes figures
+    of one's own.
     """
 
     name: str
@@ -79,6 +106,8 @@ class System(_Figures):
     sizes_mib: dict[str, float] = {}  # by component
     peak_rss_mib: float | None = None
     stages: dict[str, Percentiles] = {}
+    sustained: Sustained | None = None
+    manifest_sha256: str | None = None
     conditions: Conditions
     images: tuple[str, ...] = ()
     extra: dict[str, float | str] = {}
@@ -103,6 +132,12 @@ class Report(_Figures):
         draft = path.with_name(f".{path.name}.draft")
         draft.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         os.replace(draft, path)
+
+
+def schema() -> str:
+    """The JSON schema of report files, as `report.schema.json` beside this file has it."""
+    found = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Report.model_json_schema()
+    return json.dumps(found, indent=1) + "\n"
 
 
 def read_report(path: Path) -> Report:
@@ -180,6 +215,11 @@ class SystemsTable:
                 words = " ".join([str(column.header), *map(str, column.cells)]).split()
                 column.width = max(map(len, words))
         yield table
+        for system in self.report.systems:
+            if (found := system.sustained) is not None:
+                first, last = told(found.p50_ms[0]), told(found.p50_ms[-1])
+                minutes = f"{system.name}, {found.ended_s[-1] / 60:.2g} min without a pause"
+                yield Text(f"{minutes}: {first} ms at first, {last} at last ({found.drift:+.1%})")
 
     def _table(self, heading: str, names: Sequence[str]) -> Table:
         from rich.table import Table
@@ -315,3 +355,7 @@ def comparison_table(comparison: Comparison, a: str = "", b: str = "") -> Table:
         figure = escape(f"{row.figure} [{row.unit}]") if row.unit else row.figure
         out.add_row(escape(row.system), figure, one, other, ratio, row.better or "")
     return out
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("report.schema.json").write_text(schema(), encoding="utf-8")

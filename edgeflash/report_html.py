@@ -214,6 +214,7 @@ svg .tick { fill: var(--soft); font-size: 11px; }
 svg .value { font-variant-numeric: tabular-nums; fill: var(--soft); }
 svg .mid { text-anchor: middle; } svg .end { text-anchor: end; }
 svg .grid { stroke: var(--line); fill: none; } svg .whisker { stroke: var(--soft); fill: none; }
+svg .line { fill: none; stroke-width: 2; }
 .c0 { fill: var(--c0); background: var(--c0); } .c1 { fill: var(--c1); background: var(--c1); }
 .c2 { fill: var(--c2); background: var(--c2); } .c3 { fill: var(--c3); background: var(--c3); }
 .c4 { fill: var(--c4); background: var(--c4); } .c5 { fill: var(--c5); background: var(--c5); }

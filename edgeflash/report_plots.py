@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from edgeflash.report import System, told
-from edgeflash.report_svg import Bar, Dot, Part, bars, scatter, shade
+from edgeflash.report_svg import COLOURS, Bar, Dot, Line, Part, bars, lines, scatter, shade
 
 
 def plots(systems: Sequence[System]) -> str:
     """The plots for which there are figures, each in a card of the page's grid."""
     cards = [_latency(systems), _quality(systems), _stages(systems), _sizes(systems)]
-    cards.append(_memory(systems))
+    cards += [_memory(systems), _sustained(systems)]
     return f"<section class='plots'>{''.join(cards)}</section>"
 
 
@@ -98,3 +98,19 @@ def _memory(systems: Sequence[System]) -> str:
     if not rows:
         return ""
     return _card("Memory", "peak resident size of the process", bars("peak memory", rows))
+
+
+def _sustained(systems: Sequence[System]) -> str:
+    rows, names = [], []
+    for i, system in enumerate(systems):
+        if (found := system.sustained) is None:
+            continue
+        minutes = [0.0, *(second / 60 for second in found.ended_s)]
+        points = zip(minutes, [found.p50_ms[0], *found.p50_ms], strict=True)
+        rows.append(Line(system.name, tuple(points), i))
+        mark = f"<s style='background:var(--c{i % COLOURS})'></s>"
+        names.append(f"{mark}{escape(system.name)}, {found.drift:+.1%}")
+    if not rows:
+        return ""
+    hint = f"median of each span, ms; by how much the last is slower:{''.join(names)}"
+    return _card("Without a pause", hint, lines("sustained latency", "minutes", rows))

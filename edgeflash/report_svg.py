@@ -46,6 +46,15 @@ class Dot:
     colour: int
 
 
+@dataclass(frozen=True)
+class Line:
+    """A line through points of ascending x."""
+
+    label: str
+    points: tuple[tuple[float, float], ...]
+    colour: int
+
+
 def bars(heading: str, rows: Sequence[Bar]) -> str:
     """Horizontal bars from zero, one below the other, each with its label above it."""
     pitch, thick = 46, 14  # px: from bar to bar, of a bar
@@ -98,30 +107,67 @@ def scatter(heading: str, x_label: str, dots: Sequence[Dot], *, percent: bool) -
 
     ``percent``: y runs from 0 to 100 %; else from 0 to a little above the largest.
     """
-    height, left, right, top, bottom = 320, 44, 16, 14, 46
-    x_ticks, y_ticks = _log_ticks([d.x for d in dots]), _ticks(dots, percent)
-    low, high = math.log(x_ticks[0]), math.log(x_ticks[-1])
+    y_ticks = [0, 0.25, 0.5, 0.75, 1] if percent else _ticks([dot.y for dot in dots])
+    frame = Frame(_log_ticks([dot.x for dot in dots]), y_ticks, 320, logarithmic=True)
+    body = frame.drawn(x_label, percent=percent)
+    body += _named([(dot, *frame.at(dot.x, dot.y)) for dot in dots], frame.floor)
+    return _svg(heading, frame.height, body)
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (math.log(x) - low) / (high - low)
-        up = y / y_ticks[-1]
-        return left + across * (WIDTH - left - right), height - bottom - up * (
-            height - top - bottom
+
+def lines(heading: str, x_label: str, rows: Sequence[Line]) -> str:
+    """Lines from x = 0 on, over y from 0 to a little above the largest."""
+    points = [point for row in rows for point in row.points]
+    frame = Frame(_ticks([x for x, _ in points]), _ticks([y for _, y in points]), 240)
+    body = frame.drawn(x_label)
+    for row in rows:
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (frame.at(*point) for point in row.points))
+        body.append(
+            f'<path class="line" style="stroke:var(--c{row.colour % COLOURS})" d="M{path}">'
+            f"<title>{escape(row.label)}</title></path>"
         )
+    return _svg(heading, frame.height, body)
 
-    body = []
-    for y in y_ticks:
-        _, py = at(x_ticks[0], y)
-        body.append(f'<path class="grid" d="M{left} {py:.1f}H{WIDTH - right}"/>')
-        told = f"{y * 100:.0f} %" if percent else f"{y:g}"
-        body.append(f'<text class="tick end" x="{left - 7}" y="{py + 4:.1f}">{told}</text>')
-    for x in x_ticks:
-        px, _ = at(x, 0)
-        body.append(f'<path class="grid" d="M{px:.1f} {top}V{height - bottom}"/>')
-        body.append(f'<text class="tick mid" x="{px:.1f}" y="{height - bottom + 17}">{x:g}</text>')
-    body.append(f'<text class="tick mid" x="{WIDTH / 2}" y="{height - 8}">{escape(x_label)}</text>')
-    body += _named([(dot, *at(dot.x, dot.y)) for dot in dots], height - bottom)
-    return _svg(heading, height, body)
+
+@dataclass(frozen=True)
+class Frame:
+    """Axes: the ticks of both, from end to end, and the height of it all in px."""
+
+    x_ticks: Sequence[float]
+    y_ticks: Sequence[float]
+    height: float
+    logarithmic: bool = False  # x
+
+    left, right, top, bottom = 44, 16, 14, 46  # px around the axes
+
+    @property
+    def floor(self) -> float:
+        """The lowest y of the plot, in px."""
+        return self.height - self.bottom
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point lies, in px."""
+        scaled = math.log if self.logarithmic else float
+        low, high = scaled(self.x_ticks[0]), scaled(self.x_ticks[-1])
+        across = (scaled(x) - low) / (high - low) * (WIDTH - self.left - self.right)
+        return self.left + across, self.floor - y / self.y_ticks[-1] * (self.floor - self.top)
+
+    def drawn(self, x_label: str, *, percent: bool = False) -> list[str]:
+        """Grid, ticks and the name of x."""
+        body = []
+        for y in self.y_ticks:
+            _, py = self.at(self.x_ticks[0], y)
+            body.append(f'<path class="grid" d="M{self.left} {py:.1f}H{WIDTH - self.right}"/>')
+            told = f"{y * 100:.0f} %" if percent else f"{y:g}"
+            place = f'x="{self.left - 7}" y="{py + 4:.1f}"'
+            body.append(f'<text class="tick end" {place}>{told}</text>')
+        for x in self.x_ticks:
+            px, _ = self.at(x, 0)
+            body.append(f'<path class="grid" d="M{px:.1f} {self.top}V{self.floor}"/>')
+            place = f'x="{px:.1f}" y="{self.floor + 17}"'
+            body.append(f'<text class="tick mid" {place}>{x:g}</text>')
+        place = f'x="{WIDTH / 2}" y="{self.height - 8}"'
+        body.append(f'<text class="tick mid" {place}>{escape(x_label)}</text>')
+        return body
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
@@ -175,10 +221,9 @@ def _log_ticks(values: Sequence[float]) -> list[float]:
     return steps[first : max(last, first + 1) + 1]
 
 
-def _ticks(dots: Sequence[Dot], percent: bool) -> list[float]:
-    if percent:
-        return [0, 0.25, 0.5, 0.75, 1]
-    largest = max(dot.y for dot in dots) or 1.0
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Even ticks from 0 on that enclose all values, which are not negative."""
+    largest = max(values) or 1.0
     unit = 10.0 ** math.floor(math.log10(largest))
     step = next(unit * m for m in (0.2, 0.5, 1, 2) if largest <= 5.5 * unit * m)
     return [step * i for i in range(math.ceil(largest / step) + 1)]

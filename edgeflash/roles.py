@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
-    from edgeflash.bundle import Component, Engine, Latent, TensorSpec
+    from edgeflash.bundle import Bundle, Component, Engine, Latent, TensorSpec
     from edgeflash.distill.stage import Stage, Workshop
     from edgeflash.export.capture import Captured, Network
     from edgeflash.student import Student
@@ -49,7 +49,9 @@ class Method(Plugin, ABC):
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")
     batch_size: int = Field(16, ge=1, description="samples a step, over all processes")
-    accumulate: int = Field(1, ge=1, description="micro-batches a step is cut into")
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches a step is cut into, over all processes"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     decay: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="course of the learning rate after the warm-up"
@@ -59,9 +61,20 @@ class Method(Plugin, ABC):
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average kept; 0: none")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast of the networks")
+    lora_rank: int | None = Field(
+        None, ge=1, description="train LoRA of this rank on the denoiser, not all of it"
+    )
+    lora_alpha: float | None = Field(
+        None, gt=0, description="LoRA counts alpha / rank; none: as much as the rank"
+    )
+    lora_targets: tuple[str, ...] | None = Field(
+        None, description="how names of layers with LoRA end; none: as diffusers' LCM-LoRA has it"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        if not self.lora_rank and (self.lora_alpha or self.lora_targets):
+            raise ValueError("lora_alpha and lora_targets go with lora_rank")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide {self.batch_size}")
         return self
@@ -138,6 +151,13 @@ class Target(Plugin, ABC):
         Returns what a person should know of it, in one line; "" for nothing.
         """
         return ""
+
+    def fuse(self, bundle: Bundle) -> Component | None:
+        """One more file: the whole bundle as one graph, tokens and noise in, pictures out.
+
+        ``bundle``: without its ladder. None where no such graph is asked for.
+        """
+        return None
 
     def diverged(self, captured: Captured, out: Path) -> str:
         """Where a lowered component below ``out`` first goes astray; "" where it cannot say."""

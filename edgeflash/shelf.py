@@ -26,8 +26,16 @@ SHELVES: dict[type[Plugin], tuple[str, str]] = {  # role -> room, prefix of its 
 EXTRAS: dict[str, tuple[str, ...]] = {  # extra -> distributions, as in pyproject.toml
     "onnx": ("onnxruntime",),
     "onnx-gpu": ("onnxruntime-gpu",),
-    "export": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime"),
-    "distill": ("torch", "accelerate", "diffusers", "tensorboard", "transformers", "webdataset"),
+    "export": ("torch", "diffusers", "peft", "transformers", "onnx", "onnxscript", "onnxruntime"),
+    "distill": (
+        "torch",
+        "accelerate",
+        "diffusers",
+        "peft",
+        "tensorboard",
+        "transformers",
+        "webdataset",
+    ),
     "openvino": ("openvino",),
     "openvino-export": ("openvino", "nncf", "openvino-tokenizers"),
     "coreml": ("coremltools",),

@@ -21,6 +21,7 @@ from pydantic import Field
 from edgeflash.bundle import MANIFEST, Part, parse_manifest, read_manifest, sha256_of, write_atomic
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
+from edgeflash.lora import Lora
 from edgeflash.noise_correction import MARK, corrected
 from edgeflash.schedule import Guidance, Schedule, lower_schedule
 
@@ -88,6 +89,7 @@ class Student:
         index: its `model_index.json`.
         family: which components it has and how they play together.
         manifest: its `edgeflash.json`; None when there is none.
+        loras: fused into its networks wherever these are loaded.
     """
 
     def __init__(
@@ -97,9 +99,10 @@ class Student:
         self.index = index
         self.family = family
         self.manifest = manifest
+        self.loras: tuple[Lora, ...] = ()
 
     @classmethod
-    def open(cls, folder: Path | str) -> Student:
+    def open(cls, folder: Path | str, loras: Sequence[Lora] = ()) -> Student:
         """Opens a folder and checks that its components are all there and fit together.
 
         ``folder``: or a single-file checkpoint; see `edgeflash.single_file`.
@@ -116,6 +119,7 @@ class Student:
         if (folder / MANIFEST).is_file():
             manifest = parse_manifest(StudentManifest, read_manifest(folder, "student"), folder)
         student = cls(folder, index, find_family(folder, str(index["_class_name"])), manifest)
+        student.loras = tuple(loras)
         for name in student.family.folders:
             student._check_component(name)
         student.family.check(student)
@@ -207,6 +211,10 @@ class Student:
         if self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS:
             return Guidance()
         return Guidance(kind="cfg", scale=CFG_SCALE)
+
+    def lora_scales(self) -> dict[str, float]:
+        """sha256 of each fused LoRA file -> its scale."""
+        return {sha256_of(lora.file): lora.scale for lora in self.loras}
 
     def default_steps(self, schedules: Iterable[int]) -> int:
         """The step count to run when nobody says: the manifest's, else the largest on offer."""

@@ -5,7 +5,7 @@ L0    every component loads; tokens and starting noise are those of the goldens
 L1    each component alone, on recorded inputs
 L2    the denoiser's answer to the prompt (with - without) and to time, over the recorded steps
 L3    the latent after the whole loop, from the tokens on
-L4    the image
+L4    the image; of a fused graph, how close its pictures are to those of the components
 ====  ==========================================================================================
 
 Components are opened one at a time, and each once.
@@ -22,6 +22,7 @@ from edgeflash import parity, shelf
 from edgeflash.bundle import ANSWER, Bundle, Component, Figure, Golden
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.golden import Array, Sampler, Tensors, load_tensors, noise_sha256
+from edgeflash.noise import randn
 from edgeflash.roles import Runtime, Session
 from edgeflash.tokenizer import read_tokenizer
 
@@ -46,12 +47,15 @@ FLOORS: dict[str, dict[str, float]] = {  # by precision; a name may be one rung'
     },
 }
 FLOORS |= {name: FLOORS["int8"] for name in ("int8-weights", "int8-dynamic", "w8a8", *PALETTES)}
+PIXELS_DB = 45.0  # of 8-bit pictures; one level apart everywhere is 48 dB
+for _table in FLOORS.values():
+    _table["fused_psnr_db"] = min(_table["psnr_db"], PIXELS_DB)
 RATIOS = ("delta_ratio", "timestep_ratio")  # may be as far above 1 as below
 METRICS = {  # that a floor can be set for
     "L1": ("psnr_db", "cosine"),
     "L2": RATIOS,
     "L3": ("psnr_db", "cosine"),
-    "L4": ("psnr_db", "ssim"),
+    "L4": ("psnr_db", "ssim", "fused_psnr_db"),
 }
 Found = Iterator[tuple[str, str, float]]  # rung, metric, value
 
@@ -191,6 +195,10 @@ class _Climb:
             part.session.close()
             for (rung, metric), values in found.items():
                 yield self._figure(component.name, rung, metric, _worst(metric, values))
+        if manifest.fused:
+            found_db = self._fused(manifest.fused)
+            yield self._figure(manifest.fused.name, "L0", "loads", 1.0)
+            yield self._figure(manifest.fused.name, "L4", "fused_psnr_db", min(found_db))
 
     def _open(self, component: Component) -> Session:
         try:
@@ -252,17 +260,35 @@ class _Climb:
     def _vae_decoder(self, part: Part) -> Found:
         space = self.bundle.manifest.latent
         answer = part.component.output("image")
-        peak = 2.0 if answer.low is None or answer.high is None else answer.high - answer.low
+        low, high = answer.range
+        peak = high - low
         for (_, told), drawn in zip(self.goldens, self.drawn, strict=True):
             alone = part(latent=told["latent"] / space.scale + space.shift)
             yield from _compare("L1", told["image"], alone, peak=peak)
             image = part(latent=drawn["latent"] / space.scale + space.shift)
             yield "L4", "psnr_db", parity.psnr_db(told["image"], image, peak)
             yield "L4", "ssim", parity.ssim(told["image"], image, peak)
+            pixels = np.rint((image - low) * (255 / peak)).clip(0, 255)
+            drawn["pixels"] = pixels.transpose(0, 2, 3, 1)
 
     def _vae_encoder(self, part: Part) -> Found:
         for _, told in self.goldens:
             yield from _compare("L1", told["encoded"], part(image=told["image"]))
+
+    def _fused(self, fused: Component) -> list[float]:
+        """PSNR in dB of every golden's picture by the fused graph, against the components'."""
+        session = self._open(fused)
+        tokens, noise = fused.inputs
+        draws, rows = (int(side) for side in noise.shape[:2])
+        found = []
+        for golden, drawn in zip(self.goldens, self.drawn, strict=True):
+            shape, seed = self._sampler(golden).shape, golden[0].seed
+            fresh = np.stack([randn(shape, seed, k) for k in range(draws)]).repeat(rows, 1)
+            ids = tokens.arranged(golden[1]["ids"].repeat(rows, 0))
+            pixels = session({tokens.name: ids, noise.name: fresh})[fused.outputs[0].name]
+            found.append(parity.psnr_db(drawn["pixels"], pixels[:1], peak=255))
+        session.close()
+        return found
 
     def _figure(self, name: str, rung: str, metric: str, value: float) -> Figure:
         whole = rung in ("L3", "L4")

@@ -16,9 +16,11 @@ from edgeflash.bundle import Bundle
 from edgeflash.errors import EdgeflashError
 from edgeflash.golden import Array, Tensors
 from edgeflash.parity import psnr_db
-from edgeflash.verify import first_call
+from edgeflash.verify import FLOORS, first_call
 
 TAPS = 48  # tensors held at a time
+LARGEST_HALF = 65504.0
+PRODUCTS = ("Conv", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Divergence:
         psnr_db: of its output.
         low: smallest value that the reference has there.
         high: largest.
+        product: name of the product that its values come from, or its own; "" if there is none.
     """
 
     operator: str
@@ -38,6 +41,19 @@ class Divergence:
     psnr_db: float
     low: float
     high: float
+    product: str
+
+    def remedy(self, precision: str) -> str:
+        """What to try, in a bundle of this precision."""
+        if precision == "fp32":
+            return "no rounding explains that: export it again"
+        if precision in ("fp16", "bf16"):
+            if max(-self.low, self.high) > LARGEST_HALF and precision == "fp16":
+                return "its values are beyond float16's 65,504: export in bf16 or fp32"
+            return "its sums lose too much in 16 bits: export in fp32"
+        if self.product:
+            return f"leave it alone: --set 'keep=[\"{self.product}\"]'"
+        return "no product is to blame: export in fp16 or fp32"
 
     def __str__(self) -> str:
         return (
@@ -66,12 +82,28 @@ def first_divergence(
             value = psnr_db(expected, got)
             if value < floor_db:
                 node, low, high = makers[name], float(expected.min()), float(expected.max())
-                return Divergence(node.name, node.op_type, value, low, high)
+                product = _product(node, makers)
+                return Divergence(node.name, node.op_type, value, low, high, product)
     return None
 
 
-def bisect_bundles(bundle: Bundle, reference: Bundle, name: str, floor_db: float) -> str:
-    """`first_divergence` of a component of two ONNX bundles of one student; "" if there is none.
+def _product(node: Any, makers: dict[str, Any]) -> str:
+    """Name of the nearest product among those that a node's values come from, itself included."""
+    seen, rank = {node.name}, [node]
+    while rank:
+        for each in rank:
+            if each.op_type in PRODUCTS:
+                return str(each.name)
+        before = [makers[name] for each in rank for name in each.input if name in makers]
+        rank = [each for each in before if each.name not in seen]
+        seen.update(each.name for each in rank)
+    return ""
+
+
+def bisect_bundles(
+    bundle: Bundle, reference: Bundle, name: str, floor_db: float
+) -> Divergence | None:
+    """`first_divergence` of a component of two ONNX bundles of one student.
 
     Raises:
         EdgeflashError: another target, or bundles of different students.
@@ -80,10 +112,24 @@ def bisect_bundles(bundle: Bundle, reference: Bundle, name: str, floor_db: float
     for folder, target in ((bundle.folder, suspect.target), (reference.folder, whole.target)):
         if target != "onnx":
             raise EdgeflashError(f"{folder}: only ONNX bundles can be bisected, not {target}")
-    if bundle.manifest.lineage.student_sha256 != reference.manifest.lineage.student_sha256:
+    ours, theirs = bundle.manifest.lineage, reference.manifest.lineage
+    if (ours.student_sha256, ours.loras) != (theirs.student_sha256, theirs.loras):
         raise EdgeflashError(f"{reference.folder}: was made from another student")
     paths = (reference.folder / whole.files[0].path, bundle.folder / suspect.files[0].path)
-    return str(first_divergence(*paths, first_call(bundle, suspect), floor_db) or "")
+    return first_divergence(*paths, first_call(bundle, suspect), floor_db)
+
+
+def told_by_component(bundle: Bundle, reference: Bundle) -> list[str]:
+    """A line a component: what goes astray first, below its precision's floor, and what to try."""
+    lines = []
+    for component in bundle.manifest.components:
+        floor_db = FLOORS[component.precision]["psnr_db"]
+        found = bisect_bundles(bundle, reference, component.name, floor_db)
+        told = f"every tensor reaches {floor_db:g} dB"
+        if found:
+            told = f"first below {floor_db:g} dB: {found}; {found.remedy(component.precision)}"
+        lines.append(f"{component.name}: {told}")
+    return lines
 
 
 def _makers(path: Path) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def to_program(
         for dimension in named.values():
             free.setdefault(dimension, Dim(dimension, min=1, max=MOST_BATCH))
         repeats = [2 if i in named else 1 for i in range(example.ndim)]
-        arguments.append(example.repeat(repeats) if named else example)
+        arguments.append(example.repeat(repeats))  # copied: numpy gives views of stride 0
         shapes.append({i: free[d] for i, d in named.items()})
     with torch.no_grad():
         free_shapes = tuple(shapes) if free else None

@@ -224,7 +224,7 @@ def _pack(
     if told := target.furnish(student, draft):
         console.print(told, markup=False)
     goldens = pack.write_goldens(tape, plan.goldens, draft)
-    return Manifest(
+    manifest = Manifest(
         family=family.name,
         name=student.folder.resolve().name,
         components=components,
@@ -238,6 +238,7 @@ def _pack(
         files=pack.other_files(draft, [f for c in components for f in c.files]),
         lineage=pack.lineage(student, student_sha256, target.needs),
     )
+    return manifest.model_copy(update={"fused": target.fuse(Bundle(draft, manifest))})
 
 
 def _refuse(

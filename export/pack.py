@@ -91,6 +91,7 @@ def lineage(student: Student, student_sha256: str, packages: Iterable[str]) -> L
         teacher=told.teacher if told else None,
         recipe_sha256=told.recipe_sha256 if told else None,
         student_sha256=student_sha256,
+        loras=student.lora_scales(),
         tools=tools,
         weights_licence=told.weights_licence if told else None,
     )

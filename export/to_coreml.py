@@ -220,7 +220,9 @@ class CoreMlTarget(Target):
         from .coreml_resources import write_resources
 
         for folder in self.join:
-            if Bundle.open(folder).manifest.lineage.student_sha256 != folder_sha256(student.folder):
+            told = Bundle.open(folder).manifest.lineage
+            ours = folder_sha256(student.folder), student.lora_scales()
+            if (told.student_sha256, told.loras) != ours:
                 raise EdgeflashError(f"join: {folder}: was made from another student")
         quantize_coreml.check_kept(self.keep, out)
         return write_resources(student, out)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from edgeflash.bundle import Bundle, Component
 from edgeflash.student import INDEX, Student
 from edgeflash.verify import FLOORS
 
@@ -31,6 +32,10 @@ class OnnxTarget(Quantizing):
     model in `model.onnx_data`, from where ONNX Runtime maps them instead of reading them. Stock
     optimum pipelines open the bundle; they want the timestep as an input, also of one-step students
     (``--keep-timestep``).
+
+    With ``fused=1`` there is also `pipeline.onnx`, all that an app needs which wants one call:
+    token ids [1, s] and noise [k, 1, c, h, w] in, a uint8 picture [1, H, W, 3] out, in the default
+    steps (`export/fuse.py`). An app that takes this file can leave the components out.
     """
 
     needs: ClassVar[tuple[str, ...]] = (
@@ -53,6 +58,10 @@ class OnnxTarget(Quantizing):
         "uint8", description="int8: type of activations; int8 is symmetric, as TensorRT wants it"
     )
     ranges: Ranges = "minmax"
+
+    fused: int = Field(
+        0, ge=0, le=16, description="pictures of a call of one graph of all steps; 0: no such graph"
+    )
 
     @property
     def honours(self) -> tuple[str, ...]:
@@ -79,6 +88,14 @@ class OnnxTarget(Quantizing):
 
         words = decide(whole, captured, self, TAKES, out)
         return quantize(whole, captured, words, self.ranges, symmetric=self.activations == "int8")
+
+    def fuse(self, bundle: Bundle) -> Component | None:
+        from .fuse import fuse
+
+        if not self.fused:
+            return None
+        external_bytes = int(self.external_mib * MIB)
+        return fuse(bundle, self.prover(), self.fused, self.precision, external_bytes)
 
     def diverged(self, captured: Captured, out: Path) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""

@@ -7,12 +7,15 @@ What is measured, and how:
 - *warm load*: closing and opening again in the same process, median of three;
 - *first image*: the first after the cold load; then the warm-up runs, not counted; then the runs;
 - *latency*: prompt to pixels of one batch; *stages*: the parts of it, for unet one step;
+- *drift*: after the runs, drawing without a pause for as long as is asked for: by how much the
+  last twentieth of it is slower than the first;
 - *peak RSS*: of the measured process, interpreter and vendor's runtime included, before the
   warm loads; not the memory of a GPU.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -22,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from edgeflash import shelf
-from edgeflash.bundle import Bundle
+from edgeflash.bundle import MANIFEST, Bundle
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
-from edgeflash.report import REPORT, Conditions, Percentiles, Report, System
+from edgeflash.report import REPORT, Conditions, Percentiles, Report, Sustained, System
 from edgeflash.report_html import write_html
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.measure import Job, Measured
@@ -170,6 +173,8 @@ def system_of(
         sizes_mib={part.name: sum(f.bytes for f in part.files) / 2**20 for part in parts},
         peak_rss_mib=found.peak_rss_mib,
         stages={stage: Percentiles.of(samples) for stage, samples in found.stages_ms.items()},
+        sustained=Sustained.of(found.sustained_ms) if found.sustained_ms else None,
+        manifest_sha256=hashlib.sha256((bundle.folder / MANIFEST).read_bytes()).hexdigest(),
         conditions=_conditions(job, found),
         images=images,
     )
@@ -188,6 +193,7 @@ def _conditions(job: Job, found: Measured) -> Conditions:
         low_memory=job.low_memory,
         warmup_runs=job.warmup_runs,
         runs=job.runs,
+        minutes=job.minutes,
     )
 
 

@@ -45,6 +45,7 @@ class Job(_Json):
     seed: int = 0
     warmup_runs: int = Field(2, ge=0)
     runs: int = Field(10, ge=1)
+    minutes: float = Field(0, ge=0)  # of drawing without a pause, after the runs
     low_memory: bool = False
     images: str | None = None  # folder to save one picture for each prompt in
 
@@ -62,13 +63,17 @@ class Measured(_Json):
     first_image_ms: float
     warm_load_ms: float | None
     runs_ms: tuple[float, ...]
+    sustained_ms: tuple[float, ...] = ()  # every run of the minutes without a pause
     stages_ms: dict[str, tuple[float, ...]]
     peak_rss_mib: float | None
     images: tuple[str, ...]  # file names
 
 
 def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
-    """Does the job in this process; ``tell(done, of)`` after every image of ``of``."""
+    """Does the job in this process.
+
+    ``tell(done, of)`` after every image of ``of``; between them, seconds of those without a pause.
+    """
     start = time.perf_counter()
     runtime = shelf.make(Runtime, job.runtime, job.options)
     pipeline = TextToImage(Bundle.open(job.bundle), runtime, low_memory=job.low_memory)
@@ -89,7 +94,8 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
             for stage, elapsed_ms in events:
                 stages_ms[stage].append(elapsed_ms)
         tell(done + 1, of)
-    peak_rss_mib = _peak_rss_mib()
+    sustained_ms = _sustain(pipeline, request, job.minutes * 60, tell)
+    peak = peak_rss_mib()
 
     names = _draw_each(pipeline, job, lambda j: tell(of - len(job.prompts) + j + 1, of))
     manifest = pipeline.manifest
@@ -105,10 +111,25 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
         first_image_ms=runs_ms[0],
         warm_load_ms=None if job.low_memory else _warm_load_ms(pipeline),
         runs_ms=tuple(runs_ms[1 + job.warmup_runs :]),
+        sustained_ms=sustained_ms,
         stages_ms={stage: tuple(samples) for stage, samples in stages_ms.items()},
-        peak_rss_mib=peak_rss_mib,
+        peak_rss_mib=peak,
         images=names,
     )
+
+
+def _sustain(
+    pipeline: TextToImage, request: Request, seconds: float, tell: Callable[[int, int], None]
+) -> tuple[float, ...]:
+    """Draws for so long without a pause -> ms of every run."""
+    runs_ms: list[float] = []
+    start = time.perf_counter()
+    while (gone := time.perf_counter() - start) < seconds:
+        began = time.perf_counter()
+        pipeline.generate(request)
+        runs_ms.append(_since(began))
+        tell(round(gone), round(seconds))
+    return tuple(runs_ms)
 
 
 def _draw_each(pipeline: TextToImage, job: Job, tell: Callable[[int], None]) -> tuple[str, ...]:
@@ -139,7 +160,7 @@ def _since(start: float) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-def _peak_rss_mib() -> float | None:
+def peak_rss_mib() -> float | None:
     """Largest resident memory of this process so far; None where the system does not tell."""
     try:  # getrusage would do, but on Linux it also counts the process that started this one
         for line in Path("/proc/self/status").read_text().splitlines():

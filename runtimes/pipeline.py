@@ -319,7 +319,7 @@ class TextToImage:
         """Latents [n, c, h, w] of pictures [n, 3, height, width] of 0 to 255."""
         spec = part.component.input("image")
         assert spec is not None
-        low, high = _range(spec.low, spec.high)
+        low, high = spec.range
         # Encoders of the KL kind give mean and log-variance, in this order; the mean is the latent.
         channels = self.manifest.latent.channels
         mean = part(image=pixels * ((high - low) / 255) + low)[:, :channels].astype(np.float32)
@@ -348,7 +348,7 @@ class TextToImage:
         latent = self.manifest.latent
         z = x if (latent.scale, latent.shift) == (1, 0) else x / latent.scale + latent.shift
         image = _finite(part(latent=z), "vae_decoder")
-        low, high = _range(part.answer.low, part.answer.high)
+        low, high = part.answer.range
         pixels: Float32 = (image.astype(np.float32) - low) * (255 / (high - low))
         return pixels
 
@@ -362,11 +362,6 @@ class _Clock:
 
     def ms(self) -> float:
         return (time.perf_counter() - self._start) * 1000
-
-
-def _range(low: float | None, high: float | None) -> tuple[float, float]:
-    """The value range of a picture; -1 to 1 where the manifest is silent."""
-    return -1.0 if low is None else low, 1.0 if high is None else high
 
 
 def _draw(shape: tuple[int, ...], seeds: range, k: int) -> Float32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from tiny_bundle import tiny
 
-from edgeflash.bundle import Bundle
+from edgeflash.bundle import MANIFEST, Bundle
 from edgeflash.errors import EdgeflashError
 from edgeflash.report import Conditions, read_report
 from edgeflash.runtimes import bench
@@ -74,6 +75,17 @@ def test_each_sample_is_a_counted_run(tmp_path: Path, monkeypatch: pytest.Monkey
     }
     assert found.cold_load_ms and found.cold_load_ms > 90  # all three components
     assert found.warm_load_ms and found.warm_load_ms > 90
+
+
+def test_drawing_goes_on_without_a_pause(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = bench.bench(job(tiny(tmp_path / "b"), minutes=0.01), out, tell=lambda *_: None)
+    (found,) = made.systems
+    assert found.sustained and found.sustained.ended_s[-1] == pytest.approx(0.6, abs=0.3)
+    assert found.conditions.minutes == 0.01
+    assert "Without a pause" in (out / "report.html").read_text()
+    manifest = (tmp_path / "b" / MANIFEST).read_bytes()
+    assert found.manifest_sha256 == hashlib.sha256(manifest).hexdigest()
 
 
 def test_bench_takes_several_step_counts_and_low_memory(tmp_path: Path) -> None:

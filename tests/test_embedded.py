@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from exported import Exported
 
 from edgeflash import shapes
 from edgeflash.distill.judge import frechet_distance, load_judge, look, verdict
 from edgeflash.embedded import embedded
 from edgeflash.noise import randn
+from edgeflash.roles import Runtime, Target
+from edgeflash.runtimes.pipeline import Request, TextToImage
+from edgeflash.score import draw
+from edgeflash.shelf import make
 from edgeflash.student import Student
 
 PROMPT = "a large red circle on the left on a white background"
@@ -62,9 +67,6 @@ def diffusers_picture(folder: Path, steps: int, guidance: float) -> np.ndarray:
 @pytest.mark.parametrize(("name", "steps"), [("shapes-student", 1), ("shapes-teacher", 4)])
 def test_diffusers_alone_draws_the_same_picture(tmp_path: Path, name: str, steps: int) -> None:
     from edgeflash.export.line import export_student
-    from edgeflash.roles import Runtime, Target
-    from edgeflash.runtimes.pipeline import Request, TextToImage
-    from edgeflash.shelf import make
 
     folder = embedded(name)
     student = Student.open(folder)
@@ -82,13 +84,28 @@ def test_the_judge_reads_every_attribute() -> None:
     for column, name in enumerate(shapes.HEADS):
         there = known[:, column] >= 0
         assert (found == known)[there, column].mean() >= 0.985, name
-    said = verdict(load_judge(), pictures, captions)
+    said = verdict(pictures, captions)
     assert said.prompt_accuracy > 0.95 and said.fd is not None
     gray = pictures.mean(-1, keepdims=True).repeat(3, -1).astype(np.uint8)
-    without_colour = verdict(load_judge(), gray, captions)
+    without_colour = verdict(gray, captions)
     assert without_colour.fd and without_colour.fd > 5 * said.fd
-    wrong = verdict(load_judge(), pictures, captions[::-1])
+    wrong = verdict(pictures, captions[::-1])
     assert wrong.prompt_accuracy < 0.05
+
+
+def test_judged_pictures_come_in_the_order_of_their_seeds(guided: Exported) -> None:
+    """However many draw: that of prompt i has seed i, as `edgeflash run` would draw it."""
+    prompts = tuple(f"a {hue} star" for hue in ("red", "blue", "green") * 15)
+    runtime = make(Runtime, "onnx", {})
+    told: list[int] = []
+    pictures = draw(
+        guided.bundle, runtime, prompts, steps=2, tell=lambda done, of: told.append(done)
+    )
+    assert told == [20, 40, 45] and len(pictures) == 45
+    with TextToImage(guided.bundle, runtime) as pipeline:
+        for i in (0, 19, 20, 44):
+            alone = pipeline.generate(Request(prompt=prompts[i], seed=i, steps=2)).images[0]
+            assert np.abs(pictures[i].astype(int) - alone.astype(int)).max() <= 1
 
 
 def test_the_frechet_distance_of_gaussians() -> None:

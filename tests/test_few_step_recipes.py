@@ -56,6 +56,19 @@ CASES: dict[str, tuple[dict[str, Any], str, dict[int, list[int]]]] = {
     "ufogen": ({"by": "ufogen"}, "LCMScheduler", FOUR_STEPS),
     "ladd": ({"by": "ladd", "solver_steps": 2}, "LCMScheduler", FOUR_STEPS),
     "sdxs": ({"by": "sdxs", "solver_steps": 2}, "LCMScheduler", {1: [999]}),
+    "gan": ({"by": "gan", "solver_steps": 2}, "LCMScheduler", {1: [999]}),
+    "scm": (
+        {"by": "scm", "guidance": 4.5},
+        "LCMScheduler",
+        {1: [999], 2: [999, 499], 4: [999, 759, 499, 259]},
+    ),
+    "meanflow": ({"by": "meanflow", "guidance": 3}, "DDIMScheduler", {1: [999]}),
+    "meanflow, training": (
+        {"by": "meanflow", "kind": "training", "guidance": 3, "denoising_steps": 3}
+        | {"difference": 0},
+        "DPMSolverMultistepScheduler",
+        {3: [999, 666, 332]},
+    ),
 }
 GUIDED = {"perflow", "reflow", "progressive"}  # those that are sampled with guidance
 
@@ -112,6 +125,8 @@ def test_step_counts_are_those_of_the_last_sampler() -> None:
             r"consistency\.inference_steps: at most 1000",
         ),
         ({"by": "flash", "teacher_steps": 1004}, r"flash\.teacher_steps: at most 1000"),
+        ({"by": "scm", "inference_steps": 1001}, r"scm\.inference_steps: at most 1000"),
+        ({"by": "meanflow", "denoising_steps": 1001}, r"meanflow\.denoising_steps: at most 1000"),
         ({"by": "imagine", "denoising_steps": 1001}, r"imagine\.denoising_steps: at most 1000"),
         (
             {"by": "progressive", "denoising_steps": 501},

@@ -130,8 +130,9 @@ def test_a_student_for_a_fake_score_is_biased_as_computed(
     monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.full(size, t))
     x = (M + S * normal(6)).requires_grad_()
     (gradient,) = torch.autograd.grad(taught.matching(x, torch.zeros(6, 1, 1), seeded()), x)
-    times = torch.full((6,), t)
-    x_t = it.noised(x.detach(), torch.randn(x.shape, generator=seeded()), times)
+    times, generator = torch.full((6,), t), seeded()
+    taught.options.scale(generator)  # drawn before the noise
+    x_t = it.noised(x.detach(), torch.randn(x.shape, generator=generator), times)
     real = posterior(it)(x_t, times, NOTHING).sample
     scale = (x.detach() - real).abs().mean((1, 2, 3), keepdim=True)
     wanted = 2 * bias * (x_t - it.alpha(times) * M) / scale / x.numel()

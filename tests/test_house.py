@@ -18,7 +18,7 @@ ROOMS = ("distill", "export", "runtimes")
 FILES = [
     path for room in ("edgeflash", *ROOMS, "tests") for path in sorted((ROOT / room).glob("*.py"))
 ]
-KNOW_ALL_ROOMS = {"cli.py", "demo.py", "price.py", "score.py"}
+KNOW_ALL_ROOMS = {"benchmark.py", "cli.py", "cli_tell.py", "demo.py", "price.py", "score.py"}
 
 
 def imports(path: Path) -> set[str]:

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from exported import Exported, figure
 from onnx import numpy_helper
+from test_cli import say  # noqa: F401 - a fixture
 
 from edgeflash.bundle import MANIFEST, Bundle, Manifest, describe_file
 from edgeflash.errors import EdgeflashError
@@ -152,12 +153,65 @@ def test_the_first_operator_that_went_astray_is_named(guided: Exported, tmp_path
     graph = onnx.load(bundle.folder / "unet/model.onnx").graph
     name = next(n.name for n in graph.node if n.op_type == "LayerNormalization")
     found = bisect_bundles(bundle, guided.bundle, "unet", 60.0)
-    assert found.startswith(f"LayerNormalization {name} (") and "values -" in found
-    assert bisect_bundles(guided.bundle, guided.bundle, "unet", 60.0) == ""
+    assert found and str(found).startswith(f"LayerNormalization {name} (")
+    assert found.low < 0 < found.high
+    assert bisect_bundles(guided.bundle, guided.bundle, "unet", 60.0) is None
     assert sorted(p.name for p in (bundle.folder / "unet").iterdir()) == [
         "config.json",
         "model.onnx",
     ], "the taps left nothing"
+
+
+def test_verify_bisects_by_an_fp32_bundle(
+    guided: Exported,
+    tmp_path: Path,
+    say: Any,  # noqa: F811
+) -> None:
+    def overflow(graph: Any) -> None:
+        node = next(n for n in graph.node if n.op_type == "Conv" and "resnets" in n.input[1])
+        weight = next(t for t in graph.initializer if t.name == node.input[1])
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 3, weight.name))
+
+    bundle = altered(guided, tmp_path / "b", "unet", overflow)
+    said = say("verify", bundle.folder, "--bisect", guided.bundle.folder)
+    lines = dict(line.split(": ", 1) for line in said.out.splitlines() if ": " in line)
+    assert lines["text_encoder"] == lines["vae_decoder"] == "every tensor reaches 80 dB"
+    assert lines["unet"].startswith("first below 80 dB: Conv ")
+    assert lines["unet"].endswith("export it again") and said.code == 2
+
+
+@pytest.mark.parametrize(
+    ("precision", "high", "product", "said"),
+    [
+        ("fp16", 70_000.0, "node_conv2d", "beyond float16's 65,504: export in bf16 or fp32"),
+        ("fp16", 60_000.0, "node_conv2d", "lose too much in 16 bits: export in fp32"),
+        ("int8", 1.0, "node_conv2d", "leave it alone: --set 'keep=[\"node_conv2d\"]'"),
+        ("int8", 1.0, "", "no product is to blame"),
+    ],
+)
+def test_what_goes_astray_has_a_remedy(
+    precision: str, high: float, product: str, said: str
+) -> None:
+    from edgeflash.export.bisect import Divergence
+
+    assert said in Divergence("add", "Add", 3.0, -1.0, high, product).remedy(precision)
+
+
+def test_the_product_before_is_the_nearest() -> None:
+    from edgeflash.export.bisect import _product
+
+    def node(name: str, kind: str, *inputs: str) -> Any:
+        return onnx.helper.make_node(kind, list(inputs), [f"{name}_out"], name=name)
+
+    nodes = [
+        node("far", "Conv", "x", "w"),
+        node("near", "MatMul", "far_out", "v"),
+        node("norm", "Mul", "near_out", "far_out"),
+        node("add", "Add", "norm_out", "y"),
+    ]
+    makers = {each.output[0]: each for each in nodes}
+    assert _product(nodes[3], makers) == _product(nodes[2], makers) == "near"
+    assert _product(nodes[0], makers) == "far" and _product(node("a", "Add", "x"), makers) == ""
 
 
 # --- what goes wrong on the way -------------------------------------------------------------------

@@ -22,9 +22,9 @@ from edgeflash import machine, report, report_svg
 from edgeflash.errors import EdgeflashError
 from edgeflash.inspect import verdicts
 from edgeflash.machine import Machine
-from edgeflash.report import Percentiles, Report, System, compare, read_report
+from edgeflash.report import Percentiles, Report, Sustained, System, compare, read_report
 from edgeflash.report_html import Cell, Grid, write_html
-from edgeflash.report_svg import Bar, Dot, Part, bars, scatter
+from edgeflash.report_svg import Bar, Dot, Line, Part, bars, lines, scatter
 from edgeflash.sheet import GAP, HEADER, MARGIN, SIDE, contact_sheet
 
 MACHINE = Machine(cpu="Imaginary 9", cores=4, ram_mib=8192, os="Linux", python="3.11")
@@ -90,6 +90,24 @@ def test_what_is_no_report_is_told_in_one_line(tmp_path: Path) -> None:
 
 def test_percentiles() -> None:
     assert Percentiles.of(range(101)) == Percentiles(p50_ms=50, p90_ms=90)
+
+
+def test_drift_is_that_of_the_last_span() -> None:
+    """40 runs of 100 ms that end at 150: spans of two."""
+    found = Sustained.of([*np.full(20, 100.0), *np.linspace(102.5, 150, 20)], spans=20)
+    assert len(found.ended_s) == 20 and found.ended_s[:2] == (0.2, 0.4)
+    assert found.p50_ms[0] == 100 and found.p50_ms[-1] == pytest.approx(148.75)
+    assert found.drift == pytest.approx(0.4875)
+    table = report.SystemsTable(report_of(system(sustained=found)))
+    assert "min without a pause: 100 ms at first, 149 at last (+48.8%)" in shown(table)
+    alone = Sustained.of([80.0])
+    assert alone.p50_ms == (80,) and alone.drift == 0
+
+
+def test_the_schema_is_that_of_the_reports() -> None:
+    """Write it anew: python -m edgeflash.report"""
+    published = Path(report.__file__).with_name("report.schema.json").read_text("utf-8")
+    assert published == report.schema()
 
 
 def test_the_terminal_table_shows_what_was_measured() -> None:
@@ -329,6 +347,17 @@ def test_points_lie_where_their_figures_say() -> None:
     assert y[0] - y[2] == pytest.approx(y[2] - y[1], abs=0.2) and y[1] < y[0]
 
 
+def test_lines_run_where_their_figures_say() -> None:
+    rows = [Line("a", ((0, 100), (1, 100), (2, 200)), 0)]
+    plot = ElementTree.fromstring(lines("plot", "minutes", rows))
+    (line,) = [p for p in plot.iter("path") if p.get("class") == "line"]
+    x, y = zip(*re.findall(r"([\d.]+) ([\d.]+)", line.get("d", "")), strict=True)
+    across, up = [[float(value) for value in values] for values in (x, y)]
+    assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.2)
+    floor = report_svg.Frame([0, 1], [0, 1], 240).floor
+    assert up[0] == up[1] and floor - up[2] == pytest.approx(2 * (floor - up[0]), abs=0.2)
+
+
 def test_names_of_near_points_do_not_cover_each_other() -> None:
     dots = [Dot(f"shipped student, {i}", 12 + i // 2, 0.35 + 0.003 * i, i) for i in range(8)]
     plot = ElementTree.fromstring(scatter("plot", "ms", dots, percent=True))
@@ -345,7 +374,7 @@ def test_names_of_near_points_do_not_cover_each_other() -> None:
 
 @pytest.mark.parametrize("largest", [0.0, 0.3, 1.0, 7.9, 21, 99.9, 1234])
 def test_the_axis_holds_the_largest_figure(largest: float) -> None:
-    ticks = report_svg._ticks([Dot("a", 1, largest, 0)], percent=False)
+    ticks = report_svg._ticks([largest, largest / 3])
     assert ticks[0] == 0 and ticks[-1] >= largest and 2 <= len(ticks) <= 8
 
 

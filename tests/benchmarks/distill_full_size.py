@@ -27,10 +27,10 @@ from edgeflash import shapes
 PICTURES = 4
 
 
-def write_pictures(folder: Path, size_px: int) -> None:
+def write_pictures(folder: Path, size_px: int, count: int) -> None:
     """Captioned pictures of the size the model was made for."""
     folder.mkdir()
-    pictures, captions, _ = shapes.batch(0, range(PICTURES))
+    pictures, captions, _ = shapes.batch(0, range(count))
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         Image.fromarray(picture).resize((size_px, size_px)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption.text)
@@ -47,7 +47,7 @@ def main() -> None:
         teacher = options.teacher or home / "sd15"
         if not (teacher / "model_index.json").exists():
             subprocess.run([sys.executable, writer, "--write", teacher, "sd15"], check=True)
-        write_pictures(home / "pictures", options.size)
+        write_pictures(home / "pictures", options.size, PICTURES)
         command = [sys.executable, "-m", "edgeflash", "distill", "--out", home / "student"]
         command += ["--by", "decoder", "--by", "blocks", "--by", "lcm", "--teacher", teacher]
         command += ["--data", home / "pictures"]

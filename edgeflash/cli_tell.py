@@ -1,0 +1,239 @@
+"""The commands that measure and tell; they change nothing but the reports they write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from edgeflash.arguments import (
+    Floors,
+    On,
+    Prompts,
+    Set,
+    own_runtime,
+    read_counts,
+    read_floors,
+    read_options,
+    read_runtime,
+    read_size,
+    typed,
+)
+
+telling = typer.Typer()
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+@telling.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    on: On = None,
+    floor: Floors = None,
+    bisect: Annotated[
+        Path | None, typer.Option(help="fp32 ONNX bundle to find the first wrong operator by.")
+    ] = None,
+    set_: Set = None,
+) -> None:
+    """Climb the parity ladder on the files that ship. Exit code 2 below a floor."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.inspect import ladder
+    from edgeflash.shelf import require
+    from edgeflash.verify import refuse_below
+    from edgeflash.verify import verify as climb
+
+    opened = Bundle.open(bundle, check="sha256")
+    figures = climb(opened, read_runtime(on, opened, set_), read_floors(floor))
+    out.print(ladder(figures))
+    if bisect:
+        require("--bisect", ["onnx", "onnxruntime"])
+        from edgeflash.export.bisect import told_by_component
+
+        for line in told_by_component(opened, Bundle.open(bisect)):
+            print(line)
+    refuse_below(figures, bundle)
+
+
+@telling.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    on: On = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("report"),
+    steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before those.")] = 2,
+    minutes: Annotated[float, typer.Option(min=0, help="Then on without a pause.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images a run.")] = 1,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,
+    prompt: Prompts = None,
+    set_: Set = None,
+) -> None:
+    """Measure latency, memory and size here: bundle folder -> report.json and report.html."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.report import SystemsTable
+    from edgeflash.runtimes.bench import bench as measure
+    from edgeflash.runtimes.bench import default_prompts
+    from edgeflash.runtimes.measure import Job
+
+    opened = Bundle.open(bundle)
+    job = Job(
+        bundle=str(bundle),
+        runtime=on or own_runtime(opened),
+        options=read_options(set_),
+        prompts=tuple(prompt or default_prompts(opened)),
+        batch=batch,
+        guidance=guidance,
+        seed=seed,
+        warmup_runs=warmup,
+        runs=runs,
+        minutes=minutes,
+        low_memory=low_memory,
+    )
+    with err.status("measuring") as status:
+        report = measure(
+            job,
+            out_dir,
+            steps=read_counts(steps) or (),
+            command=typed(bundle),
+            tell=lambda name, done, of: status.update(escape(f"{name}: {done}/{of}")),
+        )
+    out.print(SystemsTable(report))
+    print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
+
+
+@telling.command()
+def score(
+    bundle: Annotated[Path, typer.Argument(help="Bundle of a shapes model.")],
+    on: On = None,
+    steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
+    images: Annotated[int, typer.Option(min=20, help="Prompts; FD needs 500.")] = 2000,
+    set_: Set = None,
+) -> None:
+    """Prompt accuracy and Fréchet distance of a bundle of the embedded models."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.inspect import verdicts
+
+    distill_installed()
+    from edgeflash.score import score as judge
+
+    opened = Bundle.open(bundle)
+    runtime = read_runtime(on, opened, set_)
+    found = {}
+    with err.status("drawing") as status:
+        for count in read_counts(steps) or tuple(sorted(opened.manifest.schedules)):
+            found[count] = judge(
+                opened,
+                runtime,
+                steps=count,
+                images=images,
+                tell=lambda done, of, n=count: status.update(f"{n} steps: {done}/{of}"),  # type: ignore[misc]
+            )
+    out.print(verdicts(found))
+
+
+@telling.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="report.json")],
+    b: Annotated[Path, typer.Argument(help="report.json")],
+) -> None:
+    """Put two reports side by side, as ratios."""
+    from edgeflash.report import compare as put
+    from edgeflash.report import comparison_table, read_report
+
+    out.print(comparison_table(put(read_report(a), read_report(b)), a.name, b.name))
+
+
+@telling.command()
+def price(
+    student: Annotated[
+        str, typer.Option(help="sdxs-512, bk-sdm-tiny …, a UNet's config.json, or a folder.")
+    ],
+    decoder: Annotated[str | None, typer.Option(help="kl, tiny or lite.")] = None,
+    size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
+    steps: Annotated[str, typer.Option(help="Step counts, as in 1,2,4.")] = "1,2,4",
+    on: Annotated[str, typer.Option(help="Runtimes, as in onnx,openvino.")] = "onnx",
+    precision: Annotated[str, typer.Option(help="Of each, as in fp32,int8.")] = "fp32",
+    device: Annotated[list[str] | None, typer.Option(help="Estimate it there.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 5,
+    out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("price"),
+) -> None:
+    """Tell what a student will cost before it is trained: random weights, real export, real run."""
+    from edgeflash.devices import Device
+    from edgeflash.price import Way, asked_for, price_tables
+    from edgeflash.price import price as ask
+
+    asked = asked_for(student, decoder)
+    ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
+    counts, devices = read_counts(steps) or (), [Device.timed(name) for name in device or ()]
+    report = ask(
+        asked,
+        ways,
+        out_dir,
+        steps=counts,
+        size=read_size(size),
+        runs=runs,
+        devices=devices,
+        command=typed(),
+    )
+    out.print(price_tables(report, devices))
+    print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
+
+
+@telling.command()
+def lint(
+    bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
+    device: Annotated[list[str], typer.Option(help="May be given several times.")],
+) -> None:
+    """Tell whether a bundle fits a device, without the device. Exit code 2 where it does not."""
+    from edgeflash.bundle import Bundle
+    from edgeflash.devices import Device
+    from edgeflash.inspect import judgement
+    from edgeflash.runtimes.lint import judge, look, refuse_unfit
+
+    devices = [Device.of(name) for name in device]
+    seen = look(Bundle.open(bundle))
+    judged = [judge(seen, each) for each in devices]
+    for each in judged:
+        out.print(judgement(each))
+    refuse_unfit(judged, bundle)
+
+
+@telling.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="The folder, or a single-file checkpoint.")],
+) -> None:
+    """Tell what a student, bundle, diffusers folder or checkpoint holds."""
+    from edgeflash.inspect import tell
+
+    out.print(tell(folder))
+
+
+@telling.command("list")
+def list_(
+    name: Annotated[str | None, typer.Argument(help="A method, target or runtime.")] = None,
+) -> None:
+    """Show the shelf, or one plug-in with its options."""
+    from edgeflash.inspect import one_plugin, the_shelf
+
+    out.print(one_plugin(name) if name else the_shelf())
+
+
+@telling.command()
+def doctor() -> None:
+    """Tell what is installed, what is usable here, and what to install for the rest."""
+    from edgeflash.inspect import health
+
+    out.print(health())
+
+
+def distill_installed() -> None:
+    """Says which package is missing, before a room that needs it is imported."""
+    from edgeflash.roles import Method
+    from edgeflash.shelf import find
+
+    find(Method, "attributes")

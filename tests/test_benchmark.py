@@ -1,0 +1,108 @@
+"""The benchmark of methods: what is trained, what is kept, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgeflash import benchmark as bench
+from edgeflash.benchmark import Drawn, Entry, benchmark
+from edgeflash.errors import EdgeflashError
+from edgeflash.machine import Machine
+from edgeflash.recipe import Recipe
+from edgeflash.roles import Method
+from edgeflash.shelf import make, names
+
+
+def drawn(accuracy: float) -> Drawn:
+    return Drawn(prompt_accuracy=accuracy, one_object=1, two_objects=0, fd=91.2, diversity=3.25)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the methods that were trained, by a training that takes no time."""
+    done: list[str] = []
+
+    def judge(name: str, folder: Path, out: Path, counts: Sequence[int]) -> dict[int, Drawn]:
+        for count in counts:
+            pictures = np.zeros((bench.SHOWN, 64, 64, 3), np.uint8)
+            bench._save(pictures, out / "pictures" / f"{bench._slug(name)}-{count}")
+        return {count: drawn(0.25) for count in counts}
+
+    def entry(name: str, options: dict[str, Any], start: Path, out: Path, minutes: float) -> Entry:
+        done.append(name)
+        if name == "scm":
+            raise EdgeflashError("loss term 'consistency' is nan")
+        costs = {"steps": 1200, "seconds": 1200.0, "samples_per_s": 32.0, "peak_rss_mib": 1500.4}
+        found = judge(name, start, out, (1, 4)) | {4: drawn(0.762)}
+        return Entry(name=name, drawn=found, recipe_sha256="0", machine=Machine.here(), **costs)
+
+    monkeypatch.setattr(bench, "_train", lambda recipe, student, out: 0.0)
+    monkeypatch.setattr(bench, "_judge", judge)
+    monkeypatch.setattr(bench, "_entry", entry)
+    return done
+
+
+def test_what_is_finished_is_kept_and_a_failure_holds_nobody_up(
+    tmp_path: Path, trained: list[str]
+) -> None:
+    with pytest.raises(EdgeflashError, match=r"^scm: loss term 'consistency' is nan$"):
+        benchmark(tmp_path, ("scm", "lcm"))
+    entries = benchmark(tmp_path, ("lcm", "tcd"))
+    assert trained == ["scm", "lcm", "tcd"]
+    assert [e.name for e in entries][:2] == ["teacher", "start, not distilled"]
+    assert {e.name for e in entries[2:]} == {"lcm", "tcd"}
+
+
+def test_the_table_has_a_row_a_method(tmp_path: Path, trained: list[str]) -> None:
+    benchmark(tmp_path, ("lcm",))
+    *_, heads, line, with_25, _, _, lcm = (tmp_path / "RESULTS.md").read_text().splitlines()
+    assert heads.count("|") == line.count("|") == lcm.count("|") == 11
+    assert with_25.startswith("| teacher, 25 steps | 25.0 | 100 | 0 | 91 | 3.2 | - |")
+    assert lcm == (
+        "| lcm | 25.0 / - / 76.2 | 100 / - / 100 | 0 / - / 0 | 91 / - / 91 | 3.2 / - / 3.2 "
+        "| 20 | 1,200 | 32.0 | 1,500 |"
+    )
+    with Image.open(tmp_path / "RESULTS.png") as sheet:
+        assert sheet.height > 3 * 128
+
+
+def test_every_few_step_method_has_options_that_fit() -> None:
+    options = bench._options()
+    for name, chosen in options.items():
+        counts = make(Method, name, chosen).step_counts()
+        assert counts is None or set(counts) & set(bench.COUNTS), name
+    rule = {"blocks": {"rule": "base"}}
+    few = {name for name in names(Method) if make(Method, name, rule.get(name, {})).step_counts()}
+    assert few <= set(options), few - set(options)
+
+
+def test_a_method_without_options_is_told(tmp_path: Path) -> None:
+    with pytest.raises(EdgeflashError, match=r"'lmc'.*did you mean 'lcm'\?"):
+        benchmark(tmp_path, ("lmc",))
+    assert not any(tmp_path.iterdir())
+
+
+def test_steps_are_those_that_fit_into_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """30 steps in 15 s: 40 in a third of a minute; asked again, they are not measured again."""
+    asked: list[int] = []
+
+    manifest = SimpleNamespace(lineage=SimpleNamespace(seconds=15.0))
+
+    def train(recipe: Recipe, *_: Any) -> None:
+        asked.append(recipe.stage[0].options["steps"])
+
+    monkeypatch.setattr(bench, "_train", train)
+    monkeypatch.setattr(bench.Student, "open", lambda _: SimpleNamespace(manifest=manifest))
+    (tmp_path / "students").mkdir()
+    for _ in range(2):
+        assert bench._fitting("lcm", {}, tmp_path / "start", tmp_path, 1 / 3) == 40
+    assert asked == [bench.PROBE_STEPS]
