@@ -35,15 +35,26 @@ from edgeflash.roles import Runtime, Session
 from edgeflash.tokenizer import read_tokenizer
 
 PALETTES = tuple(f"lut{bits}" for bits in (8, 6, 4, 3, 2, 1))
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "w8a8", *PALETTES)  # finest first
+PRECISIONS = (  # finest first
+    *("fp32", "fp16", "bf16", "int8-weights", "int8", "int8-dynamic", "fp8", "w8a8", *PALETTES),
+    "int4-weights",
+)
 FLOORS: dict[str, dict[str, float]] = {  # by precision; a name may be one rung's: "L4.psnr_db"
     "fp32": {"psnr_db": 80.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "fp16": {"psnr_db": 45.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "bf16": {"psnr_db": 30.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "int8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
     "fp8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
+    # A step is 1/15 of what a block of 32 normal weights spans, 4 sigma: an error of 22 dB below
+    # the weights, 34 below the range of what one layer gives; 16 layers in a row leave 22.
+    "int4-weights": {
+        "psnr_db": 22.0,
+        "L4.psnr_db": 18.0,
+        "delta_ratio": 0.9,
+        "timestep_ratio": 0.9,
+    },
 }
-FLOORS |= {name: FLOORS["int8"] for name in ("w8a8", *PALETTES)}
+FLOORS |= {name: FLOORS["int8"] for name in ("int8-weights", "int8-dynamic", "w8a8", *PALETTES)}
 PIXELS_DB = 45.0  # of 8-bit pictures; one level apart everywhere is 48 dB
 for _table in FLOORS.values():
     _table["fused_psnr_db"] = min(_table["psnr_db"], PIXELS_DB)

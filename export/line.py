@@ -49,7 +49,6 @@ PROMPTS = (  # for students that bring none of their own
     "an astronaut riding a horse on the moon, digital art",
 )
 GOLDENS = 3  # prompts that ship as goldens
-CALIBRATED = ("int8", "fp8", "w8a8")  # precisions whose ranges come from recorded calls
 BIG_BYTES = 256 * 2**20  # denoisers of that size take seconds a call: one golden
 
 
@@ -185,7 +184,7 @@ def _plan(
     whole = not any(t % 1 for t in times)
     big = sum(p.stat().st_size for p in student.weights("unet").files) > BIG_BYTES
     goldens = min(1 if big else GOLDENS, len(prompts))
-    calibrates = any(target.precision_of(name) in CALIBRATED for name in components)
+    calibrates = any(target.calibrates(name) for name in components)
     tape = Tape(
         student,
         target,

@@ -105,6 +105,9 @@ class CoreMlTarget(Target):
         skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized
         return self.rest if skipped else self.precision
 
+    def calibrates(self, component: str) -> bool:
+        return self.precision_of(component) == "w8a8"
+
     def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
         half = self.precision_of(FED.get(spec.role, "unet")) != "fp32"
         half = half and (whole or spec.role != "timestep")

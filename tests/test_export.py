@@ -263,16 +263,17 @@ def test_what_half_precision_cannot_hold() -> None:
     np.testing.assert_array_equal(found[:3], [-65504, 65504, -np.inf])
 
 
-def test_what_int8_leaves_alone(guided: Exported) -> None:
-    from edgeflash.export.quantize import left_alone
+def test_what_int8_leaves_alone(guided: Exported, tmp_path: Path) -> None:
+    from edgeflash.export.quantize import TAKES, decide
 
     path = guided.bundle.folder / "unet/model.onnx"
     kinds = {node.name: node.op_type for node in onnx.load(path).graph.node}
     unet = guided.captured["unet"]
 
     def left(**options: Any) -> list[str]:
-        names = left_alone(path, unet, shelf.make(Target, "onnx", options))
-        return sorted(kinds[name] for name in names if kinds[name] in ("Conv", "MatMul", "Gemm"))
+        target = shelf.make(Target, "onnx", {"precision": "int8"} | options)
+        words = decide(path, unet, target, TAKES, tmp_path)  # type: ignore[arg-type]
+        return sorted(kinds[name] for name, word in words.items() if word == "none")
 
     gemms = sum(kind == "Gemm" for kind in kinds.values())
     shortcuts = 4  # one of each up block's resnets

@@ -49,8 +49,8 @@ def test_a_bad_quantization_names_the_operator(one_step_student: Path, tmp_path:
     target = shelf.make(Target, "onnx", {"precision": "int8"})
     real = quantize.quantize_static
 
-    def quantized(path: Path, captured: Captured, options: Any, **more: Any) -> Path:
-        found = real(path, captured, options, **more)
+    def quantized(path: Path, captured: Captured, *rest: Any, **more: Any) -> Path:
+        found = real(path, captured, *rest, **more)
         if captured.component == "unet":
             model = onnx.load(found)
             crush(model.graph)
