@@ -126,7 +126,7 @@ class _Graph:
         graph.initializers.clear()
         graph.inputs.extend(weights)
         for node in graph:
-            node.metadata_props.clear()  # where in Python it comes from, again at every step
+            node.metadata_props.clear()  # its layer, again at every step
             for value in node.outputs:
                 value.shape = None  # told for any number of rows
         self.weights[name] = [
@@ -139,7 +139,10 @@ class _Graph:
 
     def model(self, inputs: list[ir.Value], output: ir.Value) -> ir.Model:
         """All of it, the networks in place of the calls, and nothing computed twice."""
-        opset = {"": max(function.opset_imports[""] for function in self.functions.values())}
+        imports = [function.opset_imports for function in self.functions.values()]
+        opset = {
+            domain: max(each.get(domain, 1) for each in imports) for domain in set().union(*imports)
+        }
         graph = ir.Graph(
             inputs,
             [output],
