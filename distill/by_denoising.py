@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ class Denoising(Method):
     manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
     errors, and must learn to trust the caption more than them.
     """
+
+    families: ClassVar[tuple[str, ...]] = ("sd",)
 
     widths: tuple[int, ...] = Field((64, 128), description="UNet channels at each resolution")
     attention: tuple[bool, ...] = Field((True, True), description="transformers at each resolution")

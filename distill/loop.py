@@ -30,7 +30,7 @@ from diffusers.optimization import get_scheduler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from edgeflash.bundle import is_disk_full, write_atomic
+from edgeflash.disk import is_disk_full, write_atomic
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 
-from edgeflash.bundle import check_replaceable, fresh_folder, write_atomic
+from edgeflash.disk import check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded, located
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
@@ -75,6 +75,7 @@ def distill(
         _check_wants(spec.by, method, recipe)
         if method.lora_rank:
             require(f"{spec.by}.lora_rank", ["peft"])
+    _check_families(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else it does not see other processes on CPUs
@@ -117,6 +118,22 @@ def _check(student: Student, recipe: Recipe, out: Path) -> None:
         raise EdgeflashError(
             f"[data] size_px = {side}: {student.folder} wants a multiple of {unit} px"
         )
+
+
+def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Refuses what would only fail when the student is put together."""
+    names = sorted({Student.unfinished(folder).family.name for folder in folders})
+    if len(names) > 1:
+        raise EdgeflashError(
+            f"teacher and base: are of the families {' and '.join(names)}, which do not hear "
+            "prompts alike: choose two of one"
+        )
+    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
+        if method.families and not set(names) <= set(method.families):
+            raise EdgeflashError(
+                f"method {spec.by!r} makes parts of {', '.join(method.families)} alone, not of "
+                f"{names[0]}: leave it out"
+            )
 
 
 def _check_wants(name: str, method: Method, recipe: Recipe) -> None:

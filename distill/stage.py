@@ -87,8 +87,16 @@ class Workshop:
 
     def load(self, folder: Path, component: str) -> Any:
         """A network of a diffusers folder: float32, evaluating, on the device."""
-        network = load_network(Student.unfinished(folder), component).eval()
+        student = Student.unfinished(folder)
+        network = load_network(student, component).eval()
+        if component == "unet":
+            network = student.family.listening(student, network)
         return network.to(self.device, memory_format=torch.channels_last)
+
+    def listening(self, unet: Any) -> Any:
+        """A new UNet of the student's, to be called as those that are loaded are: unet(x, t, c)."""
+        student = Student.unfinished(self.student)
+        return student.family.listening(student, unet)
 
 
 def average(network: nn.Module, decay: float | Callable[[int], float]) -> AveragedModel:

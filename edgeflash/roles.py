@@ -45,6 +45,7 @@ class Method(Plugin, ABC):
         "webdataset",
     )
     wants: ClassVar[tuple[str, ...]] = ()  # of the recipe: "teacher", "shapes"
+    families: ClassVar[tuple[str, ...]] = ()  # whose components it can make; none named: all
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")
@@ -103,6 +104,10 @@ class Target(Plugin, ABC):
 
     def check(self) -> None:
         """Raises what stands in the way on this machine, before any network is loaded."""
+
+    def families(self) -> tuple[str, ...]:
+        """Whose components it can lower with these options; none named: all."""
+        return ()
 
     @abstractmethod
     def lower(self, captured: Captured, out: Path) -> list[Path]:

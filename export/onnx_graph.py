@@ -32,6 +32,7 @@ OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
 EXTERNAL_SUFFIX = "_data"  # never .bin, which hub downloads for ONNX leave out
 HALF, BF16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 BF16_OPSET = 22  # the first in which convolutions take bfloat16; nothing else has changed
+ANGLES = ("timestep", "time_ids")  # inputs that become sinusoids
 SCOPES = "pkg.torch.onnx.name_scopes"  # modules around an operator, and its own name in torch
 LAYER = "layer"  # what becomes of that in the metadata of nodes
 KEEPS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs that stay float32 by definition: roi, scales
@@ -158,8 +159,8 @@ def load(path: Path) -> ir.Model:
 def to_half(model: ir.Model, kind: ir.DataType = HALF) -> None:
     """Makes weights and sums float16 or bfloat16; inputs and outputs stay float32.
 
-    What computes the timestep's sinusoids stays float32 too: half precision has no room for angles
-    up to 1000 radians.
+    What computes sinusoids of timestep and sizes stays float32 too: half precision has no room for
+    angles up to 1000 radians.
     """
     graph = model.graph
     if kind == BF16:
@@ -228,9 +229,9 @@ def _halve_node(
 
 
 def _sinusoids(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes from the timestep to its sines and cosines."""
+    """The nodes from the timestep, and from sizes in px, to their sines and cosines."""
     found: set[ir.Node] = set()
-    reached = {value for value in graph.inputs if value.name == "timestep"}
+    reached = {value for value in graph.inputs if value.name in ANGLES}
     for node in graph:
         if any(value in reached for value in node.inputs):
             found.add(node)

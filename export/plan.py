@@ -182,7 +182,7 @@ class Quantizing(Target):
     def usual(self) -> tuple[str, ...]:
         """Components that are quantized where nobody says which: those that gain."""
         if weights_alone([self.precision]):
-            return ("text_encoder", "unet")
+            return ("text_encoder", "text_encoder_2", "unet")
         return ("unet", "vae_decoder", "vae_encoder")
 
     def words_in(self, component: str) -> set[str]:

@@ -63,6 +63,9 @@ class OnnxTarget(Quantizing):
         0, ge=0, le=16, description="pictures of a call of one graph of all steps; 0: no such graph"
     )
 
+    def families(self) -> tuple[str, ...]:
+        return ("sd",) if self.fused else ()  # the fused graph has one text encoder
+
     @property
     def honours(self) -> tuple[str, ...]:
         return ("int8", "int8-dynamic", "int4-weights")
@@ -115,7 +118,7 @@ class OnnxTarget(Quantizing):
         """Configs, scheduler and index where optimum looks for them."""
         index = write_configs(student, out)
         del index["vae"]
-        for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
+        for name in student.family.components(encoder=True):
             if (out / name).is_dir():
                 index[name] = ["diffusers", "OnnxRuntimeModel"]
         write_json(out / INDEX, index)

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from edgeflash.bundle import TensorSpec
 from edgeflash.errors import EdgeflashError
+from edgeflash.families import tokenizer_of
 from edgeflash.shelf import absent
 from edgeflash.student import INDEX, Student
 
@@ -89,7 +90,9 @@ class OpenVinoTarget(Quantizing):
         index = write_configs(student, out)
         index["vae"] = ["diffusers", "AutoencoderKL"]  # which `write_configs` makes of a tiny one
         write_json(out / INDEX, index)
-        return _write_tokenizer_models(out / "tokenizer")
+        tokenizers = map(tokenizer_of, student.family.text_encoders)
+        told = [_write_tokenizer_models(out / name) for name in tokenizers]
+        return next(filter(None, told), "")
 
 
 def _converted(path: Path, component: str) -> Any:

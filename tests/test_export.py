@@ -16,7 +16,8 @@ import pytest
 from exported import QUIET, Exported, figure
 
 from edgeflash import shelf
-from edgeflash.bundle import MANIFEST, Bundle, Component, TensorSpec
+from edgeflash.bundle import Bundle, Component, TensorSpec
+from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.capture import Captured
 from edgeflash.export.line import export_student
@@ -233,7 +234,7 @@ def test_the_reference_loop_is_the_pipeline_s(tmp_path: Path) -> None:
             drawn = pipeline.generate(Request(prompt, seed=seed)).latent
             ids = [np.array([pipeline.tokenizer(text).ids]) for text in (prompt, "")]
         parts = {c.name: Part(runtime.open(folder, c), c) for c in bundle.manifest.components}
-        both = [parts["text_encoder"](tokens=tokens) for tokens in ids]
+        both = [{"conditioning": parts["text_encoder"](tokens=tokens)} for tokens in ids]
         schedule = bundle.manifest.schedules[bundle.manifest.default_steps]
         found = Sampler(schedule, guidance, drawn.shape).loop(parts["unet"], *both, seed)
         np.testing.assert_allclose(found, drawn, rtol=1e-5, atol=1e-6)

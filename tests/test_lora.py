@@ -12,7 +12,7 @@ from test_cli import say  # noqa: F401 - a fixture
 from test_distill import small_recipe
 from tiny_student import write_student
 
-from edgeflash.bundle import sha256_of
+from edgeflash.disk import sha256_of
 from edgeflash.distill import loop
 from edgeflash.distill.folders import copy_folder
 from edgeflash.distill.lora import TARGETS

@@ -13,7 +13,8 @@ from exported import Exported, attempt
 from onnx import numpy_helper
 
 from edgeflash import shelf
-from edgeflash.bundle import MANIFEST, Bundle, check_replaceable, fresh_folder
+from edgeflash.bundle import Bundle
+from edgeflash.disk import MANIFEST, check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.capture import Captured, Tape
 from edgeflash.export.line import export_student
