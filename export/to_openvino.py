@@ -28,7 +28,8 @@ NO_TOKENIZER = "OpenVINO GenAI will not open this bundle, edgeflash and optimum-
 class OpenVinoTarget(Quantizing):
     """One IR a component (`openvino_model.xml`, `.bin`): fp32, fp16, or int8 by NNCF.
 
-    int8-weights leaves activations as they are: smaller, closer to fp32, but hardly faster.
+    int8-weights leaves activations as they are: smaller, closer to fp32, but hardly faster. NNCF
+    does so with embeddings too, of which plans do not speak.
 
     fp16 and int8 are those of the file: tensors in and out stay as they are in fp32, and in what
     floating-point type sums run is up to the runtime. Stock pipelines want the timestep as an
