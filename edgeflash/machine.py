@@ -20,6 +20,7 @@ PACKAGES = (  # distributions whose version can move a figure
     "coremltools",
     "tensorrt",
     "tensorrt-rtx",
+    "executorch",
     "torch",
 )
 

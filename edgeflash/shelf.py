@@ -37,6 +37,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {  # extra -> distributions, as in pyprojec
         "webdataset",
     ),
     "openvino": ("openvino",),
+    "executorch": ("executorch", "torch", "torchao"),
     "openvino-export": ("openvino", "nncf", "openvino-tokenizers"),
     "coreml": ("coremltools",),
     "coreml-export": ("coremltools", "scikit-learn"),
