@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
@@ -59,6 +59,10 @@ class Denoising(Method):
         ge=0,
         le=1,
         description="share of samples whose noise has a part of the wrong colours and shapes in it",
+    )
+
+    stochastic: bool = Field(
+        False, description="sample with fresh noise at every step: DDIM of eta 1, which is DDPM"
     )
 
     @model_validator(mode="after")
@@ -136,16 +140,18 @@ class Denoising(Method):
         u = rand(count, generator) ** self.timestep_power
         return (u * timesteps).long().clamp(max=timesteps - 1)  # u may round to 1
 
-    def scheduler(self) -> DDIMScheduler:
+    def scheduler(self) -> DDIMScheduler | DDPMScheduler:
         """The sampler that the UNet is saved with: it begins at t = 999 for every step count."""
-        return DDIMScheduler(
-            beta_schedule=self.betas,
+        common = {
+            "beta_schedule": self.betas,
             **BETAS[self.betas],
-            clip_sample=False,
-            set_alpha_to_one=False,
-            prediction_type=self.predicts,
-            timestep_spacing="trailing",
-        )
+            "clip_sample": False,
+            "prediction_type": self.predicts,
+            "timestep_spacing": "trailing",
+        }
+        if self.stochastic:
+            return DDPMScheduler(**common)
+        return DDIMScheduler(**common, set_alpha_to_one=False)
 
     def unet(self, latent_channels: int, latent_size: int, text_width: int) -> Any:
         kinds = ["CrossAttn" if there else "" for there in self.attention]

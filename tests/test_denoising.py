@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from edgeflash.distill.data import open_store
 from edgeflash.distill.encoded import cached_conditioning
 from edgeflash.distill.process import Process
 from edgeflash.distill.stage import Workshop
+from edgeflash.schedule import lower_schedule
 
 CPU = torch.device("cpu")
 
@@ -28,6 +30,20 @@ def test_denoising_looks_more_at_noisy_times_when_asked() -> None:
         return float(t.float().mean())
 
     assert mean(1) == pytest.approx(499.5, abs=6) and mean(0.5) == pytest.approx(666, abs=6)
+
+
+def test_a_stochastic_sampler_is_ddim_of_eta_1() -> None:
+    """arXiv 2010.02502, eq. 16; but for the rounding of diffusers at the end."""
+    ddim, ddpm = (Denoising(stochastic=on, betas="linear").scheduler() for on in (False, True))
+    abar = ddim.alphas_cumprod.double()
+    assert torch.equal(ddpm.alphas_cumprod.double(), abar)
+    straight, wandering = (lower_schedule(sampler, 25) for sampler in (ddim, ddpm))
+    assert [s.t for s in straight.steps] == [s.t for s in wandering.steps]
+    for step, later in pairwise(wandering.steps):
+        here, there = abar[int(step.t)], abar[int(later.t)]
+        sigma = ((1 - there) / (1 - here) * (1 - here / there)).sqrt()
+        assert step.c == pytest.approx(float(sigma), rel=1e-4)
+    assert wandering.steps[-1].c < 1e-9 and not any(step.c for step in straight.steps)
 
 
 @pytest.fixture
