@@ -47,7 +47,7 @@ def fuse(
     """
     manifest = bundle.manifest
     schedule = manifest.schedules[manifest.default_steps]
-    graph = _Graph(bundle)
+    graph = _Graph(bundle, rows)
     text_encoder, latent, image = bundle.component("text_encoder"), manifest.latent, manifest.image
     cells = (image.height // latent.downsampling, image.width // latent.downsampling)
     tokens = text_encoder.inputs[0]
@@ -88,8 +88,8 @@ def fuse(
 class _Graph:
     """An ONNX graph in the making, that can call the networks of a bundle by role."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, rows: int) -> None:
+        self.bundle, self.rows = bundle, rows
         self.tape = ir.tape.Tape()
         self.functions: dict[str, ir.Function] = {}
         self.weights: dict[str, list[ir.Value]] = {}
@@ -188,8 +188,7 @@ def _condition(graph: _Graph, bundle: Bundle, runtime: Runtime, ids: ir.Value) -
     text_encoder = bundle.component("text_encoder")
     encode = Part(runtime.open(bundle.folder, text_encoder), text_encoder)
     empty = read_tokenizer(bundle.folder, bundle.manifest.tokenizer)("").ids
-    rows = int(ids.shape[0])
-    bare = graph.constant(np.repeat(encode(tokens=np.array([empty])), rows, axis=0))
+    bare = graph.constant(np.repeat(encode(tokens=np.array([empty])), graph.rows, axis=0))
     encode.session.close()
     return graph.op("Concat", bare, prompt, axis=0)
 
@@ -208,7 +207,7 @@ def _loop(
 
     x, previous = graph.op("Mul", draw(0), schedule.init), None
     for i, step in enumerate(schedule.steps):
-        output = _predict(graph, manifest, step, x, conditioning, int(noise.shape[1]))
+        output = _predict(graph, manifest, step, x, conditioning)
         following = graph.op("Mul", x, step.a)
         terms = [(step.b, output)]
         if step.needs_noise:
@@ -223,7 +222,7 @@ def _loop(
 
 
 def _predict(
-    graph: _Graph, manifest: Manifest, step: Step, x: ir.Value, conditioning: ir.Value, rows: int
+    graph: _Graph, manifest: Manifest, step: Step, x: ir.Value, conditioning: ir.Value
 ) -> ir.Value:
     """The denoiser's guided answer [n, c, h, w] at a step."""
     guidance, spec = manifest.guidance, graph.bundle.component("unet").input("timestep")
@@ -231,7 +230,7 @@ def _predict(
     if spec is not None:
         roles["timestep"] = graph.constant(np.array(step.t, spec.dtype))
     if guidance.kind == "embedded":
-        roles["guidance"] = graph.constant(np.repeat(guidance.embedding(), rows, axis=0))
+        roles["guidance"] = graph.constant(np.repeat(guidance.embedding(), graph.rows, axis=0))
     if not _doubled(manifest):
         return graph.call("unet", **roles)
     roles["sample"] = graph.op("Concat", roles["sample"], roles["sample"], axis=0)
