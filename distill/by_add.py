@@ -15,6 +15,7 @@ from torch import Tensor
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import randint
 from .encoded import cached_conditioning, cached_latents, conditioning_of
 from .features import Sees, encoder_features, judge_features, vision_features
 from .few_steps import estimate, few_step_scheduler, ladder
@@ -225,7 +226,7 @@ class Duel:
         self, x: Tensor, picture: Tensor, c: Tensor, generator: torch.Generator
     ) -> Tensor:
         """L_distill (eq. 4) of samples x, or of the pictures that they were decoded to."""
-        t = torch.randint(self.process.timesteps, (len(x),), generator=generator).to(x.device)
+        t = randint(0, self.process.timesteps, len(x), generator).to(x.device)
         with torch.no_grad():
             x_t = self.process.noised(x, noise_like(x, generator), t)
             wanted = self.wanted(x, x_t, t, c)

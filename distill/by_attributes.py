@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from edgeflash import shapes
 from edgeflash.roles import Method
 
+from .draws import rand, randn
 from .judge import Judge, known_cross_entropy, look
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
@@ -63,8 +64,8 @@ class Attributes(Method):
         small = int(torch.randint(32, 64, (), generator=generator))
         blurred = F.interpolate(x, (small, small), mode="bilinear", antialias=True)
         blurred = F.interpolate(blurred, x.shape[-2:], mode="bilinear")
-        noise = torch.randn(x.shape, generator=generator).to(x.device) * 0.03
-        chosen = torch.rand(len(x), generator=generator).to(x.device) < self.soften
+        noise = randn(x.shape, generator).to(x.device) * 0.03
+        chosen = rand(len(x), generator).to(x.device) < self.soften
         return torch.where(chosen[:, None, None, None], blurred, x) + noise
 
 

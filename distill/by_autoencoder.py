@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import randn
 from .encoded import at_once
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
@@ -36,6 +38,8 @@ class Autoencoder(Method):
         return self
 
     def begin(self, shop: Workshop) -> Stage:
+        if dist.is_initialized() and dist.get_world_size() > 1:  # DDP wraps `forward` alone
+            raise EdgeflashError("autoencoder trains in one process: start one")
         torch.manual_seed(0)
         if shop.store.size_px % (unit := 2 ** (len(self.widths) - 1)):
             raise EdgeflashError(f"[data] size_px: must be a multiple of {unit} for these widths")
@@ -45,7 +49,7 @@ class Autoencoder(Method):
         def loss(network: AutoencoderKL, batch: Batch, generator: torch.Generator) -> Terms:
             x = batch["pictures"].to(memory_format=torch.channels_last)
             posterior = network.encode(x).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+            noise = randn(posterior.mean.shape, generator).to(x.device)
             y = network.decode(posterior.mean + posterior.std * noise).sample.float()
             return {
                 "l1": F.l1_loss(y, x),

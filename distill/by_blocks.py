@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import rand, randint, randn
 from .encoded import cached_samples
 from .features import Taps
 from .process import Process
@@ -23,6 +24,7 @@ from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
 
 Rule = Literal["base", "small", "tiny", "sdxs"]
+FROM_THE_TOP = ("up_block_types", "reverse_transformer_layers_per_block")  # innermost stage first
 
 
 class Blocks(Method):
@@ -40,6 +42,11 @@ class Blocks(Method):
         description="base: one pair per block; small: and no mid block; tiny: and no innermost "
         "stage; sdxs: and no transformers at the highest resolution",
     )
+    depths: tuple[int, ...] | None = Field(
+        None,
+        description="transformer layers kept, the first of each block, per stage; none: all. SDXL "
+        "with base and 1,2,6 has the size of KOALA-1B, with small and 1,2,5 that of KOALA-700M",
+    )
     denoising_weight: float = Field(1.0, ge=0, description="of the data term")
     output_weight: float = Field(1.0, ge=0, description="of the teacher's output")
     feature_weight: float = Field(1.0, ge=0, description="of the teacher's block outputs")
@@ -56,7 +63,8 @@ class Blocks(Method):
         before = shop.load(shop.student, "unet")
         if _plain(before.config) != _plain(teacher.config):
             raise EdgeflashError("method 'blocks' prunes the teacher's UNet: let it come first")
-        student, copied = prune(before, self.rule)
+        student, copied = prune(before, self.rule, self.depths)
+        student = shop.listening(student)
         student.to(shop.device, memory_format=torch.channels_last)
         process = Process.of(shop.teacher, shop.device)
         batch, nothing = cached_samples(shop)
@@ -68,9 +76,9 @@ class Blocks(Method):
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
-            eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
-            t = torch.randint(process.timesteps, (count,), generator=generator).to(x_0.device)
-            empty = torch.rand(count, generator=generator) < self.caption_dropout
+            eps = randn(x_0.shape, generator).to(x_0.device)
+            t = randint(0, process.timesteps, count, generator).to(x_0.device)
+            empty = rand(count, generator) < self.caption_dropout
             c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
             x_t = process.noised(x_0, eps, t)
             with torch.no_grad():
@@ -110,11 +118,14 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 
-def pruned_config(config: dict[str, Any], rule: Rule) -> dict[str, Any]:
+def pruned_config(
+    config: dict[str, Any], rule: Rule, depths: Sequence[int] | None = None
+) -> dict[str, Any]:
     """The config of a UNet after a rule, derived from the teacher's own config.
 
     Raises:
-        EdgeflashError: a rule that would leave no stage, or nothing to remove.
+        EdgeflashError: a rule that would leave no stage, or nothing to remove; depths for other
+            stages than there are.
     """
     new = _plain(config)
     new["layers_per_block"] = 1
@@ -126,22 +137,29 @@ def pruned_config(config: dict[str, Any], rule: Rule) -> dict[str, Any]:
             raise EdgeflashError(f"rule {rule!r}: the teacher's UNet has one stage, none can go")
         for key, value in config.items():
             if isinstance(value, (list, tuple)) and len(value) == depth:
-                new[key] = list(value[1:] if key == "up_block_types" else value[:-1])
+                new[key] = list(value[1:] if key in FROM_THE_TOP else value[:-1])
     if rule == "sdxs":
         new["down_block_types"] = ["DownBlock2D", *new["down_block_types"][1:]]
         new["up_block_types"] = [*new["up_block_types"][:-1], "UpBlock2D"]
+    if depths:
+        if len(depths) != (stages := len(new["down_block_types"])):
+            raise EdgeflashError(f"depths {depths}: rule {rule!r} leaves {stages} stages")
+        new["transformer_layers_per_block"] = list(depths)
+        new["reverse_transformer_layers_per_block"] = None
     if all(new[key] == config[key] for key in new):
         raise EdgeflashError(f"rule {rule!r}: nothing to remove, the teacher is as small already")
     return new
 
 
-def prune(teacher: UNet2DConditionModel, rule: Rule) -> tuple[UNet2DConditionModel, float]:
+def prune(
+    teacher: UNet2DConditionModel, rule: Rule, depths: Sequence[int] | None = None
+) -> tuple[UNet2DConditionModel, float]:
     """A UNet with blocks removed, and the share of its weights that come from the teacher.
 
     Weights are copied by name; up blocks keep their first and last pair, and count on from the
     stages removed below them. What fits no teacher tensor keeps its fresh initialisation.
     """
-    student = UNet2DConditionModel.from_config(pruned_config(dict(teacher.config), rule))
+    student = UNet2DConditionModel.from_config(pruned_config(dict(teacher.config), rule, depths))
     dropped = len(teacher.up_blocks) - len(student.up_blocks)
     theirs, ours = teacher.state_dict(), student.state_dict()
     copied = 0

@@ -15,6 +15,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .consistency import consistency
+from .draws import randint
 from .encoded import cached_samples
 from .few_steps import few_step_scheduler, source_of
 from .losses import pseudo_huber
@@ -144,7 +145,7 @@ class Lesson:
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
         grid = options.grid(process, int(batch["step"]))
-        n = torch.randint(len(grid) - 1, (len(x_0),), generator=generator).to(x_0.device)
+        n = randint(0, len(grid) - 1, len(x_0), generator).to(x_0.device)
         t, s, eps = grid[n + 1], grid[n], noise_like(x_0, generator)
         x_t, x_s = process.noised(x_0, eps, t), process.noised(x_0, eps, s)
         if options.kind == "distillation":

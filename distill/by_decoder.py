@@ -19,6 +19,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .discriminators import PatchCritic, hinge_critic
+from .draws import rand
 from .encoded import at_once, cached_latents, drawn_latents
 from .process import noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
@@ -163,7 +164,7 @@ class Lesson:
         return z, x if data == len(z) else torch.cat([x[:data], self.decoded(z[data:])])
 
     def seen(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        strength = self.options.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator)
+        strength = self.options.latent_noise * rand(len(z), generator)[:, None, None, None]
         return z + strength.to(z.device) * noise_like(z, generator)
 
     @torch.no_grad()

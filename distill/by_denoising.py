@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import rand, randn, rows
 from .encoded import cached_samples, mistaken_latents
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
@@ -35,6 +36,8 @@ class Denoising(Method):
     manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
     errors, and must learn to trust the caption more than them.
     """
+
+    families: ClassVar[tuple[str, ...]] = ("sd",)
 
     widths: tuple[int, ...] = Field((64, 128), description="UNet channels at each resolution")
     attention: tuple[bool, ...] = Field((True, True), description="transformers at each resolution")
@@ -85,9 +88,9 @@ class Denoising(Method):
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
-            eps = torch.randn(x_0.shape, generator=generator).to(x_0.device)
+            eps = randn(x_0.shape, generator).to(x_0.device)
             t = self.times(count, process.timesteps, generator).to(x_0.device)
-            empty = torch.rand(count, generator=generator) < self.caption_dropout
+            empty = rand(count, generator) < self.caption_dropout
             c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
             if self.mistakes:
                 part = self.parts(empty, generator).to(x_0.device)
@@ -124,12 +127,13 @@ class Denoising(Method):
 
     def parts(self, empty: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """How much of its mistakes a sample's noise holds, [n, 1, 1, 1]; none without a caption."""
-        drawn, part = torch.rand(2, len(empty), generator=generator)
+        both = rows(lambda n: torch.rand(2, n, generator=generator).T, len(empty), generator)
+        drawn, part = both.T
         return torch.where((drawn < self.mistakes) & ~empty, part, 0)[:, None, None, None]
 
     def times(self, count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
         """Training timesteps, int64 [count], of mean ``timesteps`` / (1 + timestep_power)."""
-        u = torch.rand(count, generator=generator) ** self.timestep_power
+        u = rand(count, generator) ** self.timestep_power
         return (u * timesteps).long().clamp(max=timesteps - 1)  # u may round to 1
 
     def scheduler(self) -> DDIMScheduler:

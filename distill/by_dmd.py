@@ -16,6 +16,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .discriminators import UnetCritic, softplus_critic
+from .draws import randint
 from .encoded import cached_samples
 from .losses import noised_matching
 from .process import Process, noise_config, noise_like
@@ -145,7 +146,7 @@ class Duel:
         x, _ = plain(network, process, x_t, t, c)
         terms = {"matching": self.matching(x, c, generator)}
         if self.options.gan_weight:
-            t = torch.randint(process.timesteps, (len(x),), generator=generator).to(x.device)
+            t = randint(0, process.timesteps, len(x), generator).to(x.device)
             x_t = process.noised(x, noise_like(x, generator), t)
             fooled = F.softplus(-self.fake(x_t, t, c).logits.float()).mean()
             terms["adversarial"] = self.options.gan_weight * fooled
@@ -158,7 +159,7 @@ class Duel:
             clean, _ = plain(self.student, process, *self.given(x_0, c, generator), c)
         if self.options.gan_weight:  # samples and pictures in one call
             clean, c = torch.cat([clean, x_0]), torch.cat([c, c])
-        t = torch.randint(process.timesteps, (len(clean),), generator=generator).to(clean.device)
+        t = randint(0, process.timesteps, len(clean), generator).to(clean.device)
         eps = noise_like(clean, generator)
         told = network(process.noised(clean, eps, t), t, c)
         wanted = process.target(clean, eps, t)[:count]
@@ -187,7 +188,7 @@ class Duel:
         options, process = self.options, self.process
         low, high = (round(share * process.timesteps) for share in (options.t_min, options.t_max))
         last = min(high, process.timesteps - 1)
-        t = torch.randint(low, last + 1, (len(x),), generator=generator).to(x.device)
+        t = randint(low, last + 1, len(x), generator).to(x.device)
         real = asked(self.teacher, process, c, self.nothing, options.real_guidance)
         fake = asked(self.fake, process, c, self.nothing)
         return noised_matching(x, t, real, fake, process, generator)

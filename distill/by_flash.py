@@ -17,6 +17,7 @@ from edgeflash.roles import Method
 
 from .consistency import consistency
 from .discriminators import FrozenCritic, least_squares_critic
+from .draws import randint
 from .encoded import cached_samples
 from .few_steps import few_step_scheduler
 from .losses import noised_matching
@@ -202,7 +203,7 @@ class Lesson:
     def matching(self, x: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
         """Distribution matching of samples x at any timestep; twice DMD's own half of a square."""
         process = self.process
-        t = torch.randint(process.timesteps, (len(x),), generator=generator).to(x.device)
+        t = randint(0, process.timesteps, len(x), generator).to(x.device)
         scale = self.options.scale(generator)
         real = asked(self.teacher, process, c, self.nothing, scale)
         fake = asked(self.student, process, c, self.nothing)
@@ -211,5 +212,5 @@ class Lesson:
     def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples as the critic sees them, each at one of four timesteps."""
         stops = (torch.tensor(RENOISED) * self.process.timesteps).long()
-        t = stops[torch.randint(len(stops), (len(x),), generator=generator)].to(x.device)
+        t = stops[randint(0, len(stops), len(x), generator)].to(x.device)
         return self.process.noised(x, noise_like(x, generator), t), t

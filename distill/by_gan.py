@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from edgeflash.roles import Method
 
 from .discriminators import encoder_half, softplus_critic
+from .draws import rand, randint, randn, rows
 from .encoded import cached_conditioning, latent_shape, noise_of, sampled_latents
 from .features import Taps
 from .few_steps import few_step_scheduler
@@ -197,21 +198,21 @@ def augmented(both: Tensor, generator: torch.Generator) -> Tensor:
 
 def affine(count: int, generator: torch.Generator) -> Tensor:
     """Random maps [count, 2, 3]: mirror, any angle, scale, aspect and shift, as StyleGAN2-ADA's."""
-    angle = 2 * pi * torch.rand(count, generator=generator)
-    mirror = torch.randint(2, (count,), generator=generator) * 2.0 - 1
-    scale, aspect = torch.randn(2, count, generator=generator) * torch.tensor(
-        [[SCALE_STD], [ASPECT_STD]]
-    )
-    shift = 2 * SHIFT_STD * torch.randn(count, 2, generator=generator)
+    angle = 2 * pi * rand(count, generator)
+    mirror = randint(0, 2, count, generator) * 2.0 - 1
+    normal = rows(lambda n: torch.randn(2, n, generator=generator).T, count, generator)
+    scale, aspect = normal.T * torch.tensor([[SCALE_STD], [ASPECT_STD]])
+    shift = 2 * SHIFT_STD * randn((count, 2), generator)
     across, down = mirror * 2 ** (scale + aspect), 2 ** (scale - aspect)
     cos, sin = angle.cos(), angle.sin()
-    rows = torch.stack([cos * across, -sin * down, sin * across, cos * down], 1)
-    return torch.cat([rows.view(count, 2, 2), shift[:, :, None]], 2)
+    turned = torch.stack([cos * across, -sin * down, sin * across, cos * down], 1)
+    return torch.cat([turned.view(count, 2, 2), shift[:, :, None]], 2)
 
 
 def window(count: int, sides: torch.Size, generator: torch.Generator) -> Tensor:
     """Ones [count, 1, h, w] with a square of half the side, anywhere, cut out as zeros."""
-    centre = torch.rand(2, count, 1, generator=generator)
+    both = rows(lambda n: torch.rand(2, n, generator=generator).T, count, generator)
+    centre = both.T[:, :, None]
     near = [
         ((torch.arange(side) + 0.5) / side - at).abs() < 0.25
         for side, at in zip(sides, centre, strict=True)

@@ -16,6 +16,7 @@ from edgeflash.noise_correction import MARK
 from edgeflash.roles import Method
 
 from .discriminators import FrozenCritic, hinge_critic
+from .draws import randint
 from .encoded import cached_samples
 from .few_steps import ddim_scheduler, trailing
 from .process import Process, noise_like
@@ -165,5 +166,5 @@ class Lesson:
 
     def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples as the critic sees them, at any timestep."""
-        t = torch.randint(self.process.timesteps, (len(x),), generator=generator).to(x.device)
+        t = randint(0, self.process.timesteps, len(x), generator).to(x.device)
         return self.process.noised(x, noise_like(x, generator), t), t

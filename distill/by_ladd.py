@@ -16,6 +16,7 @@ from torch import Tensor
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import randn
 from .encoded import cached_conditioning, cached_latents, sampled_latents
 from .features import Taps
 from .few_steps import estimate, few_step_scheduler, ladder
@@ -129,7 +130,7 @@ class LADD(Method):
 
     def levels(self, count: int, process: Process, generator: torch.Generator) -> Tensor:
         """Timesteps int64 [count] of logit-normal levels sigma / (alpha + sigma)."""
-        logits = self.noise_mean + self.noise_std * torch.randn(count, generator=generator)
+        logits = self.noise_mean + self.noise_std * randn((count,), generator)
         alpha, sigma = process.abar.sqrt(), (1 - process.abar).sqrt()
         t = torch.searchsorted(sigma / (alpha + sigma), logits.sigmoid().to(alpha.device))
         return t.clamp(max=process.timesteps - 1)  # there is no more noise than at the last one

@@ -15,6 +15,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .consistency import consistency
+from .draws import rand, randint
 from .encoded import cached_samples
 from .few_steps import few_step_scheduler
 from .losses import pseudo_huber
@@ -118,9 +119,7 @@ class Lesson:
 
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
-        w = options.w_min + (options.w_max - options.w_min) * torch.rand(
-            len(c), generator=generator
-        )
+        w = options.w_min + (options.w_max - options.w_min) * rand(len(c), generator)
         x_t, t, s = self.start(network, x_0, c, generator)
         clean, noise = guided(self.teacher, process, x_t, t, c, self.nothing, w.to(c.device))
         x_s = process.ddim(clean, noise, s)
@@ -138,7 +137,7 @@ class Lesson:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x_t [n, c, h, w], t and s int64 [n]: of data, and of own samples in the second half."""
         count, half, eps = len(x_0), len(x_0) // 2, noise_like(x_0, generator)
-        n = torch.randint(self.options.ddim_steps, (count,), generator=generator)
+        n = randint(0, self.options.ddim_steps, count, generator)
         if self.ways:
             way = self.ways[int(torch.randint(len(self.ways), (), generator=generator))]
             n[half:] = way[-1]

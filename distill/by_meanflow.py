@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import rand, rows
 from .encoded import cached_samples
 from .few_steps import ddim_scheduler, source_of
 from .process import Process, noise_like
@@ -70,6 +71,10 @@ class MeanFlow(Method):
         return True
 
     def begin(self, shop: Workshop) -> Stage:
+        if self.lora_rank:
+            raise EdgeflashError(
+                "meanflow.lora_rank: a step's length needs an input that LoRA lacks: leave it out"
+            )
         distils = self.kind == "distillation"
         source = source_of(shop, "meanflow", self.kind)
         process = Process.of(source, shop.device)
@@ -95,10 +100,12 @@ class MeanFlow(Method):
         self, process: Process, count: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Times t and r [count], r <= t; in the first of them, by ``equal_share``, r = t."""
-        normal = torch.randn(2, count, generator=generator).to(process.angles.device)
+        both = rows(lambda n: torch.randn(2, n, generator=generator).T, count, generator)
+        normal = both.T.to(process.angles.device)
         r, t = (self.noise_mean + self.noise_std * normal).sigmoid().sort(0).values
         t = t.clamp(*level(process.angles[[1, -1]]))
-        equal = torch.arange(count, device=t.device) < int(self.equal_share * count)
+        equal = rows(lambda n: torch.arange(n) < int(self.equal_share * n), count, generator)
+        equal = equal.to(t.device)
         return t, torch.where(equal, t, r.minimum(t))
 
 
@@ -152,7 +159,7 @@ class Lesson:
         torch.clear_autocast_cache()  # weights that were cast in here would stay without gradients
         kappa, omega = options.kappa, (1 - options.kappa) * options.guidance
         guided = omega * v + kappa * with_c + (1 - omega - kappa) * without
-        empty = torch.rand(len(z), generator=generator) < options.caption_dropout
+        empty = rand(len(z), generator) < options.caption_dropout
         empty = empty.to(z.device)
         c = torch.where(empty[:, None, None], self.nothing, c)
         return torch.where(empty[:, None, None, None], v, guided), c

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import rand, randint
 from .encoded import cached_samples
 from .process import Process, noise_config, noise_like
 from .rollout import ddim
@@ -109,8 +110,8 @@ class Lesson:
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, count, process, options = batch["x_0"], len(batch["x_0"]), self.process, self.options
         eps = noise_like(x_0, generator)
-        t = torch.randint(process.timesteps, (count,), generator=generator).to(x_0.device)
-        empty = torch.rand(count, generator=generator) < options.caption_dropout
+        t = randint(0, process.timesteps, count, generator).to(x_0.device)
+        empty = rand(count, generator) < options.caption_dropout
         c = torch.where(empty[:, None, None].to(x_0.device), self.nothing, batch["c"])
         start, end = options.window(t, process.timesteps)
         z_s = process.as_sampled(x_0, eps, start)  # as reflow's pairs begin

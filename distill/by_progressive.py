@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import rand, randint
 from .encoded import cached_samples
 from .few_steps import ddim_scheduler, trailing
 from .process import Process, noise_like
@@ -115,7 +116,7 @@ class Progressive(Method):
         """Guidance of teacher and student alike, [count]; None in batches without."""
         compared = torch.rand((), generator=generator) < self.cfg_share
         spread = self.guidance_max - self.guidance_min
-        scales = self.guidance_min + spread * torch.rand(count, generator=generator)
+        scales = self.guidance_min + spread * rand(count, generator)
         return scales if compared else None
 
 
@@ -131,9 +132,9 @@ class Lesson:
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, count, process, options = batch["x_0"], len(batch["x_0"]), self.process, self.options
         eps = noise_like(x_0, generator)
-        n = torch.randint(options.denoising_steps, (count,), generator=generator)
+        n = randint(0, options.denoising_steps, count, generator)
         t, u, s = (time.to(x_0.device) for time in options.times(n, process.timesteps))
-        empty = torch.rand(count, generator=generator) < options.caption_dropout
+        empty = rand(count, generator) < options.caption_dropout
         c = torch.where(empty[:, None, None].to(x_0.device), self.nothing, batch["c"])
         kept = options.scales(count, generator)
         x_t = process.as_sampled(x_0, eps, t)
@@ -145,7 +146,7 @@ class Lesson:
         gap = (told - wanted).square()
         terms = {"halving": (options.weight(process, t) * gap).mean()}
         if options.denoising_weight:
-            t = torch.randint(process.timesteps, (count,), generator=generator).to(x_0.device)
+            t = randint(0, process.timesteps, count, generator).to(x_0.device)
             output = network(process.noised(x_0, eps, t), t, c).sample.float()
             denoising = F.mse_loss(output, process.target(x_0, eps, t))
             terms["denoising"] = options.denoising_weight * denoising

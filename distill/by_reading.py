@@ -28,6 +28,7 @@ class Reading(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("shapes",)
+    families: ClassVar[tuple[str, ...]] = ("sd",)
 
     text_width: int = Field(128, ge=8, description="width of the text encoder")
     text_layers: int = Field(3, ge=1, description="layers of the text encoder")

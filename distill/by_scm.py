@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import randn
 from .encoded import cached_samples
 from .few_steps import few_step_scheduler, source_of
 from .process import Process, noise_like
@@ -90,7 +91,7 @@ class SCM(Method):
 
     def times(self, process: Process, count: int, generator: torch.Generator) -> Tensor:
         """Angles t [count], within those of the timesteps."""
-        normal = torch.randn(count, generator=generator).to(process.angles.device)
+        normal = randn((count,), generator).to(process.angles.device)
         t = (self.noise_mean + self.noise_std * normal).exp().atan()
         return t.clamp(process.angles[1], process.angles[-1])
 

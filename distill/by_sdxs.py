@@ -16,6 +16,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .discriminators import encoder_half
+from .draws import randint, randn
 from .encoded import cached_conditioning, latent_shape
 from .features import Taps
 from .few_steps import few_step_scheduler
@@ -192,14 +193,14 @@ class Lesson:
         c, process = batch["c"], self.process
         with torch.no_grad():
             x = self.sample(self.student, self.noise(batch, generator), c)
-        t = torch.randint(process.timesteps, (len(x),), generator=generator).to(x.device)
+        t = randint(0, process.timesteps, len(x), generator).to(x.device)
         eps = noise_like(x, generator)
         told = network(process.noised(x, eps, t), t, c).sample.float()
         return {"denoising": F.mse_loss(told, process.target(x, eps, t))}
 
     def noise(self, batch: Batch, generator: torch.Generator) -> Tensor:
         c = batch["c"]
-        return torch.randn(len(c), *self.shape, generator=generator).to(c.device)
+        return randn((len(c), *self.shape), generator).to(c.device)
 
     def sample(self, network: Any, noise: Tensor, c: Tensor) -> Tensor:
         """x [n, c, h, w], the student's one step."""
@@ -221,7 +222,7 @@ class Lesson:
         """Diff-Instruct of samples x at t ~ U{0 .. alpha T}, a mean over the segment."""
         process, options = self.process, self.options
         end = max(1, round(alpha * process.timesteps))
-        t = torch.randint(end, (len(x),), generator=generator).to(x.device)
+        t = randint(0, end, len(x), generator).to(x.device)
         offline = asked(self.teacher, process, c, self.nothing, options.guidance)
         online = asked(self.online, process, c, self.nothing)
         return noised_matching(x, t, offline, online, process, generator)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import rand, randint
 from .encoded import cached_samples
 from .process import Process, noise_config, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
@@ -78,8 +79,8 @@ class TCD(Method):
 
     def draws(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Grid entries n, uniform, and m, uniform up to n; int64 [count] each."""
-        n = torch.randint(self.ddim_steps, (count,), generator=generator)
-        m = (torch.rand(count, generator=generator) * (n + 1)).long()
+        n = randint(0, self.ddim_steps, count, generator)
+        m = (rand(count, generator) * (n + 1)).long()
         return n, torch.minimum(m, n)  # what is below 1 may be rounded up
 
     def times(self, n: Tensor, m: Tensor, timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +112,7 @@ class Lesson:
         entries = options.draws(len(x_0), generator)
         t, u, s = (time.to(x_0.device) for time in options.times(*entries, process.timesteps))
         spread = options.w_max - options.w_min
-        w = options.w_min + spread * torch.rand(len(x_0), generator=generator).to(x_0.device)
+        w = options.w_min + spread * rand(len(x_0), generator).to(x_0.device)
         x_t = process.noised(x_0, eps, t)
         x_u = process.ddim(*guided(self.teacher, process, x_t, t, c, self.nothing, w), u)
         with torch.no_grad():

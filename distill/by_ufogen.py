@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from edgeflash.roles import Method
 
 from .discriminators import EncoderCritic, softplus_critic
+from .draws import randint
 from .encoded import cached_samples
 from .few_steps import few_step_scheduler, ladder
 from .process import Process, noise_like
@@ -83,7 +84,7 @@ class UFOGen(Method):
 
     def draws(self, process: Process, count: int, generator: torch.Generator) -> Tensor:
         """t and u, int64 [2, count]: t uniform but never 0, u a segment below it, or 0."""
-        t = torch.randint(1, process.timesteps, (count,), generator=generator)
+        t = randint(1, process.timesteps, count, generator)
         u = (t - process.timesteps // self.segments).clamp(min=0)
         return torch.stack([t, u]).to(process.abar.device)
 

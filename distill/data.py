@@ -27,7 +27,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from edgeflash import shapes
-from edgeflash.bundle import write_atomic
+from edgeflash.disk import write_atomic
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Data
 

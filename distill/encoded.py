@@ -15,6 +15,7 @@ import transformers
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from edgeflash.families import tokenizer_of
 from edgeflash.schedule import Schedule, advance
 from edgeflash.student import Student
 
@@ -85,33 +86,47 @@ def _encoder(vae: Any) -> Callable[[Tensor], Tensor]:
 
 
 def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
-    """Text encoder states [n, s, d] of the store's captions, and those of no caption [1, s, d].
+    """Conditioning [n, s, d] of the store's captions, and that of no caption [1, s, d].
 
-    The text encoder is the student's, which is the teacher's unless a stage replaced it.
+    The text encoders are the student's, which are the teacher's unless a stage replaced them. What
+    c [n, s, d] consists of is the family's affair, which its networks know of.
     """
-    encode = _text_encoder(shop, [*shop.store.captions, ""])
-    key = f"conditioning {_weights_key(shop.student / 'text_encoder')}"
+    encode = _text_encoders(shop, [*shop.store.captions, ""])
+    key = f"conditioning {_text_key(shop)}"
     return shop.store.cached(key, encode), encode(np.array([-1])).float()
 
 
 def conditioning_of(shop: Workshop, text: str) -> Tensor:
-    """Text encoder states [1, s, d] of one text."""
-    return _text_encoder(shop, [text])(np.array([0])).float()
+    """Conditioning [1, s, d] of one text."""
+    return _text_encoders(shop, [text])(np.array([0])).float()
 
 
-def _text_encoder(shop: Workshop, texts: list[str]) -> Rows:
-    """Texts of given indices -> text encoder states [n, s, d]."""
-    encoder = shop.load(shop.student, "text_encoder")
-    name = Student.unfinished(shop.student).class_of("tokenizer")[1]
-    tokenizer = getattr(transformers, name).from_pretrained(str(shop.student / "tokenizer"))
-    ids = token_ids(tokenizer, texts)
+def _text_encoders(shop: Workshop, texts: list[str]) -> Rows:
+    """Texts of given indices -> conditioning [n, s, d]."""
+    student = Student.unfinished(shop.student)
+    names = student.family.text_encoders
+    encoders = [shop.load(shop.student, name) for name in names]
+    ids = [token_ids(_tokenizer(student, tokenizer_of(name)), texts) for name in names]
+    zeros = student.family.no_prompt(student) == "zeros"
+    empty = torch.tensor([zeros and not text for text in texts])
 
     @torch.no_grad()
     def encode(indices: np.ndarray) -> Tensor:
-        states: Tensor = encoder(ids[indices].to(shop.device)).last_hidden_state
-        return states
+        c = student.family.encode_prompt(encoders, [each[indices].to(shop.device) for each in ids])
+        return c.masked_fill(empty[indices].to(c.device)[:, None, None], 0)
 
     return encode
+
+
+def _tokenizer(student: Student, name: str) -> Any:
+    kind = getattr(transformers, student.class_of(name)[1])
+    return kind.from_pretrained(str(student.folder / name))
+
+
+def _text_key(shop: Workshop) -> str:
+    """Identifies the student's text encoders."""
+    names = Student.unfinished(shop.student).family.text_encoders
+    return " ".join(_weights_key(shop.student / name) for name in names)
 
 
 def latent_shape(shop: Workshop, unet: Any) -> tuple[int, int, int]:
@@ -163,8 +178,8 @@ def sampled_latents(
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
         return torch.cat([sample(part) for part in parts])
 
-    weights = [shop.teacher / "unet", shop.student / "text_encoder"]
-    told = [guidance, steps, shape[-1], noise_config(shop.teacher), *map(_weights_key, weights)]
+    weights = [_weights_key(shop.teacher / "unet"), _text_key(shop)]
+    told = [guidance, steps, shape[-1], noise_config(shop.teacher), *weights]
     return shop.store.cached(f"samples {json.dumps(told)}", make)
 
 
@@ -204,8 +219,8 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
                 drawn[part] = draw(indices[part], table).cpu()
         return drawn
 
-    weights = [shop.student / "unet", shop.student / "text_encoder"]
-    told = [[table.model_dump_json() for table in tables.values()], *map(_weights_key, weights)]
+    weights = [_weights_key(shop.student / "unet"), _text_key(shop)]
+    told = [[table.model_dump_json() for table in tables.values()], *weights]
     return shop.store.cached(f"drawings {json.dumps(told)}", make)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from edgeflash.errors import EdgeflashError
 
 from .consistency import TIMESTEP_SCALING
+from .draws import rows
 from .process import Process, noise_config, noise_like
 from .stage import Batch, Workshop
 from .teacher import plain
@@ -70,7 +71,11 @@ def estimate(
         generator: for all draws.
     """
     x_0 = batch["x_0"]
-    drawn = torch.multinomial(shares, len(x_0), replacement=True, generator=generator)
+    drawn = rows(
+        lambda n: torch.multinomial(shares, n, replacement=True, generator=generator),
+        len(x_0),
+        generator,
+    )
     s = times[drawn.to(times.device)]
     x_s = process.as_sampled(x_0, noise_like(x_0, generator), s)
     x, _ = plain(network, process, x_s, s, batch["c"])

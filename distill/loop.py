@@ -2,7 +2,10 @@
 
 Every random number comes from a generator seeded by (seed, step) and every batch from a permutation
 seeded by (seed, epoch), so there is no random state to save, and a run that was killed and resumed
-is bit-identical on a CPU to one that was not.
+is bit-identical on a CPU to one that was not. Nor does it matter into how many micro-batches a step
+is cut, or how many processes share them (`draws`): rounding apart, it is the step of a large batch.
+What looks at a batch as a whole still sees its part: `heads`' batch norm, the critics' spectral
+norm, and "half of a batch" of ``own_steps``.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from diffusers.optimization import get_scheduler
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from edgeflash.bundle import is_disk_full, write_atomic
+from edgeflash.disk import is_disk_full, write_atomic
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from .draws import Part
 from .stage import Player, Stage, Terms
 
 CHECKPOINT_SECONDS = 300
@@ -105,7 +109,7 @@ def train(
     turns = {name: _Turn(player, options, accelerator) for name, player in stage.players.items()}
     for average in (*stage.averages.values(), *(average for average, _ in stage.targets)):
         accelerator.register_for_checkpointing(average.to(accelerator.device))
-    state = _restore(accelerator, folder)
+    state, main = _restore(accelerator, folder), accelerator.is_main_process
     for turn in turns.values():
         turn.steer()
     clock = _Clock(state["seconds"])
@@ -113,26 +117,39 @@ def train(
     terms: dict[str, float] = state["terms"]
     step = int(state["step"])
     with ExitStack() as stack:
-        log = stack.enter_context(_metrics(folder, step))
-        advance = stack.enter_context(_progress(label, options, step))
+        log = stack.enter_context(_metrics(folder, step)) if main else _silent
+        advance = stack.enter_context(_progress(label, options, step)) if main else _silent
         stopped = stack.enter_context(_ctrl_c_waits())
         stack.callback(accelerator.free_memory)
-        while step < options.steps and not (clock.over(options.minutes) or stopped()):
+        while step < options.steps:
+            if _anywhere(clock.over(options.minutes) or stopped(), accelerator):
+                break
             terms |= _step(stage, turns, options, accelerator, order.indices(step), seed, step)
             step += 1
             advance(step, terms, clock)
             if step % LOG_STEPS == 0 or step == options.steps:
                 log(step, terms, clock.seconds)
-            if clock.due(CHECKPOINT_SECONDS):
+            if _anywhere(main and clock.due(CHECKPOINT_SECONDS), accelerator):
                 _save(accelerator, folder, step, clock.seconds, terms)
         _save(accelerator, folder, step, clock.seconds, terms)
-        if stopped():
+        if _anywhere(stopped(), accelerator):
             raise EdgeflashError(
                 f"interrupted at step {step} of {options.steps} of {label}; "
                 "run the same command again to go on from there"
             )
         finished = stage.finish(stage.final())
     return Outcome(step, clock.seconds, terms, finished)
+
+
+def _silent(*_: Any) -> None:
+    """What processes but the main one tell."""
+
+
+def _anywhere(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether it is so in any process: their clocks differ, but all must turn off together."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)))
 
 
 @contextmanager
@@ -164,16 +181,22 @@ def _step(
     seed: int,
     step: int,
 ) -> dict[str, float]:
-    """One step of every player whose turn it is; returns the mean of each of their loss terms."""
-    generator = generator_for(seed, step)
+    """One step of every player whose turn it is; returns the mean of each of their loss terms.
+
+    Of its parts, as many as ``accumulate`` says or more where processes are, each process has some.
+    """
     told: dict[str, float] = {}
     at = {"step": torch.tensor(step)}
-    batches = [stage.batch(part) | at for part in np.array_split(indices, options.accumulate)]
+    count = parts(options, accelerator.num_processes)
+    cut = np.split(indices, count)
+    own = range(accelerator.process_index, count, accelerator.num_processes)
+    batches = [stage.batch(cut[i]) | at for i in own]
+    generators = [Part(seed, step, i, count, len(cut[i])) for i in own]
     for name, turn in turns.items():
         if step % turn.player.every:
             continue
-        for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
+        for batch, generator in zip(batches, generators, strict=True):
+            last = batch is batches[-1]
             with nullcontext() if last else accelerator.no_sync(turn.network):
                 terms = _loss(turn, batch, generator, options, accelerator)
                 _check_finite(terms, name, step)
@@ -183,14 +206,26 @@ def _step(
                 told[key] = told.get(key, 0.0) + value.item() / len(batches)
         accelerator.clip_grad_norm_(turn.network.parameters(), options.clip_norm)
         turn.optimizer.step()
-        turn.course.step()
+        turn.course.scheduler.step()  # accelerate's own takes a step for each process
         for other in turns.values():  # a generator's loss also reaches its critic's weights
             other.optimizer.zero_grad()
     for component, average in stage.averages.items():
         average.update_parameters(stage.results[component])
     for average, network in stage.targets:
         average.update_parameters(network)
-    return told
+    return _over_processes(told, accelerator)
+
+
+def parts(options: Method, processes: int) -> int:
+    """Into how many equal micro-batches a step is cut, each process taking as many."""
+    return math.lcm(options.accumulate, processes)
+
+
+def _over_processes(terms: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+    if accelerator.num_processes == 1:
+        return terms
+    own = torch.tensor(list(terms.values()), device=accelerator.device)
+    return dict(zip(terms, accelerator.reduce(own, "mean").tolist(), strict=True))
 
 
 def _loss(
@@ -214,12 +249,6 @@ def _check_finite(terms: Terms, player: str, step: int) -> None:
                 f"loss term {term!r} of {player!r} is {value.item()} at step {step}; the last "
                 "checkpoint is kept: lower learning_rate, or set precision = 'fp32'"
             )
-
-
-def generator_for(seed: int, step: int) -> torch.Generator:
-    """The generator of one step, on the CPU so that every device draws the same numbers."""
-    words = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
 class Order:
@@ -268,11 +297,15 @@ def _save(
 ) -> None:
     """Writes `checkpoint/` through a temporary folder, so that a kill leaves the older one."""
     draft, final, old = (folder / f"checkpoint{tail}" for tail in (".new", "", ".old"))
-    shutil.rmtree(draft, ignore_errors=True)
+    main = accelerator.is_main_process
+    if main:
+        shutil.rmtree(draft, ignore_errors=True)
+    accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(draft))
         progress = {"step": step, "seconds": seconds, "terms": terms}
-        if accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        if main:
             (draft / "progress.json").write_text(json.dumps(progress))
     except Exception as error:
         full = is_disk_full(error, folder)
@@ -283,9 +316,9 @@ def _save(
             f"{final}: disk full at step {step}; free some space and run the same command again: "
             "it goes on from the checkpoint before"
         ) from None
-    if accelerator.is_main_process:
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
+    if main:
+        if final.exists():  # else the older one is all there is
+            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         draft.rename(final)
         shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from edgeflash.errors import EdgeflashError
 
+from .draws import randn
+
 NOISE = (  # what of a scheduler's config describes the noise, and not the sampler
     "num_train_timesteps",
     "beta_start",
@@ -157,4 +159,4 @@ class Process:
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
     """Standard normal noise of x's shape, where x lives."""
-    return torch.randn(x.shape, generator=generator).to(x.device)
+    return randn(x.shape, generator).to(x.device)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from edgeflash.bundle import check_replaceable, fresh_folder, write_atomic
+from edgeflash.disk import check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded, located
 from edgeflash.errors import EdgeflashError
-from edgeflash.lora import FILE
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
@@ -27,21 +25,22 @@ from edgeflash.student import (
     INDEX,
     Student,
     StudentLineage,
-    Weights,
     folder_sha256,
     write_manifest,
 )
 from edgeflash.tokenizer import write_vocabulary
 
 from .data import open_store
-from .loop import Outcome, train
+from .folders import copy_folder, halve
+from .loop import Outcome, parts, train
 from .lora import add_lora, save_and_fuse
 from .stage import Stage, Workshop
 
 STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
-STEERING |= {"clip_norm", "precision"}  # options that a begun stage can go on with changed
+STEERING |= {"clip_norm", "precision", "accumulate"}  # a begun stage goes on with these changed
 NEEDED = ["model_index.json", "*/*"]  # the root holds the same weights once more
 NOT_NEEDED = ["*.ckpt", "*.onnx*", "*.msgpack", "*.h5", "*.bin", "*non_ema*", "*.png", "*.jpg"]
+PATIENCE = timedelta(days=7)  # of the other processes, while the main one fills caches
 PROMPTS = 16  # captions that travel with the student, for calibration and parity
 
 
@@ -51,7 +50,8 @@ def distill(
     """Trains every stage of a recipe and writes the student folder.
 
     Stages, checkpoints, caches and logs lie in ``out`` + ".run"; a second call with the same recipe
-    goes on where the first one stopped, and refuses to when the recipe has changed.
+    goes on where the first one stopped, and refuses to when the recipe has changed. Every process
+    of torchrun or accelerate launch calls it; the main one writes, and all must see ``out``.
 
     Args:
         recipe: the recipe.
@@ -75,12 +75,19 @@ def distill(
         _check_wants(spec.by, method, recipe)
         if method.lora_rank:
             require(f"{spec.by}.lora_rank", ["peft"])
+    _check_families(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise EdgeflashError("training in several processes is not there yet: start one")
-    store = open_store(recipe.data, recipe.seed, cache or work / "cache")
-    student = base or _empty(work / "0-empty")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else it does not see other processes on CPUs
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+    )
+    _check_parts(recipe, methods, accelerator.num_processes)
+    with accelerator.main_process_first():
+        store = open_store(recipe.data, recipe.seed, cache or work / "cache")
+        student = base or _empty(work / "0-empty")
     told: list[dict[str, Any]] = []
     for number, (spec, method) in enumerate(zip(recipe.stage, methods, strict=True), 1):
         folder = work / f"{number}-{spec.by}"
@@ -90,13 +97,16 @@ def distill(
             shop = Workshop(teacher, student, store, folder, accelerator.device)
             _run_stage(spec.by, method, shop, accelerator, recipe.seed + number, label)
         told.append({"by": spec.by} | json.loads((folder / "outcome.json").read_text()))
-        console.print(_line(label, told[-1]), highlight=False)
+        if accelerator.is_main_process:
+            console.print(_line(label, told[-1]), highlight=False)
         student = folder / "student"
-    with fresh_folder(out) as draft:
-        copy_folder(student, draft, link=False)
-        if recipe.weights == "fp16":
-            halve(draft)
-        _write_manifest(recipe, teacher, base, told, store.captions[:200], draft)
+    if accelerator.is_main_process:
+        with fresh_folder(out) as draft:
+            copy_folder(student, draft, link=False)
+            if recipe.weights == "fp16":
+                halve(draft)
+            _write_manifest(recipe, teacher, base, told, store.captions[:200], draft)
+    accelerator.wait_for_everyone()
     return out
 
 
@@ -110,11 +120,37 @@ def _check(student: Student, recipe: Recipe, out: Path) -> None:
         )
 
 
+def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Refuses what would only fail when the student is put together."""
+    names = sorted({Student.unfinished(folder).family.name for folder in folders})
+    if len(names) > 1:
+        raise EdgeflashError(
+            f"teacher and base: are of the families {' and '.join(names)}, which do not hear "
+            "prompts alike: choose two of one"
+        )
+    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
+        if method.families and not set(names) <= set(method.families):
+            raise EdgeflashError(
+                f"method {spec.by!r} makes parts of {', '.join(method.families)} alone, not of "
+                f"{names[0]}: leave it out"
+            )
+
+
 def _check_wants(name: str, method: Method, recipe: Recipe) -> None:
     if "teacher" in method.wants and not recipe.teacher:
         raise EdgeflashError(f"method {name!r} needs a teacher in the recipe")
     if "shapes" in method.wants and recipe.data.kind != "shapes":
         raise EdgeflashError(f"method {name!r} needs [data] kind = 'shapes'")
+
+
+def _check_parts(recipe: Recipe, methods: list[Method], processes: int) -> None:
+    """Refuses batches that the processes cannot share evenly."""
+    for spec, method in zip(recipe.stage, methods, strict=True):
+        if method.batch_size % parts(method, processes):
+            raise EdgeflashError(
+                f"{spec.by}.batch_size {method.batch_size}: {processes} processes cannot share it "
+                f"in equal parts, {parts(method, processes)} or a multiple"
+            )
 
 
 def _check_steps(recipe: Recipe) -> None:
@@ -139,7 +175,8 @@ def _run_stage(
     name: str, method: Method, shop: Workshop, accelerator: Accelerator, seed: int, label: str
 ) -> None:
     """Trains one stage and writes its student and `outcome.json`, the mark that it is done."""
-    stage = method.begin(shop)
+    with accelerator.main_process_first():  # which fills the caches
+        stage = method.begin(shop)
     if method.lora_rank:
         add_lora(stage, method, name, seed)
     outcome = train(
@@ -199,72 +236,6 @@ def _empty(folder: Path) -> Path:
     index |= {"requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
-
-
-def copy_folder(source: Path, target: Path, *, leave: Collection[str] = (), link: bool) -> None:
-    """Copies the index and the components it names, but not what is in ``leave``.
-
-    A LoRA that was trained goes with the denoiser that it is fused into.
-    Of several variants of a network's weights one is copied, under the plain name, which is what
-    diffusers looks for. ``link``: as hard links where the disk can, for folders that nobody writes
-    into afterwards: that would change the source as well.
-    """
-    student = Student.unfinished(source)
-    named = {INDEX} | {k for k, v in student.index.items() if isinstance(v, list)}
-    if "unet" not in leave:
-        named.add(FILE)
-    there = [k for k in named.difference(leave) if (source / k).is_dir()]
-    networks = {k: student.weights(k) for k in there if student.is_network(k)}
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if path.is_dir() or relative.parts[0] not in named.difference(leave):
-            continue
-        name = _kept_as(path.name, networks.get(relative.parts[0]))
-        if name is None:
-            continue
-        goal = target / relative.with_name(name)
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        if link and path.suffix != ".json":  # later stages rewrite those
-            try:
-                os.link(path.resolve(), goal)
-                continue
-            except OSError:
-                pass
-        shutil.copyfile(path, goal)
-
-
-def _kept_as(name: str, weights: Weights | None) -> str | None:
-    """The name that a file beside the chosen ``weights`` is copied under; None: it is left."""
-    if weights is None:
-        return name
-    chosen = {path.name for path in weights.files}
-    tail = f".{weights.variant}" if weights.variant else ""
-    sharded = any("-of-" in path for path in chosen)
-    if ".index." in name:
-        return name.replace(tail, "") if sharded and name.endswith(f".index{tail}.json") else None
-    if not name.endswith((".safetensors", ".bin")):
-        return name
-    if name not in chosen:
-        return None
-    return name if sharded else name.replace(tail, "")  # the index names the shards as they are
-
-
-def halve(folder: Path) -> None:
-    """Rewrites every safetensors file below ``folder`` with its floats as float16.
-
-    Raises:
-        EdgeflashError: a weight beyond float16's range.
-    """
-    for path in sorted(folder.rglob("*.safetensors")):
-        with safe_open(path, "pt") as opened:
-            told = opened.metadata()  # of a LoRA: its alpha
-        tensors = load_file(path)
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point():
-                tensors[name] = tensor.half()
-                if not tensors[name].isfinite().all():
-                    raise EdgeflashError(f"{path}: {name} overflows float16; set weights = 'fp32'")
-        save_file(tensors, path, metadata=told or {"format": "pt"})
 
 
 def locate_teacher(name: str) -> Path:

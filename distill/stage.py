@@ -28,7 +28,9 @@ class Player:
 
     ``loss(network, batch, generator)`` is given the network as the accelerator wrapped it, and
     draws every random number from ``generator``, which is seeded by the step: that is what makes a
-    resumed run equal to an uninterrupted one. ``batch["step"]``, int64 [], counts the steps before.
+    resumed run equal to an uninterrupted one. For samples it draws by `draws`, and is a mean over
+    them: then micro-batches and processes make no difference either. ``batch["step"]``, int64 [],
+    counts the steps before.
     """
 
     network: nn.Module
@@ -85,8 +87,16 @@ class Workshop:
 
     def load(self, folder: Path, component: str) -> Any:
         """A network of a diffusers folder: float32, evaluating, on the device."""
-        network = load_network(Student.unfinished(folder), component).eval()
+        student = Student.unfinished(folder)
+        network = load_network(student, component).eval()
+        if component == "unet":
+            network = student.family.listening(student, network)
         return network.to(self.device, memory_format=torch.channels_last)
+
+    def listening(self, unet: Any) -> Any:
+        """A new UNet of the student's, to be called as those that are loaded are: unet(x, t, c)."""
+        student = Student.unfinished(self.student)
+        return student.family.listening(student, unet)
 
 
 def average(network: nn.Module, decay: float | Callable[[int], float]) -> AveragedModel:

@@ -21,7 +21,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from edgeflash.bundle import Bundle, write_atomic
+from edgeflash.bundle import Bundle
+from edgeflash.disk import write_atomic
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.machine import Machine

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.families import tokenizer_of
 from edgeflash.student import read_json
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
@@ -34,16 +35,62 @@ SDXS = TINY | {
     "attention_head_dim": (5, 10, 20),
     "use_linear_projection": True,
 }
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", CROSS_DOWN, CROSS_DOWN),
+    "up_block_types": (CROSS_UP, CROSS_UP, "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+SSD = SDXL | {
+    "transformer_layers_per_block": (0, (2, 2), (4, 4)),
+    "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
+    "mid_block_type": "UNetMidBlock2D",
+}
+KOALA = SDXL | {
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 2, 5),
+    "mid_block_type": None,
+}
 UNETS: dict[str, dict[str, Any]] = {  # BK-SDM: arXiv 2305.15798, fig. 3; SDXS: 2403.16627, sec. 3
     "sd15": SD15,
     "bk-sdm-base": BASE,
     "bk-sdm-small": SMALL,
     "bk-sdm-tiny": TINY,
     "sdxs-512": SDXS,
+    "sdxl": SDXL,  # arXiv 2307.01952
+    "ssd-1b": SSD,  # 2401.02677
+    "koala-700m": KOALA,  # 2312.04005
 }
-TEXT_ENCODERS: dict[int, dict[str, int]] = {  # by width: CLIP ViT-L, and ViT-H as SD 2.x cuts it
-    768: {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    1024: {"intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+CLIP_H = {  # as SD 2.x cuts it
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+}
+CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
+TEXT_ENCODERS: dict[int, tuple[dict[str, int], ...]] = {  # by width of what they give together
+    768: (CLIP_L,),
+    1024: (CLIP_H,),
+    2048: (CLIP_L, CLIP_G),
 }
 DECODERS: dict[str, dict[str, Any]] = {
     "kl": {  # of Stable Diffusion
@@ -91,14 +138,22 @@ class Blueprint:
     def networks(self) -> dict[str, Any]:
         """Component -> network, float32, the same weights every time."""
         import torch
+        import transformers
         from diffusers import UNet2DConditionModel
 
         torch.manual_seed(0)
-        return {
-            "unet": UNet2DConditionModel(**{"sample_size": 64} | self.unet),
-            "text_encoder": _text_encoder(self.unet["cross_attention_dim"]),
-            "vae": _autoencoder(self.decoder),
-        }
+        unet = UNet2DConditionModel(**{"sample_size": 64} | self.unet)
+        named = {name: getattr(transformers, kind) for name, kind in self._text_encoders.items()}
+        configs = TEXT_ENCODERS[self.unet["cross_attention_dim"]]
+        pairs = zip(named.items(), configs, strict=True)
+        texts = {name: _text_encoder(kind, config) for (name, kind), config in pairs}
+        return {"unet": unet, **texts, "vae": _autoencoder(self.decoder)}
+
+    @property
+    def _text_encoders(self) -> dict[str, str]:
+        """Component -> class."""
+        second = {"text_encoder_2": "CLIPTextModelWithProjection"} if _is_xl(self.unet) else {}
+        return {"text_encoder": "CLIPTextModel"} | second
 
     def write(self, folder: Path) -> None:
         """The whole diffusers folder, with the scheduler of LCM."""
@@ -115,37 +170,43 @@ class Blueprint:
 
         betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
         LCMScheduler(**betas).save_pretrained(folder / "scheduler")
-        _write_tokenizer(folder / "tokenizer")
         vae = "AutoencoderKL" if self.decoder == "kl" else "AutoencoderTiny"
-        index = {
-            "_class_name": "StableDiffusionPipeline",
+        index: dict[str, Any] = {
+            "_class_name": f"StableDiffusion{'XL' * _is_xl(self.unet)}Pipeline",
             "scheduler": ["diffusers", "LCMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", vae],
         }
+        for name, kind in self._text_encoders.items():
+            index[name] = ["transformers", kind]
+            index[tokenizer_of(name)] = ["transformers", "CLIPTokenizer"]
+            _write_tokenizer(folder / tokenizer_of(name))
         (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _is_xl(unet: dict[str, Any]) -> bool:
+    return unet.get("addition_embed_type") == "text_time"
 
 
 def _read_unet(path: Path) -> dict[str, Any]:
     config = {k: v for k, v in read_json(path).items() if not k.startswith("_")}
-    width = config.get("cross_attention_dim")
-    if not isinstance(width, int) or width not in TEXT_ENCODERS:
-        known = " or ".join(map(str, TEXT_ENCODERS))
+    width, many = config.get("cross_attention_dim"), 2 if _is_xl(config) else 1
+    widths = [known for known, encoders in TEXT_ENCODERS.items() if len(encoders) == many]
+    if width not in widths:
+        known = " or ".join(map(str, widths))
         raise EdgeflashError(
-            f"{path}: cross_attention_dim is {width}, where a CLIP text encoder gives {known}; "
+            f"{path}: cross_attention_dim is {width}, where CLIP text encoders give {known}; "
             "to price another one, give a whole diffusers folder"
         )
     return config
 
 
-def _text_encoder(width: int) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def _text_encoder(kind: Any, sizes: dict[str, int]) -> Any:
+    from transformers import CLIPTextConfig
 
-    config = CLIPTextConfig(vocab_size=49408, hidden_size=width, **TEXT_ENCODERS[width])
+    config = CLIPTextConfig(vocab_size=49408, **sizes)
     config.bos_token_id, config.eos_token_id = VOCABULARY.values()
-    return CLIPTextModel(config)
+    return kind(config)
 
 
 def _autoencoder(decoder: str) -> Any:

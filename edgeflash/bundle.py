@@ -7,13 +7,8 @@ it with any JSON parser. Nothing in it is secret and no path is absolute.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from edgeflash.disk import MANIFEST, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import Guidance, Schedule
 
-MANIFEST = "edgeflash.json"
 FORMAT_VERSION = 1
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
+    "text_encoder_2": "conditioning",
     "unet": "prediction",
     "vae_decoder": "image",
     "vae_encoder": "latent",
@@ -44,10 +40,12 @@ class TensorSpec(Part):
     """One input or output of a component.
 
     ``role`` says what a runtime must feed or may read, whatever it is called: tokens [n, s],
-    conditioning [n, s, d], sample [n, c, h, w], timestep (rank 0 or [n]), guidance (the
-    w-embedding) [n, d], prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W]; of a
-    fused graph noise [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is
-    [n, d, 1, s]. A dimension that is a string is free.
+    conditioning [n, s, d], pooled (a prompt in one vector) [n, d], time_ids [n, 6], sample
+    [n, c, h, w], timestep (rank 0 or [n]), guidance (the w-embedding) [n, d], prediction
+    [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W], or unused; of a fused graph noise
+    [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is [n, d, 1, s]. A
+    dimension that is a string is free. `edgeflash.conditioning` says how the denoiser's
+    conditioning comes from the text encoders'.
     """
 
     name: str
@@ -91,8 +89,17 @@ class Engine(Part):
     built_for: tuple[str, ...] = ()  # compute capabilities, as in 8.9
 
 
+class Tokenizer(Part):
+    kind: Literal["clip"]
+    folder: str  # holds vocab.json and merges.txt, and tokenizer.json
+    max_length: int
+    start_id: int
+    end_id: int
+    pad_id: int
+
+
 class Component(Part):
-    """A network of the bundle: text_encoder, unet, vae_decoder or vae_encoder.
+    """A network of the bundle: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder.
 
     Or ``pipeline``, which stands by itself: text_encoder, all steps and vae_decoder in one graph.
     """
@@ -104,6 +111,7 @@ class Component(Part):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     engine: Engine | None = None
+    tokenizer: Tokenizer | None = None  # of a text encoder; None: the bundle's
 
     def input(self, role: str) -> TensorSpec | None:
         """The input that plays a role; None when the component has none (a folded timestep)."""
@@ -114,15 +122,6 @@ class Component(Part):
         if found is None:
             raise EdgeflashError(f"component {self.name!r} has no output of role {role!r}")
         return found
-
-
-class Tokenizer(Part):
-    kind: Literal["clip"]
-    folder: str  # holds vocab.json and merges.txt, and tokenizer.json
-    max_length: int
-    start_id: int
-    end_id: int
-    pad_id: int
 
 
 class Latent(Part):
@@ -189,6 +188,7 @@ class Manifest(Part):
     default_steps: int
     guidance: Guidance
     fused: Component | None = None  # draws in default_steps, with the guidance above
+    no_prompt: Literal["zeros"] | None = None  # what guides away; None: "" as any other prompt
     parity: tuple[Figure, ...] = ()
     unproven: str | None = None  # what of it the ladder did not run where it was made
     goldens: tuple[Golden, ...] = ()
@@ -248,6 +248,11 @@ class Bundle:
         raise EdgeflashError(f"{self.folder}: bundle has no component {name!r} (has: {have})")
 
     @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """Those that read prompts, in the order in which their answers are joined."""
+        return tuple(c for c in self.manifest.components if c.name.startswith("text_encoder"))
+
+    @property
     def bytes(self) -> int:
         """Size on disk of all files that ship, without the manifest."""
         return sum(file.bytes for file in self.files())
@@ -303,97 +308,3 @@ def check_file(folder: Path, file: File, how: Literal["size", "sha256"]) -> None
         raise EdgeflashError(
             f"{path}: altered: sha256 expected {file.sha256}, found {found}; copy it again"
         )
-
-
-def write_atomic(path: Path, content: Any) -> None:
-    """Writes a text or a buffer to a file, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def is_disk_full(error: Exception, folder: Path) -> bool:
-    """Whether a full disk is behind an error; safetensors and torch raise their own kinds."""
-    told = getattr(error, "errno", None) == 28 or "No space left" in str(error)
-    return told or shutil.disk_usage(folder).free < 2**16
-
-
-def check_replaceable(out: Path, *sources: Path, kind: str = "") -> None:
-    """Whether a finished folder may take the place of what is there.
-
-    Args:
-        out: the folder to be.
-        sources: what it is made from.
-        kind: "student" or "bundle": folders of the other kind stay; "": of any kind may go.
-
-    Raises:
-        EdgeflashError: it holds something that edgeflash has not made, cannot be renamed, or is one
-            of ``sources``.
-    """
-    if out.resolve() == Path.cwd() or os.path.ismount(out):
-        raise EdgeflashError(f"{out}: cannot be replaced as a whole; name a folder inside it")
-    held = os.listdir(out) if out.is_dir() else ["a file"] * out.exists()
-    begun = (out.parent / f"{out.name}.run").is_dir()  # a training's scratch folder beside it
-    if held and MANIFEST not in held and not begun:
-        raise EdgeflashError(f"{out}: holds something else; choose another --out")
-    for source in sources:
-        if source.resolve().is_relative_to(out.resolve()):
-            raise EdgeflashError(f"{out}: would replace {source}, which it is made from")
-    if kind and (there := _kind_of(out)) not in (kind, ""):
-        raise EdgeflashError(f"{out}: holds a {there}; choose another --out for the {kind}")
-
-
-def _kind_of(folder: Path) -> str:
-    """What a folder's manifest calls it; "" where that cannot be told."""
-    try:
-        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
-@contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its place only when the block succeeds.
-
-    Files are flushed to disk before the rename, and an older ``out`` gives way at the end, so that
-    nothing half-written can be mistaken for finished.
-
-    Raises:
-        EdgeflashError: ``out`` holds something that edgeflash has not made, or the disk is full.
-    """
-    check_replaceable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        yield draft
-        for path in draft.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        draft.chmod(0o755)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-            out.rename(old / out.name)
-            try:
-                draft.rename(out)
-            except BaseException:
-                (old / out.name).rename(out)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            draft.rename(out)
-    except Exception as error:
-        if is_disk_full(error, draft):
-            raise EdgeflashError(f"{out}: disk full; free some space and run again") from None
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from edgeflash.bundle import Bundle, check_replaceable, fresh_folder, parse_manifest, read_manifest
+from edgeflash.bundle import Bundle, parse_manifest, read_manifest
+from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine

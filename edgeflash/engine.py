@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from edgeflash.bundle import Component, Engine, TensorSpec, write_atomic
+from edgeflash.bundle import Component, Engine, TensorSpec
+from edgeflash.disk import write_atomic
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.shelf import require
 

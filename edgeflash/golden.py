@@ -12,12 +12,15 @@ A golden's safetensors file holds, float32 if not said otherwise::
     latent                            [1, c, h, w]   after the whole loop
     image                             [1, 3, H, W]   as the decoder gives it
     encoded                           [1, ., h, w]   what the encoder, if any, makes of that image
+
+Of a second text encoder it holds ids_2, conditioning_2, pooled_2 and so on: see `told_by`. Where
+zeros stand for no prompt, no text encoder is asked: ids_empty and conditioning_empty are not there.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +28,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeflash.bundle import TensorSpec
+from edgeflash.conditioning import Conditioning, joined
 from edgeflash.errors import EdgeflashError
 from edgeflash.noise import randn
 from edgeflash.schedule import Guidance, Schedule, advance
@@ -58,8 +63,8 @@ class Sampler:
     def loop(
         self,
         network: Network,
-        conditioning: Array,
-        empty: Array,
+        conditioning: Conditioning,
+        empty: Conditioning,
         seed: int,
         watch: Watch | None = None,
     ) -> Array:
@@ -79,15 +84,20 @@ class Sampler:
             x, previous = following, (x, guided)
         return x
 
-    def predict(self, network: Network, seen: Array, t: float, conditioning: Array) -> Array:
+    def predict(self, network: Network, seen: Array, t: float, conditioning: Conditioning) -> Array:
         """One raw answer of the denoiser, float32 [1, c, h, w]."""
-        roles = {"sample": seen, "timestep": np.array(t, np.float32), "conditioning": conditioning}
+        roles = {"sample": seen, "timestep": np.array(t, np.float32), **conditioning}
         if self.guidance.kind == "embedded":
             roles["guidance"] = self.guidance.embedding()
         return network(**roles).astype(np.float32, copy=False)
 
     def record(
-        self, network: Network, conditioning: Array, empty: Array, seed: int, rows: Sequence[int]
+        self,
+        network: Network,
+        conditioning: Conditioning,
+        empty: Conditioning,
+        seed: int,
+        rows: Sequence[int],
     ) -> Tensors:
         """The denoiser's part of a golden: see the module."""
         told: Tensors = {"rows": np.array(rows, np.int64)}
@@ -103,6 +113,29 @@ class Sampler:
             seen, t = told[f"input.{rows[0]}"], self.schedule.steps[rows[-1]].t
             told["output_shifted"] = self.predict(network, seen, t, conditioning)
         return told
+
+
+def told_by(text_encoder: str, what: str, *, empty: bool = False) -> str:
+    """Name of a text encoder's array in a golden: conditioning, pooled_2, ids_2_empty …"""
+    return f"{what}{text_encoder.removeprefix('text_encoder')}{'_empty' * empty}"
+
+
+def heard(
+    told: Tensors,
+    text_encoders: Iterable[str],
+    inputs: Sequence[TensorSpec],
+    size: tuple[int, int],
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Of a golden's table, what a denoiser with these inputs hears: its prompt, and no prompt."""
+    with_prompt: list[Tensors] = []
+    without: list[Tensors] = []
+    for name in text_encoders:
+        for answers, empty in ((with_prompt, False), (without, True)):
+            names = {spec.role: told_by(name, spec.role, empty=empty) for spec in inputs}
+            answers.append({role: told[key] for role, key in names.items() if key in told})
+    if not any(without):
+        without = [{k: np.zeros_like(v) for k, v in answer.items()} for answer in with_prompt]
+    return joined(with_prompt, inputs, size), joined(without, inputs, size)
 
 
 def rows_to_record(steps: int) -> list[int]:

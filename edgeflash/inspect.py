@@ -12,7 +12,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from edgeflash.bundle import MANIFEST, Bundle, Figure, read_manifest
+from edgeflash.bundle import Bundle, Figure, read_manifest
+from edgeflash.disk import MANIFEST
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.gpu import find_gpu

@@ -67,7 +67,7 @@ def _read(lora: Lora) -> tuple[dict[str, Any], Any, Any]:
     if strange or not state:
         found = strange[0] if strange else "nothing"
         raise EdgeflashError(
-            f"{lora.file}: holds {found}, where a LoRA of this family has unet and text_encoder"
+            f"{lora.file}: holds {found}; LoRAs of unet and text_encoder alone are fused"
         )
     return state, alphas, metadata
 

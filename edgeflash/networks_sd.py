@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgeflash.conditioning import SIZES
 from edgeflash.errors import EdgeflashError
 from edgeflash.lora import fuse
 from edgeflash.student import Student
@@ -109,7 +110,14 @@ def _small_call(network: Any, t: float) -> None:
     sample = torch.zeros(1, network.config.in_channels, side, side)
     channels = network.config.time_cond_proj_dim
     guidance = torch.zeros(1, channels) if channels else None
-    network(sample, torch.tensor(t), torch.zeros(1, 1, width), timestep_cond=guidance)
+    added = None
+    if network.config.addition_embed_type == "text_time":
+        sizes = torch.zeros(1, SIZES)
+        seen = network.add_embedding.linear_1.in_features
+        pooled = torch.zeros(1, seen - SIZES * network.config.addition_time_embed_dim)
+        added = {"text_embeds": pooled, "time_ids": sizes}
+    text = torch.zeros(1, 1, width)
+    network(sample, torch.tensor(t), text, timestep_cond=guidance, added_cond_kwargs=added)
 
 
 class Constant(nn.Module):

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 NO_FLOORS = {name: -1e9 for metrics in METRICS.values() for name in metrics}
-COMPONENTS = ("text_encoder", "unet", "vae_decoder")  # and stages of the pipeline
 NOTES = (
     "Random weights: the pictures are noise; latency, memory and bytes are those of a trained one.",
     "GFLOP: two for every multiplication and addition of convolutions, products and attention, as "
@@ -182,13 +181,13 @@ def gflops(student: Student, size: tuple[int, int] | None = None) -> dict[str, f
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from edgeflash.networks_sd import quiet, wrap
+    from edgeflash.networks_sd import quiet
 
     found, pixels = {}, size or student.family.size(student)
-    for component in COMPONENTS:
+    for component in student.family.components():
         inputs, _ = student.family.signature(student, component, pixels)
         with torch.device("meta"), torch.no_grad(), quiet():
-            network = wrap(_without_weights(student, component), component, None).eval()
+            network = student.family.wrap(_without_weights(student, component), component).eval()
             given = [
                 torch.zeros(
                     [1 if isinstance(side, str) else side for side in spec.shape],
@@ -230,8 +229,7 @@ def _with_work(
     system: System, way: Way, work: dict[str, float], peak: float, devices: Sequence[Device]
 ) -> System:
     """The system with its GFLOP, the share of the machine's peak that it reached, and estimates."""
-    calls = {"text_encoder": 1, "unet": system.steps, "vae_decoder": 1}
-    whole = sum(work[name] * calls[name] for name in work)
+    whole = sum(work[name] * (system.steps if name == "unet" else 1) for name in work)
     share = whole / (system.latency_ms_p50 / 1000) / peak
     extra: dict[str, float | str] = {f"GFLOP of {name}": round(work[name], 3) for name in work}
     extra |= {"GFLOP": round(whole, 3), "share of fp32 peak": round(share, 4)}
@@ -260,7 +258,9 @@ def price_table(report: Report) -> Table:
     for heading in ("on", *headings):
         out.add_column(heading, justify="left" if heading == "on" else "right")
     for system in report.systems:
-        stages = [system.stages[name].p50_ms for name in COMPONENTS]
+        spent = {name: stage.p50_ms for name, stage in system.stages.items()}
+        text = sum(ms for name, ms in spent.items() if name.startswith("text_encoder"))
+        stages = (text, spent["unet"], spent["vae_decoder"])
         out.add_row(
             f"{system.conditions.runtime} {system.extra['precision']}",
             str(system.steps),

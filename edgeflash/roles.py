@@ -45,11 +45,14 @@ class Method(Plugin, ABC):
         "webdataset",
     )
     wants: ClassVar[tuple[str, ...]] = ()  # of the recipe: "teacher", "shapes"
+    families: ClassVar[tuple[str, ...]] = ()  # whose components it can make; none named: all
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")
     batch_size: int = Field(16, ge=1, description="samples a step, over all processes")
-    accumulate: int = Field(1, ge=1, description="micro-batches a step is cut into")
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches a step is cut into, over all processes"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
     decay: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="course of the learning rate after the warm-up"
@@ -95,12 +98,16 @@ class Target(Plugin, ABC):
 
     runtime: ClassVar[str]  # the runtime that opens what this writes, for the parity ladder
 
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = Field(  # each takes some of them
-        "fp32", description="of weights and sums"
-    )
+    precision: Literal[  # each takes some of them
+        "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp8"
+    ] = Field("fp32", description="of weights and sums")
 
     def check(self) -> None:
         """Raises what stands in the way on this machine, before any network is loaded."""
+
+    def families(self) -> tuple[str, ...]:
+        """Whose components it can lower with these options; none named: all."""
+        return ()
 
     @abstractmethod
     def lower(self, captured: Captured, out: Path) -> list[Path]:
@@ -109,6 +116,10 @@ class Target(Plugin, ABC):
     def precision_of(self, component: str) -> str:
         """The precision it lowers that component to; not every one gains from quantization."""
         return self.precision
+
+    def calibrates(self, component: str) -> bool:
+        """Whether ranges of its tensors come from what is recorded, from all prompts."""
+        return False
 
     def engine_of(self, component: str) -> Engine | None:
         """How engines are built of what it lowers, where the vendor's runtime runs no other."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from edgeflash.bundle import fresh_folder, sha256_of
+from edgeflash.disk import fresh_folder, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.families import Family, families
 from edgeflash.shelf import require

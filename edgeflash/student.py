@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from edgeflash.bundle import MANIFEST, Part, parse_manifest, read_manifest, sha256_of, write_atomic
+from edgeflash.bundle import Part, parse_manifest, read_manifest
+from edgeflash.disk import MANIFEST, sha256_of, write_atomic
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
 from edgeflash.lora import Lora
@@ -35,7 +36,7 @@ FEW_STEPS, MANY_STEPS = (1, 2, 4), (25,)
 INSTEAD = {  # PNDM looks four calls back, and is what most SD folders name
     "PNDMScheduler": "DPMSolverMultistepScheduler"
 }
-CFG_SCALE, LCM_SCALE = 7.5, 8.5  # what diffusers' own pipelines default to
+LCM_SCALE = 8.5  # what diffusers' own pipeline defaults to
 
 
 class StudentLineage(Part):
@@ -210,7 +211,7 @@ class Student:
             return Guidance(kind="embedded", scale=LCM_SCALE, channels=channels)
         if self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS:
             return Guidance()
-        return Guidance(kind="cfg", scale=CFG_SCALE)
+        return Guidance(kind="cfg", scale=self.family.cfg_scale)
 
     def lora_scales(self) -> dict[str, float]:
         """sha256 of each fused LoRA file -> its scale."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from edgeflash.bundle import Latent, TensorSpec
-from edgeflash.golden import Array, Sampler, Tensors, rows_to_record
+from edgeflash.bundle import ANSWER, Latent, TensorSpec
+from edgeflash.families import tokenizer_of
+from edgeflash.golden import Array, Sampler, Tensors, heard, rows_to_record, told_by
 from edgeflash.roles import Target
 from edgeflash.student import Student
 
@@ -45,7 +46,7 @@ class Captured:
     """One component, ready to be lowered.
 
     Attributes:
-        component: its name: text_encoder, unet, vae_decoder or vae_encoder.
+        component: its name, as in `edgeflash.bundle.ANSWER`.
         program: takes the inputs by position; dimensions that are strings in the specs are free.
         inputs: what it takes.
         outputs: what it gives.
@@ -67,14 +68,22 @@ class Eager:
         self.samples: list[Sample] = []
 
     def __call__(self, **by_role: Array) -> Array:
+        return self.answers(**by_role)[ANSWER[self.network.component]]
+
+    def answers(self, **by_role: Array) -> Tensors:
+        """All outputs that have a role."""
         network = self.network
         given = {s.name: _as_one_row(by_role[s.role], s) for s in network.inputs}
         with torch.no_grad():
             answer = network.module(*(torch.from_numpy(array) for array in given.values()))
         answers = answer if isinstance(answer, tuple) else (answer,)
-        told: Tensors = {s.name: a.numpy() for s, a in zip(network.outputs, answers, strict=True)}
-        self.samples.append(Sample(given, told))
-        return told[network.outputs[0].name]
+        used = [
+            (spec, answer.numpy())
+            for spec, answer in zip(network.outputs, answers, strict=True)
+            if spec.role != "unused"
+        ]
+        self.samples.append(Sample(given, {spec.name: array for spec, array in used}))
+        return {spec.role: array for spec, array in used}
 
 
 @dataclass
@@ -116,7 +125,8 @@ class Tape:
         network = Network(component, module, inputs, outputs)
         network = self.target.adapt(network, family.latent(self.student))
         eager = Eager(network)
-        getattr(self, f"_run_{component}")(eager)
+        kind = "text_encoder" if component in family.text_encoders else component
+        getattr(self, f"_run_{kind}")(eager)
         module = self.target.rewrite(network).module
         program = to_program(module, network.inputs, eager.samples[0])
         samples = tuple(eager.samples)
@@ -128,18 +138,29 @@ class Tape:
         return self.target.scales(self.student.family.latent(self.student))
 
     def _run_text_encoder(self, network: Eager) -> None:
-        folder = self.student.folder / "tokenizer"
-        ids = self.student.family.tokenize(folder, [*self.prompts, ""])[:, None]
-        *conditioning, empty = (network(tokens=tokens) for tokens in ids)
-        self.goldens = [
-            {"ids": i, "ids_empty": ids[-1], "conditioning": c, "conditioning_empty": empty}
-            for i, c in zip(ids, conditioning, strict=False)
-        ]
+        family, name = self.student.family, network.network.component
+        folder = self.student.folder / tokenizer_of(name)
+        roles = {spec.role for spec in self._unet_inputs}
+        texts = [*self.prompts] + [""] * (family.no_prompt(self.student) is None)
+        told: list[Tensors] = []
+        for ids in family.tokenize(folder, texts)[:, None]:
+            answers = network.answers(tokens=ids)
+            told.append({"ids": ids} | {k: v for k, v in answers.items() if k in roles})
+        self.goldens = self.goldens or [{} for _ in self.prompts]
+        for golden, answers in zip(self.goldens, told, strict=False):
+            golden |= {told_by(name, what): array for what, array in answers.items()}
+            if len(told) > len(self.prompts):
+                golden |= {told_by(name, k, empty=True): array for k, array in told[-1].items()}
+
+    @property
+    def _unet_inputs(self) -> tuple[TensorSpec, ...]:
+        return self.student.family.signature(self.student, "unet", self.size)[0]
 
     def _run_unet(self, network: Eager) -> None:
         rows = rows_to_record(len(self.sampler.schedule.steps))
+        text_encoders, inputs = self.student.family.text_encoders, self._unet_inputs
         for number, golden in enumerate(self.goldens):
-            both = golden["conditioning"], golden["conditioning_empty"]
+            both = heard(golden, text_encoders, inputs, self.size)
             golden |= self.sampler.record(network, *both, self.seed(number), rows)
 
     def _run_vae_decoder(self, network: Eager) -> None:

@@ -47,7 +47,7 @@ def fuse(
     """
     manifest = bundle.manifest
     schedule = manifest.schedules[manifest.default_steps]
-    graph = _Graph(bundle, rows)
+    graph = _Graph(bundle)
     text_encoder, latent, image = bundle.component("text_encoder"), manifest.latent, manifest.image
     cells = (image.height // latent.downsampling, image.width // latent.downsampling)
     tokens = text_encoder.inputs[0]
@@ -68,8 +68,8 @@ def fuse(
         high=255,
     )
     ids, drawn = _value(tokens), _value(noise)
-    conditioning = _condition(graph, bundle, runtime, ids)
-    x = _loop(graph, manifest, schedule, drawn, conditioning)
+    conditioning = _condition(graph, bundle, runtime, ids, rows)
+    x = _loop(graph, manifest, schedule, drawn, conditioning, rows)
     output = _decode(graph, manifest, x)
     output.name, output.dtype, output.shape = pixels.name, ir.DataType.UINT8, ir.Shape(pixels.shape)
     files = onnx_graph.save(
@@ -88,8 +88,8 @@ def fuse(
 class _Graph:
     """An ONNX graph in the making, that can call the networks of a bundle by role."""
 
-    def __init__(self, bundle: Bundle, rows: int) -> None:
-        self.bundle, self.rows = bundle, rows
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
         self.tape = ir.tape.Tape()
         self.functions: dict[str, ir.Function] = {}
         self.weights: dict[str, list[ir.Value]] = {}
@@ -126,7 +126,7 @@ class _Graph:
         graph.initializers.clear()
         graph.inputs.extend(weights)
         for node in graph:
-            node.metadata_props.clear()  # where in Python it comes from, again at every step
+            node.metadata_props.clear()  # its layer, again at every step
             for value in node.outputs:
                 value.shape = None  # told for any number of rows
         self.weights[name] = [
@@ -139,7 +139,10 @@ class _Graph:
 
     def model(self, inputs: list[ir.Value], output: ir.Value) -> ir.Model:
         """All of it, the networks in place of the calls, and nothing computed twice."""
-        opset = {"": max(function.opset_imports[""] for function in self.functions.values())}
+        imports = [function.opset_imports for function in self.functions.values()]
+        opset = {
+            domain: max(each.get(domain, 1) for each in imports) for domain in set().union(*imports)
+        }
         graph = ir.Graph(
             inputs,
             [output],
@@ -180,7 +183,9 @@ def _doubled(manifest: Manifest) -> bool:
     return manifest.guidance.kind == "cfg" and manifest.guidance.scale != 1
 
 
-def _condition(graph: _Graph, bundle: Bundle, runtime: Runtime, ids: ir.Value) -> ir.Value:
+def _condition(
+    graph: _Graph, bundle: Bundle, runtime: Runtime, ids: ir.Value, rows: int
+) -> ir.Value:
     """Conditioning [n, s, d]; [2n, s, d] for guidance, that of the empty prompt first."""
     prompt = graph.call("text_encoder", tokens=ids)
     if not _doubled(bundle.manifest):
@@ -188,7 +193,7 @@ def _condition(graph: _Graph, bundle: Bundle, runtime: Runtime, ids: ir.Value) -
     text_encoder = bundle.component("text_encoder")
     encode = Part(runtime.open(bundle.folder, text_encoder), text_encoder)
     empty = read_tokenizer(bundle.folder, bundle.manifest.tokenizer)("").ids
-    bare = graph.constant(np.repeat(encode(tokens=np.array([empty])), graph.rows, axis=0))
+    bare = graph.constant(np.repeat(encode(tokens=np.array([empty])), rows, axis=0))
     encode.session.close()
     return graph.op("Concat", bare, prompt, axis=0)
 
@@ -199,6 +204,7 @@ def _loop(
     schedule: Schedule,
     noise: ir.Value,
     conditioning: ir.Value,
+    rows: int,
 ) -> ir.Value:
     """The latent after the last row of the table."""
 
@@ -207,7 +213,7 @@ def _loop(
 
     x, previous = graph.op("Mul", draw(0), schedule.init), None
     for i, step in enumerate(schedule.steps):
-        output = _predict(graph, manifest, step, x, conditioning)
+        output = _predict(graph, manifest, step, x, conditioning, rows)
         following = graph.op("Mul", x, step.a)
         terms = [(step.b, output)]
         if step.needs_noise:
@@ -222,7 +228,7 @@ def _loop(
 
 
 def _predict(
-    graph: _Graph, manifest: Manifest, step: Step, x: ir.Value, conditioning: ir.Value
+    graph: _Graph, manifest: Manifest, step: Step, x: ir.Value, conditioning: ir.Value, rows: int
 ) -> ir.Value:
     """The denoiser's guided answer [n, c, h, w] at a step."""
     guidance, spec = manifest.guidance, graph.bundle.component("unet").input("timestep")
@@ -230,7 +236,7 @@ def _predict(
     if spec is not None:
         roles["timestep"] = graph.constant(np.array(step.t, spec.dtype))
     if guidance.kind == "embedded":
-        roles["guidance"] = graph.constant(np.repeat(guidance.embedding(), graph.rows, axis=0))
+        roles["guidance"] = graph.constant(np.repeat(guidance.embedding(), rows, axis=0))
     if not _doubled(manifest):
         return graph.call("unet", **roles)
     roles["sample"] = graph.op("Concat", roles["sample"], roles["sample"], axis=0)

@@ -22,11 +22,12 @@ from edgeflash.bundle import (
     File,
     Image,
     Manifest,
-    check_replaceable,
+    Tokenizer,
     describe_file,
-    fresh_folder,
 )
+from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
+from edgeflash.families import tokenizer_of
 from edgeflash.golden import Sampler
 from edgeflash.roles import Target
 from edgeflash.schedule import Guidance, Schedule
@@ -48,7 +49,6 @@ PROMPTS = (  # for students that bring none of their own
     "an astronaut riding a horse on the moon, digital art",
 )
 GOLDENS = 3  # prompts that ship as goldens
-CALIBRATED = ("int8", "fp8", "w8a8")  # precisions whose ranges come from recorded calls
 BIG_BYTES = 256 * 2**20  # denoisers of that size take seconds a call: one golden
 
 
@@ -87,6 +87,7 @@ def export_student(
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
     """
     console = console or Console(stderr=True)
+    _check_family(student, target)
     target.check()
     prover = target.prover()
     unproven = prover.unproven or None
@@ -102,7 +103,7 @@ def export_student(
                 with _told(console, f"capture {name}"):
                     captured = plan.tape.capture(name)
                 with _told(console, f"lower {name} to {target.precision_of(name)}"):
-                    pieces.append(_lower(captured, target, draft, hashing))
+                    pieces.append(_lower(captured, target, student, draft, hashing))
                 del captured
                 gc.collect()
             with _told(console, "pack"):
@@ -120,6 +121,20 @@ def export_student(
     if unproven:
         console.print(unproven, markup=False, highlight=False)
     return Bundle.open(out)
+
+
+def _check_family(student: Student, target: Target) -> None:
+    name = student.family.name
+    can = target.families()
+    if can and name not in can:
+        raise EdgeflashError(
+            f"{student.folder}: is of the family {name!r}, but --to {_name(target)} as "
+            f"asked takes {', '.join(can)} alone so far: choose another target, or other options"
+        )
+
+
+def _name(target: Target) -> str:
+    return type(target).__module__.rpartition(".to_")[2]
 
 
 @dataclass(frozen=True)
@@ -169,7 +184,7 @@ def _plan(
     whole = not any(t % 1 for t in times)
     big = sum(p.stat().st_size for p in student.weights("unet").files) > BIG_BYTES
     goldens = min(1 if big else GOLDENS, len(prompts))
-    calibrates = any(target.precision_of(name) in CALIBRATED for name in components)
+    calibrates = any(target.calibrates(name) for name in components)
     tape = Tape(
         student,
         target,
@@ -193,20 +208,29 @@ def _tell_changed(plan: _Plan, prompts: Sequence[str], console: Console) -> None
             console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
 
 
-def _lower(captured: Captured, target: Target, draft: Path, hashing: ThreadPoolExecutor) -> _Piece:
+def _lower(
+    captured: Captured, target: Target, student: Student, draft: Path, hashing: ThreadPoolExecutor
+) -> _Piece:
     files = target.lower(captured, draft)
     paths = [path.relative_to(draft).as_posix() for path in files]
     described = hashing.submit(lambda: tuple(describe_file(draft, path) for path in paths))
     component = Component(
         name=captured.component,
-        target=type(target).__module__.rpartition(".to_")[2],
+        target=_name(target),
         precision=target.precision_of(captured.component),
         files=(),
         inputs=captured.inputs,
         outputs=captured.outputs,
         engine=target.engine_of(captured.component),
+        tokenizer=_own_tokenizer(student, captured.component),
     )
     return _Piece(component, described)
+
+
+def _own_tokenizer(student: Student, component: str) -> Tokenizer | None:
+    """Of a text encoder that does not share the first one's."""
+    _, *others = student.family.text_encoders
+    return student.family.tokenizer(student, component) if component in others else None
 
 
 def _pack(
@@ -221,7 +245,8 @@ def _pack(
     components = tuple(
         piece.captured_as.model_copy(update={"files": piece.files.result()}) for piece in pieces
     )
-    pack.copy_tokenizer(student.folder / "tokenizer", draft / "tokenizer")
+    for name in map(tokenizer_of, family.text_encoders):
+        pack.copy_tokenizer(student.folder / name, draft / name)
     if told := target.furnish(student, draft):
         console.print(told, markup=False)
     goldens = pack.write_goldens(tape, plan.goldens, draft)
@@ -235,6 +260,7 @@ def _pack(
         schedules=plan.schedules,
         default_steps=plan.default_steps,
         guidance=tape.sampler.guidance,
+        no_prompt=family.no_prompt(student),
         goldens=goldens,
         files=pack.other_files(draft, [f for c in components for f in c.files]),
         lineage=pack.lineage(student, student_sha256, target.needs),

@@ -6,6 +6,7 @@ change of a weight is a lazy one.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -25,11 +26,15 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.golden import Array
 
 from .capture import Captured
+from .plan import layer_of
 
 OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
 EXTERNAL_SUFFIX = "_data"  # never .bin, which hub downloads for ONNX leave out
 HALF, BF16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 BF16_OPSET = 22  # the first in which convolutions take bfloat16; nothing else has changed
+ANGLES = ("timestep", "time_ids")  # inputs that become sinusoids
+SCOPES = "pkg.torch.onnx.name_scopes"  # modules around an operator, and its own name in torch
+LAYER = "layer"  # what becomes of that in the metadata of nodes
 KEEPS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs that stay float32 by definition: roi, scales
 
 
@@ -47,6 +52,7 @@ def translate(captured: Captured) -> ir.Model:
     model: ir.Model = exported.model
     for change in _clean_up():
         change(model)
+    _tell_layers_alone(model)
     for value, spec in zip(model.graph.inputs, captured.inputs, strict=True):
         value.shape = ir.Shape(spec.shape)
     for value, spec in zip(model.graph.outputs, captured.outputs, strict=True):
@@ -124,6 +130,27 @@ def save(model: ir.Model, path: Path, external_bytes: int) -> list[Path]:
     return [path, data]
 
 
+def _tell_layers_alone(model: ir.Model) -> None:
+    """Leaves of the exporter's remarks the layer that each node comes from, as diffusers names it.
+
+    The others, a quarter of what an int8 UNet weighs, name the folders of this machine.
+    """
+    for node in model.graph:
+        *modules, _ = ast.literal_eval(node.metadata_props.get(SCOPES, "['', '']"))
+        layer = layer_of("".join(modules[-1:]))
+        node.metadata_props.clear()
+        node.metadata_props.update({LAYER: layer} if layer else {})
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def layers(model: ir.Model) -> dict[str, str]:
+    """The layer that each node comes from; "" where that is not known."""
+    return {node.name or "": node.metadata_props.get(LAYER, "") for node in model.graph}
+
+
 def load(path: Path) -> ir.Model:
     """Reads a model; its weights stay in their file."""
     return ir.load(path)
@@ -132,8 +159,8 @@ def load(path: Path) -> ir.Model:
 def to_half(model: ir.Model, kind: ir.DataType = HALF) -> None:
     """Makes weights and sums float16 or bfloat16; inputs and outputs stay float32.
 
-    What computes the timestep's sinusoids stays float32 too: half precision has no room for angles
-    up to 1000 radians.
+    What computes sinusoids of timestep and sizes stays float32 too: half precision has no room for
+    angles up to 1000 radians.
     """
     graph = model.graph
     if kind == BF16:
@@ -202,9 +229,9 @@ def _halve_node(
 
 
 def _sinusoids(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes from the timestep to its sines and cosines."""
+    """The nodes from the timestep, and from sizes in px, to their sines and cosines."""
     found: set[ir.Node] = set()
-    reached = {value for value in graph.inputs if value.name == "timestep"}
+    reached = {value for value in graph.inputs if value.name in ANGLES}
     for node in graph:
         if any(value in reached for value in node.inputs):
             found.add(node)

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Picture
 
-from edgeflash.bundle import MANIFEST, File, Golden, Lineage, Manifest, describe_file
+from edgeflash.bundle import File, Golden, Lineage, Manifest, describe_file
+from edgeflash.disk import MANIFEST
 from edgeflash.golden import Tensors, noise_sha256, save_tensors
 from edgeflash.student import Student
 from edgeflash.tokenizer import write_vocabulary

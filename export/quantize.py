@@ -1,11 +1,14 @@
-"""int8 for ONNX Runtime, with ranges from what was recorded in the student's own loop."""
+"""Fewer bits for ONNX Runtime and TensorRT, by ONNX Runtime's own quantizers and one plan.
+
+int8: ranges from what was recorded in the student's own loop, as QDQ pairs. int8-dynamic: ranges
+measured in every run. int4-weights: 4 bits a weight, one scale a block, for ``MatMulNBits``.
+"""
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import onnx
 from onnxruntime import quantization as ort
@@ -15,27 +18,18 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.golden import Tensors
 
 from .capture import Captured, Sample
+from .onnx_graph import layers, load
+from .plan import PIXELS, Kind, Operator, Quantizing
 from .quiet import quiet
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")
+TAKES = {  # by ONNX Runtime; of two activations products take int8 alone
+    "Conv": ("int8", "int8-dynamic"),
+    "MatMul": ("int8", "int8-dynamic", "int4-weights"),
+    "Gemm": ("int8",),
+}
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
-
-
-class Choice(Protocol):
-    """The options of a target that say what to quantize."""
-
-    @property
-    def operators(self) -> tuple[str, ...]: ...
-    @property
-    def keep(self) -> tuple[str, ...]: ...
-    @property
-    def attention(self) -> bool: ...
-    @property
-    def shortcuts(self) -> bool: ...
-    @property
-    def edges(self) -> bool: ...
-    @property
-    def ranges(self) -> str: ...
+BLOCK = 32  # weights a scale: 128 is smaller by 5 %, and 1 to 4 dB worse on the embedded student
 
 
 class Recorded(CalibrationDataReader):  # type: ignore[misc]
@@ -49,10 +43,76 @@ class Recorded(CalibrationDataReader):  # type: ignore[misc]
         return sample.inputs if sample is not None else None
 
 
-def quantize_static(
-    path: Path, captured: Captured, options: Choice, *, symmetric: bool, **extra: Any
+def decide(
+    path: Path,
+    captured: Captured,
+    options: Quantizing,
+    takes: Mapping[str, Collection[str]],
+    out: Path,
+) -> dict[str, str]:
+    """What becomes of each product of a model, by node name; told to the plan in ``out`` too.
+
+    ``takes``: words that a kind of node can get.
+    """
+    graph = onnx.load(str(path), load_external_data=False).graph
+    operators = operators_of(graph, layers(load(path)), takes)
+    words = options.decided(captured.component, operators, away(graph, captured, options))
+    options.write_down(out, captured.component, operators, words)
+    return words
+
+
+def operators_of(
+    graph: Any, layers: Mapping[str, str], takes: Mapping[str, Collection[str]]
+) -> list[Operator]:
+    """The products of an ONNX graph."""
+    weights = {weight.name for weight in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.op_type in PRODUCTS:
+            loose = weights.isdisjoint(node.input)
+            kind: Kind = "attention" if loose else "conv" if node.op_type == "Conv" else "linear"
+            words = frozenset(takes.get(node.op_type, ()))
+            if loose:
+                words -= {"int8-dynamic", "int4-weights"}
+            found.append(Operator(node.name, layers[node.name], kind, words))
+    return found
+
+
+def quantize(
+    path: Path, captured: Captured, words: Mapping[str, str], ranges: str, *, symmetric: bool
 ) -> Path:
-    """Quantizes the float32 model at ``path``; the result lies beside it.
+    """Quantizes the model at ``path`` as decided; the result lies beside it.
+
+    Raises:
+        EdgeflashError: int8 beside int8-dynamic; ONNX Runtime gives their tensors the same names.
+    """
+    if {"int8", "int8-dynamic"} <= set(words.values()):
+        name = captured.component
+        raise EdgeflashError(f"plan: {name} cannot hold both int8 and int8-dynamic: choose one")
+    if names := named(words, "int8-dynamic"):
+        path = quantize_dynamic(path, names)
+    if names := named(words, "int8"):
+        path = quantize_static(path, captured, names, ranges, symmetric=symmetric)
+    if names := named(words, "int4-weights"):
+        path = quantize_weights(path, names)
+    return path
+
+
+def named(words: Mapping[str, str], word: str) -> list[str]:
+    """The operators that got a word."""
+    return [name for name, found in words.items() if found == word]
+
+
+def quantize_static(
+    path: Path,
+    captured: Captured,
+    names: list[str],
+    ranges: str,
+    *,
+    symmetric: bool = False,
+    **extra: Any,
+) -> Path:
+    """Quantizes these products of a float32 model; the result lies beside it.
 
     Weights are int8 per output channel, activations uint8, or int8 where ``symmetric``, with one
     range a tensor. ``extra``: more of ONNX Runtime's extra options.
@@ -65,55 +125,81 @@ def quantize_static(
             found,
             Recorded(captured.samples),
             quant_format=ort.QuantFormat.QDQ,
-            op_types_to_quantize=list(options.operators),
-            nodes_to_exclude=left_alone(path, captured, options),
+            op_types_to_quantize=list(PRODUCTS),
+            nodes_to_quantize=names,
             per_channel=True,
             activation_type=kind,
             weight_type=ort.QuantType.QInt8,
-            calibrate_method=getattr(ort.CalibrationMethod, METHODS[options.ranges]),
+            calibrate_method=getattr(ort.CalibrationMethod, METHODS[ranges]),
             use_external_data_format=True,
             extra_options={"ActivationSymmetric": symmetric} | extra,
         )
     return found
 
 
-def left_alone(path: Path, captured: Captured, options: Choice) -> list[str]:
-    """Operators that stay in float: those asked for, and those that lose more than they gain.
+def quantize_dynamic(path: Path, names: list[str]) -> Path:
+    """Quantizes these products with ranges that are measured in every run.
+
+    Weights are uint8, with which alone ONNX Runtime's convolutions are not several times slower:
+    one scale for a convolution, one for each output channel of other products.
+    """
+    model, found = onnx.load(path, load_external_data=False), path.with_name("dynamic.onnx")
+    weights = {weight.name for weight in model.graph.initializer}
+    shapes = [told for told in model.graph.value_info if told.name not in weights]
+    del model.graph.value_info[:]  # it transposes weights, but not their recorded shapes
+    model.graph.value_info.extend(shapes)
+    plain = path.with_name("plain.onnx")
+    onnx.save(model, plain)
+    with quiet():
+        ort.quantize_dynamic(
+            plain,
+            found,
+            op_types_to_quantize=["Conv", "MatMul"],
+            nodes_to_quantize=names,
+            per_channel=True,
+            weight_type=ort.QuantType.QUInt8,
+            use_external_data_format=True,
+        )
+    return found
+
+
+def quantize_weights(path: Path, names: list[str]) -> Path:
+    """Gives the weights of these products 4 bits, with a scale and a zero point a block."""
+    found = path.with_name("int4.onnx")
+    model = onnx.load(path)
+    others = {node.name for node in model.graph.node}.difference(names)
+    with quiet():
+        from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+        config = nbits.DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=4)
+        quantizer = nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(found), use_external_data_format=True)
+    return found
+
+
+def away(graph: Any, captured: Captured, options: Quantizing) -> set[str]:
+    """Operators that stay in float unasked, because they lose more than they gain.
 
     These are all that work on the timestep alone, since they cost next to nothing and every error
-    in them shifts the whole picture; and, unless asked for, products of two activations, and those
-    whose inputs have outliers that leave little of a common scale: what stands next to latents,
-    images and conditioning, 6 dB on the images of the embedded student, and the shortcuts of
-    skip connections, which no norm comes before, 18 dB on the outputs of its UNet.
-
-    Raises:
-        EdgeflashError: a pattern that fits no operator.
+    in them shifts the whole picture; and, unless asked for, those whose inputs have outliers that
+    leave little of a common scale: what stands next to latents, images and conditioning, 6 dB on
+    the images of the embedded student, and the shortcuts of skip connections, which no norm comes
+    before, 18 dB on the outputs of its UNet.
     """
-    graph = onnx.load(str(path), load_external_data=False).graph
-    names = [node.name for node in graph.node]
     left = _away_from(graph, {s.name for s in captured.inputs if s.role != "timestep"})
-    for pattern in options.keep:
-        found = fnmatch.filter(names, pattern)
-        if not found:
-            raise EdgeflashError(f"keep: no operator of {captured.component} is called {pattern!r}")
-        left.update(found)
     if not options.edges:
         left.update(_edges(graph, captured))
     if not options.shortcuts:
         joined = {name for node in graph.node if node.op_type == "Concat" for name in node.output}
         left.update(n.name for n in graph.node if n.op_type == "Conv" and n.input[0] in joined)
-    if not options.attention:
-        weights = {weight.name for weight in graph.initializer}
-        products = [node for node in graph.node if node.op_type == "MatMul"]
-        left.update(node.name for node in products if not weights.intersection(node.input))
-    return sorted(left)
+    return left
 
 
 def _edges(graph: Any, captured: Captured) -> set[str]:
     """Names of the operators next to the latents, images and conditioning that go in and out."""
-    pixels = ("sample", "latent", "image", "prediction")
-    fed = {s.name for s in captured.inputs if s.role in (*pixels, "conditioning")}
-    given = {s.name for s in captured.outputs if s.role in pixels}
+    fed = {s.name for s in captured.inputs if s.role in (*PIXELS, "conditioning")}
+    given = {s.name for s in captured.outputs if s.role in PIXELS}
     found: set[str] = set()
     for node in graph.node:
         if fed.intersection(node.input) and node.op_type in PRODUCTS:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeflash.errors import EdgeflashError
-
 from .onnx_graph import clipped_half
+from .plan import PIXELS, Kind, Operator, Quantizing
 from .quiet import quiet
 
 if TYPE_CHECKING:
     from .capture import Captured
-    from .to_openvino import OpenVinoTarget
 
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul", "ScaledDotProductAttention")
-PIXELS = ("sample", "latent", "image", "prediction")
 SMALL = 1024  # numbers; biases, scales and the frequencies of the timestep have fewer
 
 
@@ -51,31 +48,59 @@ def to_half(model: Any) -> None:
             reader.replace_source_output(wide.output(0))
 
 
-def to_int8(model: Any, captured: Captured, options: OpenVinoTarget) -> Any:
-    """Another `openvino.Model`, quantized with ranges from the student's own loop.
+def decide(
+    model: Any, captured: Captured, options: Quantizing, layers: Mapping[str, str], out: Path
+) -> dict[str, str]:
+    """What becomes of each product of a model, by its name; told to the plan in ``out`` too.
 
-    Weights are int8 per output channel, activations uint8 with one range a tensor. With
-    ``weights_only`` activations stay float.
+    ``layers``: where the nodes of the ONNX graph that it was made from come from.
     """
-    steps = steps_of(model)
-    if options.weights_only:
-        kept = named(steps, captured.component, options.keep)
-    else:
-        kept = left_alone(steps, _ends(model, captured), captured.component, options)
+    steps, ends = steps_of(model), _ends(model, captured)
+    operators = operators_of(steps, ends, layers)
+    words = options.decided(captured.component, operators, away(steps, ends, options))
+    options.write_down(out, captured.component, operators, words)
+    return words
+
+
+def to_int8(model: Any, captured: Captured, words: Mapping[str, str]) -> Any:
+    """Another `openvino.Model`, quantized as decided, with ranges from the student's own loop.
+
+    Weights are int8 per output channel, activations uint8 with one range a tensor.
+    """
+    others = {
+        word: sorted(name for name, found in words.items() if found != word)
+        for word in set(words.values())
+    }
     with quiet():
         import nncf  # which says hello
 
-        ignored = nncf.IgnoredScope(names=sorted(kept))
-        if options.weights_only:
-            return nncf.compress_weights(model, ignored_scope=ignored)
-        return nncf.quantize(
-            model,
-            nncf.Dataset([sample.inputs for sample in captured.samples]),
-            # Sums, products and norms of activations stay float: only what has weights pays.
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(captured.samples),
-            ignored_scope=ignored,
-        )
+        if "int8" in others:
+            model = nncf.quantize(
+                model,
+                nncf.Dataset([sample.inputs for sample in captured.samples]),
+                # Sums, products and norms of activations stay float: only what has weights pays.
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(captured.samples),
+                ignored_scope=nncf.IgnoredScope(names=others["int8"]),
+            )
+        if "int8-weights" in others:
+            ignored = nncf.IgnoredScope(names=others["int8-weights"])
+            model = nncf.compress_weights(model, ignored_scope=ignored)
+        return model
+
+
+def operators_of(steps: list[Step], ends: Ends, layers: Mapping[str, str]) -> list[Operator]:
+    """The products of an OpenVINO graph, which keeps the names of ONNX nodes."""
+    active = _reached(steps, ends.fed)
+    found = []
+    for step in steps:
+        if step.kind in PRODUCTS:
+            loose = active.issuperset(step.takes[:2])
+            kind: Kind = "attention" if loose else "linear" if step.kind == "MatMul" else "conv"
+            words = {"int8"} if loose else {"int8", "int8-weights"}
+            layer = layers.get(step.name.removesuffix("/WithoutBiases"), "")
+            found.append(Operator(step.name, layer, kind, frozenset(words)))
+    return found
 
 
 def steps_of(model: Any) -> list[Step]:
@@ -113,39 +138,20 @@ def _ends(model: Any, captured: Captured) -> Ends:
     return Ends(by_role(model.inputs, captured.inputs), by_role(model.outputs, captured.outputs))
 
 
-def left_alone(steps: list[Step], ends: Ends, component: str, options: OpenVinoTarget) -> set[str]:
-    """Names of the products that stay float: those asked for, those that lose more than they gain.
+def away(steps: list[Step], ends: Ends, options: Quantizing) -> set[str]:
+    """Names of the products that stay float unasked, because they lose more than they gain.
 
-    As for ONNX, these are all that work on the timestep alone, products of two activations, and,
-    unless asked for, what stands next to latents, images and conditioning.
-
-    Raises:
-        EdgeflashError: a pattern that fits no operator.
+    As for ONNX, these are all that work on the timestep alone, and, unless asked for, what stands
+    next to latents, images and conditioning, and the shortcuts of skip connections.
     """
-    products = [step for step in steps if step.kind in PRODUCTS]
-    active = _reached(steps, ends.fed)
     timeless = _reached(steps, [n for n, role in ends.fed.items() if role != "timestep"])
-    left = {step.name for step in products if step.name not in timeless}
-    left |= {step.name for step in products if active.issuperset(step.takes[:2])}
+    left = {step.name for step in steps if step.name not in timeless}
     if not options.edges:
         left |= _edges(steps, ends)
-    return left | named(steps, component, options.keep)
-
-
-def named(steps: list[Step], component: str, patterns: Iterable[str]) -> set[str]:
-    """The names that fit patterns, in which * stands for anything.
-
-    Raises:
-        EdgeflashError: a pattern that fits none.
-    """
-    names = [step.name for step in steps]
-    found: set[str] = set()
-    for pattern in patterns:
-        fitting = fnmatch.filter(names, pattern)
-        if not fitting:
-            raise EdgeflashError(f"keep: no operator of {component} is called {pattern!r}")
-        found.update(fitting)
-    return found
+    if not options.shortcuts:
+        joined = {step.name for step in steps if step.kind == "Concat"}
+        left |= {s.name for s in steps if s.kind == "Convolution" and s.takes[0] in joined}
+    return left
 
 
 def _reached(steps: list[Step], start: Iterable[str]) -> set[str]:

@@ -98,9 +98,15 @@ class CoreMlTarget(Target):
             raise ValueError("chunk_mib: chunks cannot be joined with other sizes: leave one")
         return self
 
+    def families(self) -> tuple[str, ...]:
+        return ("sd",)  # Apple's names and factors of others differ
+
     def precision_of(self, component: str) -> str:
         skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized
         return self.rest if skipped else self.precision
+
+    def calibrates(self, component: str) -> bool:
+        return self.precision_of(component) == "w8a8"
 
     def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
         half = self.precision_of(FED.get(spec.role, "unet")) != "fp32"

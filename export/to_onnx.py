@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from edgeflash.bundle import Bundle, Component
-from edgeflash.roles import Target
 from edgeflash.student import INDEX, Student
 from edgeflash.verify import FLOORS
 
 from .ecosystem import write_configs, write_json
+from .plan import FLOATS, Quantizing, Ranges
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-class OnnxTarget(Target):
-    """One ONNX file a component, opset 20: fp32, fp16, or int8 with static QDQ quantization.
+class OnnxTarget(Quantizing):
+    """One ONNX file a component, opset 20: fp32, fp16, or as a plan of quantization says.
+
+    int8: QDQ with recorded ranges. int8-dynamic: ranges are measured in every run. int4-weights: 4
+    bits for the weights of linear layers, by ``MatMulNBits``, which ONNX Runtime and OpenVINO know;
+    there is none for convolutions, so they stay as they are.
 
     Inputs and outputs are float32 in every precision. Weights above ``external_mib`` lie beside the
     model in `model.onnx_data`, from where ONNX Runtime maps them instead of reading them. Stock
@@ -44,63 +48,49 @@ class OnnxTarget(Target):
     )
     runtime: ClassVar[str] = "onnx"
 
-    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of weights and sums")
+    precision: Literal["fp32", "fp16", "int8", "int8-dynamic", "int4-weights"] = Field(
+        "fp32", description="of weights and sums"
+    )
     external_mib: float = Field(
         128, ge=0, le=1536, description="weights larger than this go to a file of their own, MiB"
-    )
-    quantized: tuple[str, ...] = Field(
-        ("unet", "vae_decoder", "vae_encoder"), description="components that int8 applies to"
-    )
-    rest: Literal["fp32", "fp16"] = Field(
-        "fp16", description="int8: precision of the components that are not quantized"
-    )
-    operators: tuple[str, ...] = Field(
-        ("Conv", "MatMul", "Gemm"), description="int8: kinds of operators to quantize"
-    )
-    keep: tuple[str, ...] = Field(
-        (), description="int8: operators to leave alone, by name; * stands for anything"
     )
     activations: Literal["uint8", "int8"] = Field(
         "uint8", description="int8: type of activations; int8 is symmetric, as TensorRT wants it"
     )
-    attention: bool = Field(
-        False, description="int8: also quantize products of two activations, as in attention"
-    )
-    shortcuts: bool = Field(
-        False, description="int8: also quantize convolutions of skip connections as they come"
-    )
-    edges: bool = Field(
-        False, description="int8: also quantize what stands next to latents, images, conditioning"
-    )
-    ranges: Literal["minmax", "percentile", "entropy"] = Field(
-        "minmax", description="int8: how recorded values become ranges"
-    )
+    ranges: Ranges = "minmax"
 
     fused: int = Field(
         0, ge=0, le=16, description="pictures of a call of one graph of all steps; 0: no such graph"
     )
 
-    def precision_of(self, component: str) -> str:
-        skipped = self.precision == "int8" and component not in self.quantized
-        return self.rest if skipped else self.precision
+    def families(self) -> tuple[str, ...]:
+        return ("sd",) if self.fused else ()  # the fused graph has one text encoder
+
+    @property
+    def honours(self) -> tuple[str, ...]:
+        return ("int8", "int8-dynamic", "int4-weights")
 
     def lower(self, captured: Captured, out: Path) -> list[Path]:
         from . import onnx_graph
-        from .quantize import quantize_static
 
         path = out / captured.component / "model.onnx"
         external_bytes = int(self.external_mib * MIB)
         precision = self.precision_of(captured.component)
         model = onnx_graph.translate(captured)
-        if precision == "fp16":
+        if self.halves(captured.component):
             onnx_graph.to_half(model)
-        if precision != "int8":
+        if precision in FLOATS:
             return onnx_graph.save(model, path, external_bytes)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".int8-") as scratch:
+        with tempfile.TemporaryDirectory(dir=out, prefix=f".{precision}-") as scratch:
             whole = onnx_graph.save(model, Path(scratch) / "float.onnx", external_bytes)[0]
-            symmetric = self.activations == "int8"
-            found = quantize_static(whole, captured, self, symmetric=symmetric)
+            found = self._quantized(whole, captured, out)
             return onnx_graph.save(onnx_graph.load(found), path, external_bytes)
+
+    def _quantized(self, whole: Path, captured: Captured, out: Path) -> Path:
+        from .quantize import TAKES, decide, quantize
+
+        words = decide(whole, captured, self, TAKES, out)
+        return quantize(whole, captured, words, self.ranges, symmetric=self.activations == "int8")
 
     def fuse(self, bundle: Bundle) -> Component | None:
         from .fuse import fuse
@@ -128,7 +118,7 @@ class OnnxTarget(Target):
         """Configs, scheduler and index where optimum looks for them."""
         index = write_configs(student, out)
         del index["vae"]
-        for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
+        for name in student.family.components(encoder=True):
             if (out / name).is_dir():
                 index[name] = ["diffusers", "OnnxRuntimeModel"]
         write_json(out / INDEX, index)

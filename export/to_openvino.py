@@ -10,11 +10,12 @@ from pydantic import Field
 
 from edgeflash.bundle import TensorSpec
 from edgeflash.errors import EdgeflashError
-from edgeflash.roles import Target
+from edgeflash.families import tokenizer_of
 from edgeflash.shelf import absent
 from edgeflash.student import INDEX, Student
 
 from .ecosystem import write_configs, write_json
+from .plan import FLOATS, Quantizing
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -24,8 +25,11 @@ TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")  # in the or
 NO_TOKENIZER = "OpenVINO GenAI will not open this bundle, edgeflash and optimum-intel will"
 
 
-class OpenVinoTarget(Target):
+class OpenVinoTarget(Quantizing):
     """One IR a component (`openvino_model.xml`, `.bin`): fp32, fp16, or int8 by NNCF.
+
+    int8-weights leaves activations as they are: smaller, closer to fp32, but hardly faster. NNCF
+    does so with embeddings too, of which plans do not speak.
 
     fp16 and int8 are those of the file: tensors in and out stay as they are in fp32, and in what
     floating-point type sums run is up to the runtime. Stock pipelines want the timestep as an
@@ -47,26 +51,13 @@ class OpenVinoTarget(Target):
     )
     runtime: ClassVar[str] = "openvino"
 
-    precision: Literal["fp32", "fp16", "int8"] = Field("fp32", description="of weights and sums")
-    quantized: tuple[str, ...] = Field(
-        ("unet", "vae_decoder", "vae_encoder"), description="components that int8 applies to"
-    )
-    rest: Literal["fp32", "fp16"] = Field(
-        "fp16", description="int8: precision of the components that are not quantized"
-    )
-    weights_only: bool = Field(
-        False, description="int8: of weights alone; smaller, closer to fp32, but hardly faster"
-    )
-    keep: tuple[str, ...] = Field(
-        (), description="int8: operators to leave alone, by name; * stands for anything"
-    )
-    edges: bool = Field(
-        False, description="int8: also quantize what stands next to latents, images, conditioning"
+    precision: Literal["fp32", "fp16", "int8", "int8-weights"] = Field(
+        "fp32", description="of weights and sums"
     )
 
-    def precision_of(self, component: str) -> str:
-        skipped = self.precision == "int8" and component not in self.quantized
-        return self.rest if skipped else self.precision
+    @property
+    def honours(self) -> tuple[str, ...]:
+        return ("int8", "int8-weights")
 
     def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
         if spec.role != "timestep" or not whole:
@@ -77,7 +68,7 @@ class OpenVinoTarget(Target):
         import openvino
 
         from . import onnx_graph
-        from .quantize_openvino import to_half, to_int8
+        from .quantize_openvino import decide, to_half, to_int8
 
         path = out / captured.component / "openvino_model.xml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,10 +77,11 @@ class OpenVinoTarget(Target):
         with tempfile.TemporaryDirectory(dir=out, prefix=".onnx-") as scratch:
             whole = onnx_graph.save(graph, Path(scratch) / "model.onnx", ONNX_BYTES)[0]
             model = _converted(whole, captured.component)
-            if precision == "fp16":
+            if precision not in FLOATS:
+                words = decide(model, captured, self, onnx_graph.layers(graph), out)
+                model = to_int8(model, captured, words)
+            if self.halves(captured.component):
                 to_half(model)
-            elif precision == "int8":
-                model = to_int8(model, captured, self)
             openvino.save_model(model, path, compress_to_fp16=False)
         return [path, path.with_suffix(".bin")]
 
@@ -98,7 +90,9 @@ class OpenVinoTarget(Target):
         index = write_configs(student, out)
         index["vae"] = ["diffusers", "AutoencoderKL"]  # which `write_configs` makes of a tiny one
         write_json(out / INDEX, index)
-        return _write_tokenizer_models(out / "tokenizer")
+        tokenizers = map(tokenizer_of, student.family.text_encoders)
+        told = [_write_tokenizer_models(out / name) for name in tokenizers]
+        return next(filter(None, told), "")
 
 
 def _converted(path: Path, component: str) -> Any:

@@ -12,8 +12,10 @@ from edgeflash.bundle import Component, Engine
 from edgeflash.engine import AHEAD, ENGINE, build, capability, load_vendor
 from edgeflash.errors import EdgeflashError
 from edgeflash.gpu import find_gpu
-from edgeflash.roles import Runtime, Target
+from edgeflash.roles import Runtime
 from edgeflash.verify import FLOORS
+
+from .plan import Quantizing, Ranges
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -33,13 +35,16 @@ def _listed(value: Any) -> Any:
     return tuple(map(str, value if isinstance(value, list | tuple) else [value]))
 
 
-class TensorRtTarget(Target):
+class TensorRtTarget(Quantizing):
     """Strongly typed networks in fp32, fp16, bf16, int8 or fp8, by symmetric QDQ.
 
     With ``vendor=tensorrt_rtx`` the bundle holds engines, built here for the compute capabilities
     named and this version of the package alone; no GPU is needed for that. With ``tensorrt``, or no
     compute capability, engines are built where the bundle runs: by ``edgeflash build``, or at first
     load. The ONNX files that they are built from ship in both cases.
+
+    int8 and fp8 apply to UNet, decoder and encoder, or to what ``quantized`` and ``plan`` say; with
+    ``tensorrt_rtx`` to no Gemm, and fp8 to products in the UNet alone, no convolution.
 
     Where no GPU is here to run the engines, the ladder runs on those ONNX files instead: the
     manifest says so, and ``edgeflash verify`` on the device proves the engines.
@@ -55,6 +60,9 @@ class TensorRtTarget(Target):
     )
     runtime: ClassVar[str] = "tensorrt"
 
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = Field(
+        "fp32", description="of weights and sums"
+    )
     vendor: Literal["tensorrt_rtx", "tensorrt"] = Field(
         "tensorrt_rtx", description="package that builds and runs the engines"
     )
@@ -67,34 +75,10 @@ class TensorRtTarget(Target):
     most_rows: int = Field(
         0, ge=0, le=32, description="leave the pictures of a call free up to this; 0: fixed"
     )
-    quantized: tuple[str, ...] | None = Field(
-        None,
-        description="components that int8, fp8 apply to; default: unet, decoder and encoder, in "
-        "fp8 by tensorrt_rtx the unet",
-    )
-    rest: Literal["fp32", "fp16", "bf16"] = Field(
+    rest: Literal["fp32", "fp16", "bf16"] = Field(  # type: ignore[assignment]
         "fp16", description="int8, fp8: precision of all that is not quantized"
     )
-    operators: tuple[str, ...] = Field(
-        ("Conv", "MatMul", "Gemm"),
-        description="int8, fp8: kinds of operators to quantize; by tensorrt_rtx no Gemm, and in "
-        "fp8 no Conv",
-    )
-    keep: tuple[str, ...] = Field(
-        (), description="int8, fp8: operators to leave alone, by name; * stands for anything"
-    )
-    attention: bool = Field(
-        False, description="int8, fp8: also quantize products of two activations, as in attention"
-    )
-    shortcuts: bool = Field(
-        False, description="int8, fp8: also quantize convolutions of skip connections as they come"
-    )
-    edges: bool = Field(
-        False, description="int8, fp8: also quantize what is next to latents, images, conditioning"
-    )
-    ranges: Literal["minmax", "percentile", "entropy"] = Field(
-        "minmax", description="int8, fp8: how recorded values become ranges"
-    )
+    ranges: Ranges = "minmax"
     tf32: bool = Field(False, description="fp32: products of numbers rounded to 10 bits; faster")
     refit: bool = Field(
         False, description="engines whose weights can be replaced, by a LoRA's say; needs the GPU"
@@ -165,11 +149,12 @@ class TensorRtTarget(Target):
                     f"starts at {LEAST[precision]}: choose other GPUs, or another precision"
                 )
 
-    def precision_of(self, component: str) -> str:
-        usual = ("unet",) if self._only_products else ("unet", "vae_decoder", "vae_encoder")
-        chosen = usual if self.quantized is None else self.quantized
-        skipped = self.precision in QUANTIZED and component not in chosen
-        return self.rest if skipped else self.precision
+    @property
+    def honours(self) -> tuple[str, ...]:
+        return (self.precision,)
+
+    def usual(self) -> tuple[str, ...]:
+        return ("unet",) if self._only_products else super().usual()
 
     def engine_of(self, component: str) -> Engine:
         most = self.most_rows or self.rows
@@ -201,11 +186,11 @@ class TensorRtTarget(Target):
     def _write_onnx(self, captured: Captured, path: Path) -> list[Path]:
         """The typed network that engines are built from."""
         from . import onnx_graph
-        from .quantize import quantize_static
+        from .quantize import PRODUCTS, decide, named, quantize_static
         from .quantize_symmetric import keep_positive, only_in_front, to_fp8
 
         kinds = {"fp16": onnx_graph.HALF, "bf16": onnx_graph.BF16}
-        precision = self.precision_of(captured.component)
+        precision, bundle = self.precision_of(captured.component), path.parents[1]
         model = onnx_graph.translate(captured)
         if precision not in QUANTIZED:
             if precision in kinds:
@@ -214,20 +199,18 @@ class TensorRtTarget(Target):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{precision}-") as scratch:
             whole = onnx_graph.save(model, Path(scratch) / "float.onnx", ONNX_BYTES)[0]
-            left = [kind for kind in self.operators if kind not in self._unfit]
-            chosen = self.model_copy(update={"operators": tuple(left)})
+            left = [kind for kind in PRODUCTS if kind not in self._unfit]
+            words = decide(whole, captured, self, dict.fromkeys(left, (precision,)), bundle)
             found = quantize_static(
                 whole,
                 captured,
-                chosen,
+                named(words, precision),
+                self.ranges,
                 symmetric=True,
                 QuantizeBias=False,  # TensorRT takes no int32
                 OpTypesToExcludeOutputQuantization=left,
             )
             model = onnx_graph.load(found)
-            if not any(node.op_type == "QuantizeLinear" for node in model.graph):
-                name = captured.component
-                raise EdgeflashError(f"quantized: {name} has nothing that {precision} applies to")
             only_in_front(model, left)
             if precision == "fp8":
                 to_fp8(model, onnx_graph.load(whole))

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from edgeflash import shelf
-from edgeflash.bundle import MANIFEST, Bundle
+from edgeflash.bundle import Bundle
+from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Conditions, Percentiles, Report, Sustained, System

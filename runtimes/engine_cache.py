@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from edgeflash.bundle import Component, Engine, write_atomic
+from edgeflash.bundle import Component, Engine
+from edgeflash.disk import write_atomic
 from edgeflash.engine import ENGINE, shape_of
 from edgeflash.gpu import Gpu
 

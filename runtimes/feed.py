@@ -20,8 +20,8 @@ class Part:
     """A component of ``bundle`` on ``runtime``; opened when first needed.
 
     A call takes arrays by *role*, whatever the tensors are called, and gives the array of the role
-    in ``ANSWER``. An array for a role that the component lacks (the timestep of a folded one-step
-    network) is left out.
+    in ``ANSWER``; `answers` gives those of all roles. An array for a role that the component lacks
+    (the timestep of a folded one-step network) is left out.
     """
 
     def __init__(self, bundle: Bundle, runtime: Runtime, name: str) -> None:
@@ -45,6 +45,10 @@ class Part:
             self._session = None
 
     def __call__(self, **by_role: Array) -> Array:
+        """The answer to ``n`` rows; see `answers`."""
+        return self.answers(**by_role)[self.answer.role]
+
+    def answers(self, **by_role: Array) -> dict[str, Array]:
         """Runs ``n`` rows; arrays are [n, ...], or of rank 0 where one value serves all rows.
 
         A component captured for a fixed batch is called as often as it takes, the last call filled
@@ -54,14 +58,18 @@ class Part:
         n = max(len(array) for array in by_role.values() if array.ndim)
         size = self.batch or min(n, MOST_ROWS)
         if size == n:
-            return session(self._cast(by_role, n))[self.answer.name]
+            return self._by_role(session(self._cast(by_role, n)))
         parts = []
         for start in range(0, n, size):
             rows = np.arange(start, start + size if self.batch else min(start + size, n))
             rows = np.minimum(rows, n - 1)
             chunk = {role: a[rows] if a.ndim else a for role, a in by_role.items()}
-            parts.append(session(self._cast(chunk, len(rows)))[self.answer.name])
-        return np.concatenate(parts)[:n]
+            parts.append(self._by_role(session(self._cast(chunk, len(rows)))))
+        return {role: np.concatenate([part[role] for part in parts])[:n] for role in parts[0]}
+
+    def _by_role(self, found: dict[str, Array]) -> dict[str, Array]:
+        specs = [spec for spec in self.component.outputs if spec.role != "unused"]
+        return {spec.role: found[spec.name] for spec in specs}
 
     def _cast(self, by_role: dict[str, Array], n: int) -> dict[str, Array]:
         return {

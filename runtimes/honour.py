@@ -13,11 +13,12 @@ from edgeflash.roles import Runtime
 
 FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     "text_encoder": {"tokens"},
-    "unet": {"sample", "timestep", "conditioning", "guidance"},
+    "text_encoder_2": {"tokens"},
+    "unet": {"sample", "timestep", "conditioning", "pooled", "time_ids", "guidance"},
     "vae_decoder": {"latent"},
     "vae_encoder": {"image"},
 }
-OPTIONAL = {"timestep", "guidance"}
+OPTIONAL = {"timestep", "pooled", "time_ids", "guidance"}
 DTYPES = {"float16", "float32", "float64", "int32", "int64"}
 LAYOUTS = {"", "NCHW", "NSC", "NC1S", "NS", "NC", "N"}
 
@@ -41,6 +42,7 @@ def reasons(bundle: Bundle, runtime: Runtime) -> Iterator[str]:
             yield f"components: {component.name!r} is not known here: pip install -U edgeflash"
         else:
             yield from _about_component(component, runtime)
+    yield from _about_prompts(bundle, have["unet"])
     yield from _about_timesteps(bundle, have["unet"])
     yield from _about_guidance(bundle, have["unet"])
 
@@ -65,6 +67,22 @@ def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
             yield f"{where}.{spec.name}.dtype: {spec.dtype!r} is none of {known}; export it again"
         if spec.layout not in LAYOUTS:
             yield f"{where}.{spec.name}.layout: {spec.layout!r} is not NCHW; export it as NCHW"
+
+
+def _about_prompts(bundle: Bundle, unet: Component) -> Iterator[str]:
+    """Whether the text encoders tell the denoiser as much as it takes."""
+    told = [spec for component in bundle.text_encoders for spec in component.outputs]
+    for role in ("conditioning", "pooled"):
+        spec = unet.input(role)
+        given = [each.shape[-1] for each in told if each.role == role]
+        if spec is None or any(isinstance(width, str) for width in given):
+            continue
+        takes = spec.shape[1 if spec.layout == "NC1S" else -1]
+        if takes != (gives := sum(map(int, given))):
+            yield (
+                f"components.unet.{spec.name}: takes {takes} numbers of role {role!r}, but the "
+                f"text encoders give {gives}; export it again"
+            )
 
 
 def _about_timesteps(bundle: Bundle, unet: Component) -> Iterator[str]:

@@ -94,7 +94,7 @@ class OnnxSession(Session):
         self._name = component.name
         self._session = session
         self._binding = session.io_binding()
-        self._outputs = [spec.name for spec in component.outputs]
+        self._outputs = [spec.name for spec in component.outputs if spec.role != "unused"]
         self._held: dict[str, tuple[Array, Any]] = {}  # name -> array, its copy on the device
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

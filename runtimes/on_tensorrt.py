@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from edgeflash.bundle import Bundle, Component, write_atomic
+from edgeflash.bundle import Bundle, Component
+from edgeflash.disk import write_atomic
 from edgeflash.engine import AHEAD, bytes_of, check_tensors, has_rows, logger, shape_of, started
 from edgeflash.errors import EdgeflashError
 from edgeflash.gpu import use

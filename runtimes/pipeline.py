@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from edgeflash import noise
 from edgeflash.bundle import Bundle
+from edgeflash.conditioning import Conditioning
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.edit import Edit, renoises
 from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.honour import refuse
+from edgeflash.runtimes.prompts import Prompts
 from edgeflash.schedule import Entry, Guidance, Schedule, advance
-from edgeflash.tokenizer import Tokens, read_tokenizer
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -85,7 +86,7 @@ class Event:
     """A stage has ended.
 
     Attributes:
-        stage: the component that ran: text_encoder, vae_encoder, unet or vae_decoder.
+        stage: the component that ran.
         step: network calls done so far, of ``steps``.
         steps: network calls this request takes.
         elapsed_ms: time of this stage alone, loading not counted.
@@ -130,12 +131,13 @@ class TextToImage:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.low_memory = low_memory
-        self.tokenizer = read_tokenizer(bundle.folder, self.manifest.tokenizer)
+        self.prompts = Prompts(bundle)
+        self.tokenizer = self.prompts.tokenizers["text_encoder"]
         self.parts = {c.name: Part(bundle, runtime, c.name) for c in self.manifest.components}
 
     def load(self) -> None:
         """Loads every component that a text-to-image request needs."""
-        for name in ("text_encoder", "unet", "vae_decoder"):
+        for name in (*self.prompts.tokenizers, "unet", "vae_decoder"):
             self.parts[name].open()
 
     def close(self) -> None:
@@ -174,10 +176,14 @@ class TextToImage:
         seeds = range(request.seed, request.seed + plan.shape[0])
         fresh = _draw(plan.shape, seeds, 0)
 
-        with self._stage("text_encoder") as (part, clock):
-            tokens, conditioning = self._condition(part, request, plan)
-            told = clock.ms()
-        yield Event("text_encoder", 0, steps, told)
+        answers = []
+        negative = request.negative if plan.doubled else None
+        for name in self.prompts.tokenizers:
+            with self._stage(name) as (part, clock):
+                answers.append(self.prompts.read(part, request.prompts, negative))
+                told = clock.ms()
+            yield Event(name, 0, steps, told)
+        conditioning = self.prompts.joined(answers, self._size(plan.shape))
 
         latent = None
         if request.image is not None:
@@ -203,6 +209,7 @@ class TextToImage:
         with self._stage("vae_decoder") as (part, clock):
             images = self._decode(part, x, request.edit)
             told = clock.ms()
+        tokens = [self.tokenizer(prompt) for prompt in request.prompts]
         ids = np.array([token.ids for token in tokens], np.int64)
         result = Result(images, x, ids, tuple(token.cut for token in tokens))
         yield Event("vae_decoder", steps, steps, told, x, result)
@@ -235,10 +242,14 @@ class TextToImage:
                 "edit",
                 f"its sampler, {schedule.sampler}, does not noise a picture anew as lcm does",
             )
-        unit = self.manifest.latent.downsampling
-        made = (shape[2] * unit, shape[3] * unit)
+        made = self._size(shape)
         if edit.size != made:
             raise self._cannot(f"edit {edit.size[0]}x{edit.size[1]} px", f"it makes {made}")
+
+    def _size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(height, width) in px of pictures whose latents have that shape."""
+        unit = self.manifest.latent.downsampling
+        return shape[2] * unit, shape[3] * unit
 
     def _schedule(self, request: Request) -> Schedule:
         tables = self.manifest.schedules
@@ -292,18 +303,6 @@ class TextToImage:
             if self.low_memory:
                 part.close()
 
-    def _condition(self, part: Part, request: Request, plan: _Plan) -> tuple[list[Tokens], Any]:
-        """Tokens of the prompts; conditioning [n, s, d], or [2n, s, d] for cfg, negatives first."""
-        tokens = [self.tokenizer(prompt) for prompt in request.prompts]
-        wanted = [token.ids for token in tokens]
-        if plan.doubled:
-            wanted = [self.tokenizer(request.negative).ids] * len(tokens) + wanted
-        distinct = list(dict.fromkeys(wanted))
-        encoded = part(tokens=np.array(distinct))
-        conditioning = encoded[[distinct.index(ids) for ids in wanted]]
-        conditioning.flags.writeable = False  # a session may keep its copy on the device
-        return tokens, conditioning
-
     def _edited(
         self, edit: Edit, x: Float32, schedule: Schedule, i: int, fresh: Float32
     ) -> Float32:
@@ -327,9 +326,11 @@ class TextToImage:
         encoded: Float32 = _finite(latent, "vae_encoder")
         return encoded
 
-    def _predict(self, part: Part, x: Float32, t: float, conditioning: Any, plan: _Plan) -> Float32:
+    def _predict(
+        self, part: Part, x: Float32, t: float, conditioning: Conditioning, plan: _Plan
+    ) -> Float32:
         """The network output for x [n, c, h, w], guided."""
-        roles = {"sample": x, "timestep": np.array(t), "conditioning": conditioning}
+        roles = {"sample": x, "timestep": np.array(t), **conditioning}
         if plan.doubled:
             both = part(**roles | {"sample": np.concatenate([x, x])}).astype(np.float32, copy=False)
             return plan.guidance.guide(*np.split(both, 2)).astype(np.float32, copy=False)

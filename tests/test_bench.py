@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from tiny_bundle import tiny
 
-from edgeflash.bundle import MANIFEST, Bundle
+from edgeflash.bundle import Bundle
+from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.report import Conditions, read_report
 from edgeflash.runtimes import bench

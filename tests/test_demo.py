@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 
 from edgeflash import demo
-from edgeflash.bundle import MANIFEST
 from edgeflash.demo import run_demo
+from edgeflash.disk import MANIFEST
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
 from edgeflash.student import Student

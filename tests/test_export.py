@@ -16,7 +16,8 @@ import pytest
 from exported import QUIET, Exported, figure
 
 from edgeflash import shelf
-from edgeflash.bundle import MANIFEST, Bundle, Component, TensorSpec
+from edgeflash.bundle import Bundle, Component, TensorSpec
+from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.capture import Captured
 from edgeflash.export.line import export_student
@@ -233,7 +234,7 @@ def test_the_reference_loop_is_the_pipeline_s(tmp_path: Path) -> None:
             drawn = pipeline.generate(Request(prompt, seed=seed)).latent
             ids = [np.array([pipeline.tokenizer(text).ids]) for text in (prompt, "")]
         parts = {c.name: Part(runtime.open(folder, c), c) for c in bundle.manifest.components}
-        both = [parts["text_encoder"](tokens=tokens) for tokens in ids]
+        both = [{"conditioning": parts["text_encoder"](tokens=tokens)} for tokens in ids]
         schedule = bundle.manifest.schedules[bundle.manifest.default_steps]
         found = Sampler(schedule, guidance, drawn.shape).loop(parts["unet"], *both, seed)
         np.testing.assert_allclose(found, drawn, rtol=1e-5, atol=1e-6)
@@ -262,16 +263,17 @@ def test_what_half_precision_cannot_hold() -> None:
     np.testing.assert_array_equal(found[:3], [-65504, 65504, -np.inf])
 
 
-def test_what_int8_leaves_alone(guided: Exported) -> None:
-    from edgeflash.export.quantize import left_alone
+def test_what_int8_leaves_alone(guided: Exported, tmp_path: Path) -> None:
+    from edgeflash.export.quantize import TAKES, decide
 
     path = guided.bundle.folder / "unet/model.onnx"
     kinds = {node.name: node.op_type for node in onnx.load(path).graph.node}
     unet = guided.captured["unet"]
 
     def left(**options: Any) -> list[str]:
-        names = left_alone(path, unet, shelf.make(Target, "onnx", options))
-        return sorted(kinds[name] for name in names if kinds[name] in ("Conv", "MatMul", "Gemm"))
+        target = shelf.make(Target, "onnx", {"precision": "int8"} | options)
+        words = decide(path, unet, target, TAKES, tmp_path)  # type: ignore[arg-type]
+        return sorted(kinds[name] for name, word in words.items() if word == "none")
 
     gemms = sum(kind == "Gemm" for kind in kinds.values())
     shortcuts = 4  # one of each up block's resnets

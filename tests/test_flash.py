@@ -22,6 +22,7 @@ from gaussian import (
 from gaussian import batch as plain_batch
 from torch import Tensor
 
+from edgeflash.distill import by_flash
 from edgeflash.distill.by_flash import Flash, Lesson
 from edgeflash.distill.few_steps import few_step_scheduler
 from edgeflash.distill.process import Process
@@ -127,7 +128,7 @@ def test_a_student_for_a_fake_score_is_biased_as_computed(
     """f* for the fake score: (s / sqrt V) (1 - alpha s / sqrt V) of x_t - alpha m is left."""
     it = process()
     taught = lesson(tmp_path, Flash(**UNGUIDED), student=exact(it))
-    monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.full(size, t))
+    monkeypatch.setattr(by_flash, "randint", lambda low, high, count, _: torch.full((count,), t))
     x = (M + S * normal(6)).requires_grad_()
     (gradient,) = torch.autograd.grad(taught.matching(x, torch.zeros(6, 1, 1), seeded()), x)
     times, generator = torch.full((6,), t), seeded()

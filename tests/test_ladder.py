@@ -15,7 +15,8 @@ from exported import Exported, figure
 from onnx import numpy_helper
 from test_cli import say  # noqa: F401 - a fixture
 
-from edgeflash.bundle import MANIFEST, Bundle, Manifest, describe_file
+from edgeflash.bundle import Bundle, Manifest, describe_file
+from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.verify import refuse_below, verify
 

@@ -17,8 +17,9 @@ from small_onnx import network
 from tiny_bundle import tiny
 
 from edgeflash import cli
-from edgeflash.bundle import MANIFEST, Bundle, Component, Engine, File, TensorSpec, describe_file
+from edgeflash.bundle import Bundle, Component, Engine, File, TensorSpec, describe_file
 from edgeflash.devices import DEVICES, Device
+from edgeflash.disk import MANIFEST
 from edgeflash.runtimes import lint
 from edgeflash.runtimes.graph import Graph, Peak
 from edgeflash.runtimes.lint import Finding, Judgement, Seen, judge, look

@@ -12,10 +12,11 @@ from test_cli import say  # noqa: F401 - a fixture
 from test_distill import small_recipe
 from tiny_student import write_student
 
-from edgeflash.bundle import sha256_of
+from edgeflash.disk import sha256_of
 from edgeflash.distill import loop
+from edgeflash.distill.folders import copy_folder
 from edgeflash.distill.lora import TARGETS
-from edgeflash.distill.run import copy_folder, distill
+from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import line, pack
 from edgeflash.lora import FILE, Lora, fuse
@@ -184,7 +185,7 @@ def test_a_lora_for_another_base_is_refused(tmp_path: Path) -> None:
     network = load_network(Student.open(tmp_path / "base"), "unet")
     for name, key in (("xl", "text_encoder_2.x.lora_A.weight"), ("none", "")):
         save_file({key: torch.zeros(1)} if key else {}, tmp_path / name)
-        with pytest.raises(EdgeflashError, match=rf"{name}: holds {key or 'nothing'}, where"):
+        with pytest.raises(EdgeflashError, match=rf"{name}: holds {key or 'nothing'}; LoRAs of"):
             fuse(network, "unet", Lora(tmp_path / name))
     (tmp_path / "torn").write_bytes(b"torn")
     with pytest.raises(EdgeflashError, match="torn: diffusers reads no LoRA from it"):

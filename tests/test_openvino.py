@@ -75,7 +75,7 @@ def read(path: Path) -> Any:
         {"precision": "fp32"},
         {"precision": "fp16"},
         {"precision": "int8"},
-        {"precision": "int8", "weights_only": True, "rest": "fp32"},
+        {"precision": "int8-weights"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -123,31 +123,38 @@ def test_int8_is_in_the_file(drawn: Exported, tmp_path: Path) -> None:
     target = shelf.make(Target, "openvino", {"precision": "int8"})
     full = target.lower(unet, tmp_path)[0].read_text()
     assert 'type="FakeQuantize"' in full and 'element_type="i8"' in full
-    alone = target.model_copy(update={"weights_only": True})
+    alone = target.model_copy(update={"precision": "int8-weights"})
     weights = alone.lower(unet, tmp_path / "weights")[0].read_text()
     assert 'type="FakeQuantize"' not in weights and re.search(r'element_type="[iu]8"', weights)
 
 
-def test_what_int8_leaves_alone(drawn: Exported, guided: Exported) -> None:
+def test_what_int8_leaves_alone(drawn: Exported, guided: Exported, tmp_path: Path) -> None:
     from edgeflash.export import quantize_openvino as q
+    from edgeflash.export.onnx_graph import layers, load
 
-    graph = onnx.load(guided.bundle.folder / "unet/model.onnx", load_external_data=False).graph
+    path = guided.bundle.folder / "unet/model.onnx"
+    graph = onnx.load(path, load_external_data=False).graph
     gemms = sum(node.op_type == "Gemm" for node in graph.node)
     model, unet = read(drawn.bundle.folder / "unet/openvino_model.xml"), drawn.captured["unet"]
-    steps = q.steps_of(model)
-    kinds = {step.name: step.kind for step in steps}
+    kinds = {step.name: step.kind for step in q.steps_of(model)}
+
+    def decided(**options: Any) -> dict[str, str]:
+        target = shelf.make(Target, "openvino", {"precision": "int8"} | options)
+        return q.decide(model, unet, target, layers(load(path)), tmp_path)  # type: ignore[arg-type]
 
     def left(**options: Any) -> list[str]:
-        target = shelf.make(Target, "openvino", options)
-        return sorted(kinds[n] for n in q.left_alone(steps, q._ends(model, unet), "unet", target))
+        return sorted(kinds[n] for n, word in decided(**options).items() if word == "none")
 
     attention = ["ScaledDotProductAttention"] * 2 * 4  # self and cross, in four transformers
     context = 2 * 4  # keys and values of the prompt
-    assert left() == ["Convolution"] * 2 + ["MatMul"] * (gemms + context) + attention
-    assert left(edges=True) == ["MatMul"] * gemms + attention
-    wanted = q.left_alone(steps, q._ends(model, unet), "unet", shelf.make(Target, "openvino", {}))
-    inner = next(n for n, kind in kinds.items() if kind == "Convolution" and n not in wanted)
-    kept = left(edges=True, keep=[inner])
+    shortcuts = 4  # one of each up block's resnets
+    outer = ["Convolution"] * (2 + shortcuts)
+    assert left() == outer + ["MatMul"] * (gemms + context) + attention
+    everything = {"edges": True, "shortcuts": True}
+    assert left(**everything) == ["MatMul"] * gemms + attention
+    assert left(**everything, attention=True) == ["MatMul"] * gemms
+    inner = next(n for n, word in decided().items() if kinds[n] == "Convolution" and word != "none")
+    kept = left(**everything, keep=[inner])
     assert kept == ["Convolution"] + ["MatMul"] * gemms + attention
     with pytest.raises(EdgeflashError, match="no operator of unet is called 'conv_99"):
         left(keep=["conv_99*"])

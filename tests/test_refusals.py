@@ -13,7 +13,8 @@ from exported import Exported, attempt
 from onnx import numpy_helper
 
 from edgeflash import shelf
-from edgeflash.bundle import MANIFEST, Bundle, check_replaceable, fresh_folder
+from edgeflash.bundle import Bundle
+from edgeflash.disk import MANIFEST, check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.capture import Captured, Tape
 from edgeflash.export.line import export_student
@@ -48,8 +49,8 @@ def test_a_bad_quantization_names_the_operator(one_step_student: Path, tmp_path:
     target = shelf.make(Target, "onnx", {"precision": "int8"})
     real = quantize.quantize_static
 
-    def quantized(path: Path, captured: Captured, options: Any, **more: Any) -> Path:
-        found = real(path, captured, options, **more)
+    def quantized(path: Path, captured: Captured, *rest: Any, **more: Any) -> Path:
+        found = real(path, captured, *rest, **more)
         if captured.component == "unet":
             model = onnx.load(found)
             crush(model.graph)

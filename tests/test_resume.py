@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from forked import forked
 from safetensors.torch import load_file
-from test_distill import run_toy, small_recipe
+from test_distill import run_toy, small_recipe, weights
 
-from edgeflash.distill.run import _same_recipe, copy_folder, distill
+from edgeflash.distill import loop
+from edgeflash.distill.folders import copy_folder
+from edgeflash.distill.run import _same_recipe, distill
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import recipe_of
 
@@ -23,6 +32,43 @@ def test_a_resumed_stage_goes_by_the_options_not_by_the_checkpoint(tmp_path: Pat
     run_toy(tmp_path / "a", learning_rate=1e-9)
     after = load_file(path)
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+def test_kill_9_at_any_moment_and_the_same_command_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It dies in a step, or at each touch of the disk in turn; checkpoints fall at every step."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    folder, reached = tmp_path / "cut", 0
+    for moment in range(11, 0, -1):  # downwards, for two deaths in a row within a checkpoint
+
+        def dies(moment: int = moment) -> None:
+            left = moment
+
+            def deadly(act: Callable[..., Any]) -> Callable[..., Any]:
+                def first_counts(*given: Any, **named: Any) -> Any:
+                    nonlocal left
+                    left -= 1
+                    if not left:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return act(*given, **named)
+
+                return first_counts
+
+            loop._step = deadly(loop._step)
+            shutil.rmtree = deadly(shutil.rmtree)
+            for home, name in ((Accelerator, "save_state"), (Path, "rename"), (Path, "write_text")):
+                setattr(home, name, deadly(getattr(home, name)))
+            run_toy(folder)
+
+        assert forked(dies) == [-signal.SIGKILL]
+        told = (folder / f"checkpoint{tail}/progress.json" for tail in ("", ".old"))
+        steps = [json.loads(path.read_text())["step"] for path in told if path.exists()]
+        assert max(steps, default=0) >= reached
+        reached = max(steps, default=0)
+    assert 1 < reached < 8
+    ours = weights(run_toy(folder))
+    assert all(map(torch.equal, weights(run_toy(tmp_path / "whole")), ours))
 
 
 def test_a_changed_teacher_is_noticed(tmp_path: Path) -> None:

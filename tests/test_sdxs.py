@@ -29,6 +29,7 @@ from test_distill import picture_folder, small_recipe
 from tiny_student import write_student
 from torch import Tensor, nn
 
+from edgeflash.distill import by_sdxs
 from edgeflash.distill.by_sdxs import SDXS, Lesson, encoder_maps, ssim
 from edgeflash.distill.data import open_store
 from edgeflash.distill.encoded import cached_conditioning
@@ -126,7 +127,7 @@ def test_the_gradient_is_what_the_scores_differ_by(
 ) -> None:
     """For samples of N(m + 1, s^2): sigma^2 / V, over the mean of |x - x_0 of the teacher|."""
     it = process()
-    monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.full(size, t))
+    monkeypatch.setattr(by_sdxs, "randint", lambda low, high, count, _: torch.full((count,), t))
     x, c = (M + 1 + S * normal(6)).requires_grad_(), torch.zeros(6, 1, 1)
     taught = lesson(SDXS(**UNGUIDED), online=posterior(it, M + 1))
     (gradient,) = torch.autograd.grad(taught.score_distillation(x, c, 1.0, seeded()), x)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgeflash.bundle import MANIFEST
+from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.families import families, find_family
 from edgeflash.schedule import Guidance

@@ -15,7 +15,8 @@ from onnx import TensorProto, numpy_helper
 from simulated_gpu import Cuda
 
 from edgeflash import engine, inspect, shelf
-from edgeflash.bundle import MANIFEST, Bundle, Component, Engine, File
+from edgeflash.bundle import Bundle, Component, Engine, File
+from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.line import export_student
 from edgeflash.export.quantize_symmetric import keep_positive

@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from pydantic import Field
 
 from edgeflash import noise
-from edgeflash.bundle import MANIFEST, describe_file
+from edgeflash.bundle import describe_file
+from edgeflash.disk import MANIFEST
 from edgeflash.roles import Session
 from edgeflash.runtimes.on_onnx import OnnxRuntime
 

@@ -1,0 +1,111 @@
+"""Files and folders that are written whole or not at all, and what may take whose place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgeflash.errors import EdgeflashError
+
+MANIFEST = "edgeflash.json"
+
+
+def write_atomic(path: Path, content: Any) -> None:
+    """Writes a text or a buffer to a file, whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_disk_full(error: Exception, folder: Path) -> bool:
+    """Whether a full disk is behind an error; safetensors and torch raise their own kinds."""
+    told = getattr(error, "errno", None) == 28 or "No space left" in str(error)
+    return told or shutil.disk_usage(folder).free < 2**16
+
+
+def check_replaceable(out: Path, *sources: Path, kind: str = "") -> None:
+    """Whether a finished folder may take the place of what is there.
+
+    Args:
+        out: the folder to be.
+        sources: what it is made from.
+        kind: "student" or "bundle": folders of the other kind stay; "": of any kind may go.
+
+    Raises:
+        EdgeflashError: it holds something that edgeflash has not made, cannot be renamed, or is one
+            of ``sources``.
+    """
+    if out.resolve() == Path.cwd() or os.path.ismount(out):
+        raise EdgeflashError(f"{out}: cannot be replaced as a whole; name a folder inside it")
+    held = os.listdir(out) if out.is_dir() else ["a file"] * out.exists()
+    begun = (out.parent / f"{out.name}.run").is_dir()  # a training's scratch folder beside it
+    if held and MANIFEST not in held and not begun:
+        raise EdgeflashError(f"{out}: holds something else; choose another --out")
+    for source in sources:
+        if source.resolve().is_relative_to(out.resolve()):
+            raise EdgeflashError(f"{out}: would replace {source}, which it is made from")
+    if kind and (there := _kind_of(out)) not in (kind, ""):
+        raise EdgeflashError(f"{out}: holds a {there}; choose another --out for the {kind}")
+
+
+def _kind_of(folder: Path) -> str:
+    """What a folder's manifest calls it; "" where that cannot be told."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+@contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that takes its place only when the block succeeds.
+
+    Files are flushed to disk before the rename, and an older ``out`` gives way at the end, so that
+    nothing half-written can be mistaken for finished.
+
+    Raises:
+        EdgeflashError: ``out`` holds something that edgeflash has not made, or the disk is full.
+    """
+    check_replaceable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield draft
+        for path in draft.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        draft.chmod(0o755)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
+            out.rename(old / out.name)
+            try:
+                draft.rename(out)
+            except BaseException:
+                (old / out.name).rename(out)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            draft.rename(out)
+    except Exception as error:
+        if is_disk_full(error, draft):
+            raise EdgeflashError(f"{out}: disk full; free some space and run again") from None
+        raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
