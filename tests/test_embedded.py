@@ -64,7 +64,10 @@ def diffusers_picture(folder: Path, steps: int, guidance: float) -> np.ndarray:
     return np.rint(drawn.images[0] * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("shapes-student", 1), ("shapes-teacher", 4)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("shapes-student", 1), pytest.param("shapes-teacher", 4, marks=pytest.mark.slow)],
+)
 def test_diffusers_alone_draws_the_same_picture(tmp_path: Path, name: str, steps: int) -> None:
     from edgeflash.export.line import export_student
 

@@ -140,6 +140,7 @@ def test_every_way_is_run_and_priced(one_step_student: Path, tmp_path: Path) -> 
     assert len(price_tables(made, [device]).renderables) == 3
 
 
+@pytest.mark.slow
 def test_guided_students_cost_two_calls_a_step(guided_student: Path, tmp_path: Path) -> None:
     opened = Student.open(guided_student)
     made = price(opened, [Way("onnx", "fp32")], tmp_path / "out", steps=(2,), runs=1)
