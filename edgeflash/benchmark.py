@@ -39,7 +39,7 @@ COUNTS = (1, 2, 4)  # network calls a picture
 TEACHER_STEPS = 25
 PROBE_STEPS = 30  # that tell how fast a method trains
 SHOWN = 8  # prompts in the picture
-NO_FLOORS = {"L3.psnr_db": 40.0, "L4.psnr_db": 40.0}  # a bad student amplifies rounding
+LOW_FLOORS = {"L3.psnr_db": 40.0, "L4.psnr_db": 40.0}  # a bad student amplifies rounding
 RESULTS, SHEET = "RESULTS.md", "RESULTS.png"
 
 
@@ -206,7 +206,7 @@ def _judge(name: str, folder: Path, out: Path, counts: Sequence[int]) -> dict[in
 
     bundle = out / "bundles" / _slug(name)
     target, student = make(Target, "onnx", {}), Student.open(folder)
-    export_student(student, target, bundle, steps=counts, prompts=_prompts()[:1], floors=NO_FLOORS)
+    export_student(student, target, bundle, steps=counts, prompts=_prompts()[:1], floors=LOW_FLOORS)
     found = {}
     for count in counts:
         pictures = _draw(bundle, _prompts(), count)

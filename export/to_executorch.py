@@ -42,6 +42,9 @@ class ExecuTorchTarget(Target):
     def precision_of(self, component: str) -> str:
         return self.precision if component in self.quantized else "fp32"
 
+    def calibrates(self, component: str) -> bool:
+        return self.precision_of(component) == "int8"
+
     def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
         shape = tuple(1 if isinstance(side, str) else side for side in spec.shape)
         return spec.model_copy(update={"shape": shape})

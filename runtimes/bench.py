@@ -15,7 +15,6 @@ What is measured, and how:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle
-from edgeflash.disk import MANIFEST
+from edgeflash.disk import MANIFEST, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Conditions, Percentiles, Report, Sustained, System
@@ -175,7 +174,7 @@ def system_of(
         peak_rss_mib=found.peak_rss_mib,
         stages={stage: Percentiles.of(samples) for stage, samples in found.stages_ms.items()},
         sustained=Sustained.of(found.sustained_ms) if found.sustained_ms else None,
-        manifest_sha256=hashlib.sha256((bundle.folder / MANIFEST).read_bytes()).hexdigest(),
+        manifest_sha256=sha256_of(bundle.folder / MANIFEST),
         conditions=_conditions(job, found),
         images=images,
     )

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from rich.console import Console, RenderableType
@@ -171,3 +172,26 @@ def test_the_example_for_contributors_trains(
     student = distill(recipe_of(plain | {"data": {"samples": 4}}, "x"), tmp_path / "student")
     before, after = (load_file(f / "vae" / WEIGHTS) for f in (teacher, student))
     assert any((before[key] != after[key]).any() for key in before)
+
+
+@pytest.mark.parametrize(
+    ("target", "precisions"),
+    [
+        ("onnx", {"int8"}),
+        ("openvino", {"int8"}),
+        ("tensorrt", {"int8", "fp8"}),
+        ("coreml", {"w8a8"}),
+        ("executorch", {"int8"}),
+        ("torch", set()),
+    ],
+)
+def test_targets_that_take_ranges_ask_for_recorded_calls(target: str, precisions: set[str]) -> None:
+    """Else they would calibrate on the few calls that the ladder needs."""
+    kinds = shelf.find(Target, target, check=False).model_fields["precision"].annotation
+    options = {"ios": 18} if target == "coreml" else {}
+    asking = {
+        kind
+        for kind in get_args(kinds)
+        if shelf.make(Target, target, options | {"precision": kind}, check=False).calibrates("unet")
+    }
+    assert asking == precisions
