@@ -1,7 +1,8 @@
-"""Trains a UNet from nothing by plain denoising: how a new teacher is made."""
+"""Trains a UNet by plain denoising: how a new teacher is made, or mended."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -64,6 +65,9 @@ class Denoising(Method):
     stochastic: bool = Field(
         False, description="sample with fresh noise at every step: DDIM of eta 1, which is DDPM"
     )
+    warm: bool = Field(
+        False, description="go on from the UNet that an earlier stage or the base left"
+    )
 
     @model_validator(mode="after")
     def _one_for_each(self) -> Denoising:
@@ -83,6 +87,8 @@ class Denoising(Method):
         _, channels, size, _ = sample["x_0"].shape
         unet = self.unet(channels, size, nothing.shape[-1]).to(shop.device)
         unet.to(memory_format=torch.channels_last)
+        if self.warm:
+            self.go_on(unet, shop)
 
         witness = None
         if self.attribute_weight:
@@ -115,6 +121,26 @@ class Denoising(Method):
             results={"unet": unet, "scheduler": scheduler},
             averages={"unet": average(unet, self.ema)} if self.ema else {},
         )
+
+    def go_on(self, unet: Any, shop: Workshop) -> None:
+        """Gives a new UNet the weights of the student's so far.
+
+        Raises:
+            EdgeflashError: there is none, or the options describe another network.
+        """
+        if not (shop.student / "unet").is_dir():
+            raise EdgeflashError(
+                "denoising.warm: no earlier stage has made a UNet; name a base that has one, or "
+                "leave warm out"
+            )
+        before = shop.load(shop.student, "unet")
+        here, there = (json.loads(each.to_json_string()) for each in (unet, before))
+        if told := [key for key in here if key[0] != "_" and there.get(key) != here[key]]:
+            raise EdgeflashError(
+                f"denoising.warm: {shop.student / 'unet'} is another network than the options "
+                f"describe (differs: {', '.join(told)})"
+            )
+        unet.load_state_dict(before.state_dict())
 
     def with_mistakes(
         self, shop: Workshop, batch: Callable[[np.ndarray], Batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from edgeflash.distill.data import open_store
 from edgeflash.distill.encoded import cached_conditioning
 from edgeflash.distill.process import Process
 from edgeflash.distill.stage import Workshop
+from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import lower_schedule
 
 CPU = torch.device("cpu")
@@ -90,6 +92,27 @@ def test_mistakes_are_in_what_is_shown_and_not_in_what_is_wanted(shop: Workshop)
     assert empty.any() and not parts[empty].any()
     some = parts[~empty & (size > 0)]
     assert some.min() > 0 and some.max() < 1 and some.std() > 0.1
+
+
+def test_a_warm_stage_goes_on_from_the_unet_that_is_there(shop: Workshop) -> None:
+    sizes = {"widths": (16, 16), "layers_per_block": 1}
+    before = Denoising.model_validate(sizes).begin(shop).results["unet"]
+    torch.nn.init.constant_(before.conv_in.bias, 3)
+    before.save_pretrained(str(shop.student / "unet"))
+    cold, warm = (
+        Denoising.model_validate(sizes | {"warm": on}).begin(shop).results["unet"]
+        for on in (False, True)
+    )
+    weights = before.state_dict()
+    assert all(torch.equal(v, weights[k]) for k, v in warm.state_dict().items())
+    assert not torch.equal(cold.conv_in.bias, before.conv_in.bias)
+    assert warm.training
+
+    with pytest.raises(EdgeflashError, match=r"another network .*differs: block_out_channels\)"):
+        Denoising.model_validate(sizes | {"widths": (32, 32), "warm": True}).begin(shop)
+    shutil.rmtree(shop.student / "unet")
+    with pytest.raises(EdgeflashError, match="no earlier stage has made a UNet"):
+        Denoising.model_validate(sizes | {"warm": True}).begin(shop)
 
 
 def test_mistaken_scenes_stand_where_the_right_ones_do(shop: Workshop) -> None:
