@@ -199,12 +199,14 @@ def _step(
             last = batch is batches[-1]
             with nullcontext() if last else accelerator.no_sync(turn.network):
                 terms = _loss(turn, batch, generator, options, accelerator)
-                _check_finite(terms, name, step)
                 accelerator.backward(torch.stack(list(terms.values())).sum() / len(batches))
+            for term, value in terms.items():  # after the backward pass, which need not wait for it
+                _check_finite(value, f"loss term {term!r}", name, step)
             for term, value in terms.items():
                 key = term if len(turns) == 1 else f"{name}/{term}"
                 told[key] = told.get(key, 0.0) + value.item() / len(batches)
-        accelerator.clip_grad_norm_(turn.network.parameters(), options.clip_norm)
+        norm = accelerator.clip_grad_norm_(turn.network.parameters(), options.clip_norm)
+        _check_finite(norm, "gradient", name, step)  # else a checkpoint would hold what it leads to
         turn.optimizer.step()
         turn.course.scheduler.step()  # accelerate's own takes a step for each process
         for other in turns.values():  # a generator's loss also reaches its critic's weights
@@ -242,13 +244,12 @@ def _loss(
         return turn.player.loss(turn.network, moved, generator)
 
 
-def _check_finite(terms: Terms, player: str, step: int) -> None:
-    for term, value in terms.items():
-        if not torch.isfinite(value):
-            raise EdgeflashError(
-                f"loss term {term!r} of {player!r} is {value.item()} at step {step}; the last "
-                "checkpoint is kept: lower learning_rate, or set precision = 'fp32'"
-            )
+def _check_finite(value: torch.Tensor, what: str, player: str, step: int) -> None:
+    if not torch.isfinite(value):
+        raise EdgeflashError(
+            f"{what} of {player!r} is {value.item()} at step {step}; the last checkpoint is kept: "
+            "lower learning_rate, or set precision = 'fp32'"
+        )
 
 
 class Order:
