@@ -97,7 +97,7 @@ class ADD(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         times = ladder(process, self.student_steps, "add.student_steps")
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
         sees, nfsd = self.feature_network(shop), self.weighting == "nfsd"

@@ -70,7 +70,7 @@ class LCM(Method):
         teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
         student = shop.load(shop.student, "unet").train()
         target = average(student, self.target_ema)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
         scheduler = few_step_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling)

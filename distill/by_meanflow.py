@@ -77,7 +77,7 @@ class MeanFlow(Method):
             )
         distils = self.kind == "distillation"
         source = source_of(shop, "meanflow", self.kind)
-        process = Process.of(source, shop.device)
+        process = shop.process()
         if self.denoising_steps > process.timesteps:
             raise EdgeflashError(
                 f"meanflow.denoising_steps: at most {process.timesteps} of this noise"

@@ -82,7 +82,7 @@ class Progressive(Method):
 
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         if 2 * self.denoising_steps > process.timesteps:
             raise EdgeflashError(
                 f"progressive.denoising_steps: at most {process.timesteps // 2}, half of this "

@@ -57,7 +57,7 @@ class TCD(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         student = shop.load(shop.student, "unet").train()
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"tcd.ddim_steps: at most {process.timesteps} of this teacher's")
         batch, nothing = cached_samples(shop)
