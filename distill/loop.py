@@ -57,9 +57,9 @@ class _Turn:
     def __init__(self, player: Player, options: Method, accelerator: Accelerator) -> None:
         self.rate = player.learning_rate or options.learning_rate
         self.weight_decay = options.weight_decay
-        weights = [p for p in player.network.parameters() if p.requires_grad]
+        self.weights = [p for p in player.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            weights, lr=self.rate, betas=player.betas, weight_decay=self.weight_decay
+            self.weights, lr=self.rate, betas=player.betas, weight_decay=self.weight_decay
         )
         course = get_scheduler(
             "constant_with_warmup" if options.decay == "constant" else options.decay,
@@ -71,6 +71,10 @@ class _Turn:
         self.network, self.optimizer, self.course = accelerator.prepare(
             player.network, optimizer, course
         )
+
+    def learns(self, now: bool) -> None:
+        for weight in self.weights:
+            weight.requires_grad_(now)
 
     def steer(self) -> None:
         """Goes by the options again: a checkpoint brings the rates back that it was saved with."""
@@ -195,6 +199,9 @@ def _step(
     for name, turn in turns.items():
         if step % turn.player.every:
             continue
+        for other in turns.values():  # a loss that goes through them moves none of their weights
+            other.learns(False)
+        turn.learns(True)
         for batch, generator in zip(batches, generators, strict=True):
             last = batch is batches[-1]
             with nullcontext() if last else accelerator.no_sync(turn.network):
@@ -209,8 +216,9 @@ def _step(
         _check_finite(norm, "gradient", name, step)  # else a checkpoint would hold what it leads to
         turn.optimizer.step()
         turn.course.scheduler.step()  # accelerate's own takes a step for each process
-        for other in turns.values():  # a generator's loss also reaches its critic's weights
-            other.optimizer.zero_grad()
+        turn.optimizer.zero_grad()
+    for turn in turns.values():
+        turn.learns(True)
     for component, average in stage.averages.items():
         average.update_parameters(stage.results[component])
     for average, network in stage.targets:
