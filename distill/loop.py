@@ -64,7 +64,7 @@ class _Turn:
         course = get_scheduler(
             "constant_with_warmup" if options.decay == "constant" else options.decay,
             optimizer,
-            num_warmup_steps=options.warmup_steps,
+            num_warmup_steps=math.ceil(options.warmup_steps / player.every),
             num_training_steps=math.ceil(options.steps / player.every),
         )
         self.player = player

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from test_distill import Toy
 from torch import nn
 
-from edgeflash.distill.loop import train
+from edgeflash.distill.loop import _Turn, train
 from edgeflash.distill.stage import Player, Stage
 from edgeflash.errors import EdgeflashError
 
@@ -29,6 +29,19 @@ def test_a_turn_costs_no_gradients_of_other_players_weights(tmp_path: Path) -> N
     train(stage, toy, tmp_path, Accelerator(cpu=True), samples=4, seed=0, label="")
     assert turns == ["critic", "student", "critic", "critic", "student"]
     assert student.weight.requires_grad and critic.weight.requires_grad
+
+
+def test_a_player_of_rare_turns_is_warm_as_soon_as_the_others(tmp_path: Path) -> None:
+    toy, accelerator = Toy(steps=20, warmup_steps=10, learning_rate=0.5), Accelerator(cpu=True)
+    often, rare = (
+        _Turn(Player(nn.Linear(1, 1), lambda n, b, g: {}, every=every), toy, accelerator)
+        for every in (1, 5)
+    )
+    for turn, count in ((often, 10), (rare, 2)):  # turns in ten steps
+        for _ in range(count):
+            turn.optimizer.step()
+            turn.course.scheduler.step()
+        assert turn.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_it_is_taken(tmp_path: Path) -> None:
