@@ -68,12 +68,12 @@ def mistaken_latents(shop: Workshop) -> Rows:
 
 def _cached_latents(shop: Workshop, name: str, pictures: Rows) -> Rows:
     folder = (shop.teacher or shop.student) / "vae"
-    encode_part = _encoder(shop.load(folder.parent, "vae"))
+    encoder = cache(lambda: _encoder(shop.load(folder.parent, "vae")))  # if there is any to encode
 
     @torch.no_grad()
     def encode(indices: np.ndarray) -> Tensor:
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
-        return torch.cat([encode_part(pictures(part).to(shop.device)) for part in parts])
+        return torch.cat([encoder()(pictures(part).to(shop.device)) for part in parts])
 
     return shop.store.cached(f"{name} {_weights_key(folder)}", encode)
 
@@ -91,9 +91,10 @@ def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
     The text encoders are the student's, which are the teacher's unless a stage replaced them. What
     c [n, s, d] consists of is the family's affair, which its networks know of.
     """
-    encode = _text_encoders(shop, [*shop.store.captions, ""])
-    key = f"conditioning {_text_key(shop)}"
-    return shop.store.cached(key, encode), encode(np.array([-1])).float()
+    nothing = conditioning_of(shop, "")
+    encoder = cache(lambda: _text_encoders(shop, shop.store.captions))  # if there is any to encode
+    rows = shop.store.cached(f"conditioning {_text_key(shop)}", lambda i: encoder()(i))
+    return rows, nothing
 
 
 def conditioning_of(shop: Workshop, text: str) -> Tensor:

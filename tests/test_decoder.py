@@ -115,3 +115,22 @@ def test_the_encoder_can_be_narrower_than_the_decoder() -> None:
     tiny = Decoder(width=16, blocks=(3, 2, 1), encoder_width=8).build(latent_channels=4)
     assert tiny.config.encoder_block_out_channels == (8, 8, 8)
     assert tiny.config.decoder_block_out_channels == (16, 16, 16)
+
+
+def test_what_is_cached_needs_no_networks(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    load = Workshop.load
+
+    def noted(shop: Workshop, folder: Path, name: str) -> Any:
+        loaded.append(name)
+        return load(shop, folder, name)
+
+    monkeypatch.setattr(Workshop, "load", noted)
+    first, nothing = encoded.cached_samples(shop)
+    assert loaded.count("vae") == 1
+    loaded.clear()
+    again, nothing_again = encoded.cached_samples(shop)
+    assert loaded == ["text_encoder"]  # for no caption
+    assert torch.equal(nothing, nothing_again)
+    before, after = first(np.arange(8)), again(np.arange(8))
+    assert all(torch.equal(before[key], after[key]) for key in ("x_0", "c"))
