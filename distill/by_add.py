@@ -102,6 +102,7 @@ class ADD(Method):
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
         sees, nfsd = self.feature_network(shop), self.weighting == "nfsd"
         decoder = shop.load(shop.student, "vae").requires_grad_(False)
+        del decoder.encoder
         duel = Duel(
             options=self,
             teacher=shop.load(shop.teacher, "unet").requires_grad_(False),
