@@ -132,7 +132,8 @@ def test_the_main_term_sees_cells_of_eight_by_eight() -> None:
     unused: Any = None
     lesson = by_decoder.Lesson(options, unused, unused, unused, torch.eye(4))
     batch = {"z": torch.zeros(2, 4, 2, 2), "pictures": torch.rand(2, 3, 16, 16)}
-    texture = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 8)
+    halves = torch.tensor([1.0, -1.0]).repeat_interleave(4).repeat(2)  # even over 8, not over 4
+    texture = halves[:, None] * halves
 
     def down8(y: Tensor) -> Tensor:
         def network(z: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
