@@ -97,11 +97,12 @@ class ADD(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         times = ladder(process, self.student_steps, "add.student_steps")
         latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
         sees, nfsd = self.feature_network(shop), self.weighting == "nfsd"
         decoder = shop.load(shop.student, "vae").requires_grad_(False)
+        del decoder.encoder
         duel = Duel(
             options=self,
             teacher=shop.load(shop.teacher, "unet").requires_grad_(False),

@@ -19,7 +19,6 @@ from edgeflash.roles import Method
 from .draws import rand, randint, randn
 from .encoded import cached_samples
 from .features import Taps
-from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
 
@@ -66,7 +65,7 @@ class Blocks(Method):
         student, copied = prune(before, self.rule, self.depths)
         student = shop.listening(student)
         student.to(shop.device, memory_format=torch.channels_last)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         batch, nothing = cached_samples(shop)
         pairs = feature_pairs(teacher, student)
         taught, learnt = Taps([t for t, _ in pairs]), Taps([s for _, s in pairs])

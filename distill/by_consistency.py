@@ -76,7 +76,7 @@ class Consistency(Method):
     def begin(self, shop: Workshop) -> Stage:
         distils = self.kind == "distillation"
         source = source_of(shop, "consistency", self.kind)
-        process = Process.of(source, shop.device)
+        process = shop.process()
         if process.abar[-1] == 0:
             raise EdgeflashError(
                 "consistency: the grid ends nowhere, as this noise does (rescale_betas_zero_snr): "

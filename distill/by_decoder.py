@@ -83,7 +83,9 @@ class Decoder(Method):
 
         def batch(indices: np.ndarray) -> Batch:
             own = {"own": drawn(indices[len(indices) // 2 :])} if drawn else {}
-            return {"z": latents(indices), "pictures": shop.store.pictures(indices)} | own
+            known = {"z": latents(indices), "pictures": shop.store.pictures(indices)} | own
+            with torch.autocast(shop.device.type, torch.bfloat16, self.precision == "bf16"):
+                return known | lesson.wanted(known)
 
         players = {"tiny": Player(_Both(tiny), lesson.loss)}
         if self.adversarial_weight:
@@ -135,7 +137,7 @@ class Lesson:
     white: Tensor
 
     def loss(self, network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
-        options, (z, x) = self.options, self.example(batch)
+        options, (z, x) = self.options, example(batch)
         y, found = (out.float() for out in network(self.seen(z, generator), batch["pictures"]))
         gap = mixed(self.white, found - batch["z"])
         terms = {
@@ -148,20 +150,15 @@ class Lesson:
         return terms
 
     def critic_loss(self, network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
-        z, x = self.example(batch)
+        z, x = example(batch)
         with torch.no_grad():
             y = self.tiny.decode(self.seen(z, generator)).sample.float()
         return {"critic": hinge_critic(network(x).float(), network(y).float())}
 
-    def example(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Latents to decode, and what they should become."""
-        z, x = batch["z"], batch["pictures"]
-        data = len(z) - len(batch.get("own", ()))
-        if data < len(z):
-            z = torch.cat([z[:data], batch["own"]])
-        if self.options.target == "decodings":
-            return z, self.decoded(z)
-        return z, x if data == len(z) else torch.cat([x[:data], self.decoded(z[data:])])
+    def wanted(self, batch: Batch) -> Batch:
+        """``x``, what the last of the latents to decode should become: once for both players."""
+        z = shown(batch) if self.options.target == "decodings" else batch.get("own")
+        return {} if z is None else {"x": self.decoded(z.to(self.white.device))}
 
     def seen(self, z: Tensor, generator: torch.Generator) -> Tensor:
         strength = self.options.latent_noise * rand(len(z), generator)[:, None, None, None]
@@ -172,6 +169,18 @@ class Lesson:
         """Pictures in [-1, 1] by the teacher's autoencoder."""
         x: Tensor = self.teacher.decode(z / self.teacher.config.scaling_factor).sample
         return x.float().clamp(-1, 1)
+
+
+def shown(batch: Batch) -> Tensor:
+    """Latents to decode: those of pictures, and the student's own drawings in the second half."""
+    z, own = batch["z"], batch.get("own", batch["z"][:0])
+    return torch.cat([z[: len(z) - len(own)], own])
+
+
+def example(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Latents to decode, and what they should become: the pictures, where no teacher decoded."""
+    x, pictures = batch.get("x", batch["pictures"][:0]), batch["pictures"]
+    return shown(batch), torch.cat([pictures[: len(pictures) - len(x)], x])
 
 
 def whitening(latents: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class DMD(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         if self.denoising_timestep > process.timesteps:
             raise EdgeflashError(
                 f"dmd.denoising_timestep: at most {process.timesteps} of this teacher's"

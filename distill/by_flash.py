@@ -93,7 +93,7 @@ class Flash(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         if self.teacher_steps > process.timesteps:
             raise EdgeflashError(
                 f"flash.teacher_steps: at most {process.timesteps} of this teacher's timesteps"

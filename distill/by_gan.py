@@ -64,7 +64,7 @@ class Diffusion2GAN(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
         texts = conditioning, nothing = cached_conditioning(shop)
         pictures = sampled_latents(

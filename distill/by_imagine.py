@@ -69,7 +69,7 @@ class Imagine(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         if self.denoising_steps > process.timesteps:
             raise EdgeflashError(
                 f"imagine.denoising_steps: at most {process.timesteps} of this teacher's timesteps"

@@ -85,7 +85,7 @@ class LADD(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         times = ladder(process, len(self.shares), "ladd.shares")
         teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
         texts = conditioning, nothing = cached_conditioning(shop)

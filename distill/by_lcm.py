@@ -38,7 +38,9 @@ class LCM(Method):
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
 
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
-    target_ema: float = Field(0.95, ge=0, lt=1, description="decay of the target network")
+    target_ema: float = Field(
+        0.95, ge=0, lt=1, description="decay of the target network; 0: it is the student"
+    )
     ddim_steps: int = Field(
         50, ge=2, description="grid of the teacher's solver; the skip is T / it"
     )
@@ -69,8 +71,8 @@ class LCM(Method):
         assert shop.teacher
         teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
         student = shop.load(shop.student, "unet").train()
-        target = average(student, self.target_ema)
-        process = Process.of(shop.teacher, shop.device)
+        target = average(student, self.target_ema) if self.target_ema else student
+        process = shop.process()
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
         scheduler = few_step_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling)
@@ -86,7 +88,7 @@ class LCM(Method):
             batch=batch,
             results={"unet": student, "scheduler": scheduler},
             averages={"unet": average(student, self.ema)} if self.ema else {},
-            targets=[(target, student)],
+            targets=[(target, student)] if target is not student else [],
         )
 
     def times(self, n: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
@@ -125,6 +127,7 @@ class Lesson:
         x_s = process.ddim(clean, noise, s)
         with torch.no_grad():
             wanted = self.consistency(self.target, x_s, s, c)
+        torch.clear_autocast_cache()  # the target may be the student, whose weights shall learn
         told = self.consistency(network, x_t, t, c)
         terms = {"consistency": pseudo_huber(told, wanted, options.huber_c)}
         if self.witness:

@@ -77,7 +77,7 @@ class MeanFlow(Method):
             )
         distils = self.kind == "distillation"
         source = source_of(shop, "meanflow", self.kind)
-        process = Process.of(source, shop.device)
+        process = shop.process()
         if self.denoising_steps > process.timesteps:
             raise EdgeflashError(
                 f"meanflow.denoising_steps: at most {process.timesteps} of this noise"
@@ -153,9 +153,10 @@ class Lesson:
             return eps - x_0, c
         if options.guidance == 1:
             return v, c
-        with_c, without = (
-            mean_velocity(network, process, z, t, t, to) for to in (c, self.nothing.expand_as(c))
-        )
+        both, twice = torch.cat([c, self.nothing.expand_as(c)]), torch.cat([t, t])
+        with_c, without = mean_velocity(
+            network, process, torch.cat([z, z]), twice, twice, both
+        ).chunk(2)
         torch.clear_autocast_cache()  # weights that were cast in here would stay without gradients
         kappa, omega = options.kappa, (1 - options.kappa) * options.guidance
         guided = omega * v + kappa * with_c + (1 - omega - kappa) * without

@@ -61,7 +61,7 @@ class PeRFlow(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         student = shop.load(shop.student, "unet").train()
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         if process.timesteps % self.windows or process.timesteps < 2 * self.windows:
             raise EdgeflashError(
                 f"perflow.windows: {self.windows} do not divide this teacher's {process.timesteps} "

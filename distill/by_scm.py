@@ -71,7 +71,7 @@ class SCM(Method):
     def begin(self, shop: Workshop) -> Stage:
         distils = self.kind == "distillation"
         source = source_of(shop, "scm", self.kind)
-        process = Process.of(source, shop.device)
+        process = shop.process()
         if self.inference_steps > process.timesteps:
             raise EdgeflashError(f"scm.inference_steps: at most {process.timesteps} of this noise")
         batch, nothing = cached_samples(shop)

@@ -99,7 +99,7 @@ class SDXS(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
         conditioning, nothing = cached_conditioning(shop)
         lesson = Lesson(

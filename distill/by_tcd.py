@@ -38,7 +38,9 @@ class TCD(Method):
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
 
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
-    target_ema: float = Field(0.95, ge=0, lt=1, description="decay of the target network")
+    target_ema: float = Field(
+        0.95, ge=0, lt=1, description="decay of the target network; 0: it is the student"
+    )
     ddim_steps: int = Field(
         50, ge=2, description="grid of the teacher's solver; the skip is T / it"
     )
@@ -57,14 +59,14 @@ class TCD(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         student = shop.load(shop.student, "unet").train()
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"tcd.ddim_steps: at most {process.timesteps} of this teacher's")
         batch, nothing = cached_samples(shop)
         lesson = Lesson(
             options=self,
             teacher=shop.load(shop.teacher, "unet").requires_grad_(False),
-            target=average(student, self.target_ema),
+            target=average(student, self.target_ema) if self.target_ema else student,
             process=process,
             nothing=nothing,
         )
@@ -74,7 +76,7 @@ class TCD(Method):
             batch=batch,
             results={"unet": student, "scheduler": self.scheduler(shop.teacher)},
             averages={"unet": average(student, self.ema)} if self.ema else {},
-            targets=[(lesson.target, student)],
+            targets=[(lesson.target, student)] if lesson.target is not student else [],
         )
 
     def draws(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -117,6 +119,7 @@ class Lesson:
         x_u = process.ddim(*guided(self.teacher, process, x_t, t, c, self.nothing, w), u)
         with torch.no_grad():
             wanted = trajectory(self.target, process, x_u, u, s, c)
+        torch.clear_autocast_cache()  # the target may be the student, whose weights shall learn
         return {"trajectory": F.mse_loss(trajectory(network, process, x_t, t, s, c), wanted)}
 
 

@@ -60,7 +60,7 @@ class UFOGen(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        process = Process.of(shop.teacher, shop.device)
+        process = shop.process()
         ladder(process, self.segments, "ufogen.segments")  # where it will sample
         batch, _ = cached_samples(shop)
         critic = EncoderCritic(shop.load(shop.teacher, "unet").train()).to(shop.device)

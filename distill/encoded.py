@@ -68,12 +68,12 @@ def mistaken_latents(shop: Workshop) -> Rows:
 
 def _cached_latents(shop: Workshop, name: str, pictures: Rows) -> Rows:
     folder = (shop.teacher or shop.student) / "vae"
-    encode_part = _encoder(shop.load(folder.parent, "vae"))
+    encoder = cache(lambda: _encoder(shop.load(folder.parent, "vae")))  # if there is any to encode
 
     @torch.no_grad()
     def encode(indices: np.ndarray) -> Tensor:
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
-        return torch.cat([encode_part(pictures(part).to(shop.device)) for part in parts])
+        return torch.cat([encoder()(pictures(part).to(shop.device)) for part in parts])
 
     return shop.store.cached(f"{name} {_weights_key(folder)}", encode)
 
@@ -91,31 +91,37 @@ def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
     The text encoders are the student's, which are the teacher's unless a stage replaced them. What
     c [n, s, d] consists of is the family's affair, which its networks know of.
     """
-    encode = _text_encoders(shop, [*shop.store.captions, ""])
-    key = f"conditioning {_text_key(shop)}"
-    return shop.store.cached(key, encode), encode(np.array([-1])).float()
+    encoded = _text_encoders(shop)
+    captions = cache(lambda: encoded(shop.store.captions))  # if there are any to encode
+    rows = shop.store.cached(f"conditioning {_text_key(shop)}", lambda i: captions()(i))
+    return rows, encoded([""])(np.array([0])).float()
 
 
 def conditioning_of(shop: Workshop, text: str) -> Tensor:
     """Conditioning [1, s, d] of one text."""
-    return _text_encoders(shop, [text])(np.array([0])).float()
+    return _text_encoders(shop)([text])(np.array([0])).float()
 
 
-def _text_encoders(shop: Workshop, texts: list[str]) -> Rows:
-    """Texts of given indices -> conditioning [n, s, d]."""
+def _text_encoders(shop: Workshop) -> Callable[[list[str]], Rows]:
+    """Texts -> indices of some of them -> conditioning [n, s, d]."""
     student = Student.unfinished(shop.student)
     names = student.family.text_encoders
     encoders = [shop.load(shop.student, name) for name in names]
-    ids = [token_ids(_tokenizer(student, tokenizer_of(name)), texts) for name in names]
     zeros = student.family.no_prompt(student) == "zeros"
-    empty = torch.tensor([zeros and not text for text in texts])
 
-    @torch.no_grad()
-    def encode(indices: np.ndarray) -> Tensor:
-        c = student.family.encode_prompt(encoders, [each[indices].to(shop.device) for each in ids])
-        return c.masked_fill(empty[indices].to(c.device)[:, None, None], 0)
+    def encoded(texts: list[str]) -> Rows:
+        ids = [token_ids(_tokenizer(student, tokenizer_of(name)), texts) for name in names]
+        empty = torch.tensor([zeros and not text for text in texts])
 
-    return encode
+        @torch.no_grad()
+        def encode(indices: np.ndarray) -> Tensor:
+            some = [each[indices].to(shop.device) for each in ids]
+            c = student.family.encode_prompt(encoders, some)
+            return c.masked_fill(empty[indices].to(c.device)[:, None, None], 0)
+
+        return encode
+
+    return encoded
 
 
 def _tokenizer(student: Student, name: str) -> Any:

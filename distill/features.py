@@ -43,10 +43,11 @@ class Taps:
 
 def encoder_features(vae: Any) -> Sees:
     """The blocks of an `AutoencoderKL`'s encoder; the embedding is the innermost one's mean."""
-    taps = Taps([*vae.encoder.down_blocks, vae.encoder.mid_block])
+    encoder = vae.encoder  # the rest of it may go
+    taps = Taps([*encoder.down_blocks, encoder.mid_block])
 
     def sees(pictures: Tensor) -> tuple[list[Tensor], Tensor]:
-        vae.encoder(pictures)
+        encoder(pictures)
         return taps.outputs, taps.outputs[-1].mean((2, 3))
 
     return sees

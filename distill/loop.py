@@ -57,20 +57,24 @@ class _Turn:
     def __init__(self, player: Player, options: Method, accelerator: Accelerator) -> None:
         self.rate = player.learning_rate or options.learning_rate
         self.weight_decay = options.weight_decay
-        weights = [p for p in player.network.parameters() if p.requires_grad]
+        self.weights = [p for p in player.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            weights, lr=self.rate, betas=player.betas, weight_decay=self.weight_decay
+            self.weights, lr=self.rate, betas=player.betas, weight_decay=self.weight_decay
         )
         course = get_scheduler(
             "constant_with_warmup" if options.decay == "constant" else options.decay,
             optimizer,
-            num_warmup_steps=options.warmup_steps,
+            num_warmup_steps=math.ceil(options.warmup_steps / player.every),
             num_training_steps=math.ceil(options.steps / player.every),
         )
         self.player = player
         self.network, self.optimizer, self.course = accelerator.prepare(
             player.network, optimizer, course
         )
+
+    def learns(self, now: bool) -> None:
+        for weight in self.weights:
+            weight.requires_grad_(now)
 
     def steer(self) -> None:
         """Goes by the options again: a checkpoint brings the rates back that it was saved with."""
@@ -195,20 +199,26 @@ def _step(
     for name, turn in turns.items():
         if step % turn.player.every:
             continue
+        for other in turns.values():  # a loss that goes through them moves none of their weights
+            other.learns(False)
+        turn.learns(True)
         for batch, generator in zip(batches, generators, strict=True):
             last = batch is batches[-1]
             with nullcontext() if last else accelerator.no_sync(turn.network):
                 terms = _loss(turn, batch, generator, options, accelerator)
-                _check_finite(terms, name, step)
                 accelerator.backward(torch.stack(list(terms.values())).sum() / len(batches))
+            for term, value in terms.items():  # after the backward pass, which need not wait for it
+                _check_finite(value, f"loss term {term!r}", name, step)
             for term, value in terms.items():
                 key = term if len(turns) == 1 else f"{name}/{term}"
                 told[key] = told.get(key, 0.0) + value.item() / len(batches)
-        accelerator.clip_grad_norm_(turn.network.parameters(), options.clip_norm)
+        norm = accelerator.clip_grad_norm_(turn.network.parameters(), options.clip_norm)
+        _check_finite(norm, "gradient", name, step)  # else a checkpoint would hold what it leads to
         turn.optimizer.step()
         turn.course.scheduler.step()  # accelerate's own takes a step for each process
-        for other in turns.values():  # a generator's loss also reaches its critic's weights
-            other.optimizer.zero_grad()
+        turn.optimizer.zero_grad()
+    for turn in turns.values():
+        turn.learns(True)
     for component, average in stage.averages.items():
         average.update_parameters(stage.results[component])
     for average, network in stage.targets:
@@ -242,13 +252,12 @@ def _loss(
         return turn.player.loss(turn.network, moved, generator)
 
 
-def _check_finite(terms: Terms, player: str, step: int) -> None:
-    for term, value in terms.items():
-        if not torch.isfinite(value):
-            raise EdgeflashError(
-                f"loss term {term!r} of {player!r} is {value.item()} at step {step}; the last "
-                "checkpoint is kept: lower learning_rate, or set precision = 'fp32'"
-            )
+def _check_finite(value: torch.Tensor, what: str, player: str, step: int) -> None:
+    if not torch.isfinite(value):
+        raise EdgeflashError(
+            f"{what} of {player!r} is {value.item()} at step {step}; the last checkpoint is kept: "
+            "lower learning_rate, or set precision = 'fp32'"
+        )
 
 
 class Order:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ NOISE = (  # what of a scheduler's config describes the noise, and not the sampl
     "prediction_type",
     "rescale_betas_zero_snr",
 )
+
+
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 def noise_config(folder: Path) -> dict[str, Any]:
@@ -47,7 +50,7 @@ class Process:
     """
 
     abar: Tensor
-    predicts: Literal["epsilon", "v_prediction", "sample"]
+    predicts: Prediction
 
     @classmethod
     def of(cls, folder: Path, device: torch.device) -> Process:
@@ -55,7 +58,8 @@ class Process:
 
         Raises:
             EdgeflashError: a scheduler without a variance-preserving noise schedule, or one that
-                ends in pure noise, of which a prediction of epsilon tells nothing.
+                ends in pure noise, of which a prediction of epsilon tells nothing; or a prediction
+                of something else, such as a flow.
         """
         from diffusers import DDPMScheduler
 
@@ -65,6 +69,11 @@ class Process:
             raise EdgeflashError(f"{folder / 'scheduler'}: {name} has no variance-preserving noise")
         scheduler = DDPMScheduler(**noise_config(folder))
         predicts = scheduler.config.prediction_type
+        if predicts not in (known := get_args(Prediction)):
+            raise EdgeflashError(
+                f"{folder / 'scheduler'}: prediction_type {predicts!r}, but methods know "
+                f"{', '.join(known)} alone: choose another teacher"
+            )
         if predicts == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
             raise EdgeflashError(
                 f"{folder / 'scheduler'}: its noise ends without signal (rescale_betas_zero_snr), "

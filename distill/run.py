@@ -273,8 +273,7 @@ def _same_recipe(
     if path.exists():
         before = json.loads(path.read_text())
         marks = [_mark(work / f"{i}-{s['by']}") for i, s in enumerate(before["stage"], 1)]
-        was, here = _bound(before, marks), _bound(now, marks)
-        changed = [key for key in was if any(marks) and was[key] != here[key]]
+        changed = _changed(_bound(before, marks), _bound(now, marks)) if any(marks) else []
         if changed:
             raise EdgeflashError(
                 f"{work}: was begun with another recipe (changed: {', '.join(changed)}); "
@@ -298,6 +297,26 @@ def _bound(resolved: dict[str, Any], marks: list[str]) -> dict[str, Any]:
         if mark
     ]
     return {k: resolved.get(k) for k in ("teacher", "base", "seed", "data")} | {"stage": stages}
+
+
+def _changed(was: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Keys that differ, as ``--set`` takes them; "stage" where the methods are not the same."""
+    same = [s["by"] for s in was["stage"]] == [s["by"] for s in here["stage"]]
+    one, other = _flat(was, same), _flat(here, same)
+    told = [key for key in one | other if one.get(key) != other.get(key)]
+    return told + ["stage"] * (not same)
+
+
+def _flat(bound: dict[str, Any], stages: bool) -> dict[str, list[Any]]:
+    """Key -> its value, or its values where several stages have the same method."""
+    tables = [("", bound), ("data.", bound["data"])]
+    tables += [(f"{stage['by']}.", stage) for stage in bound["stage"]] if stages else []
+    flat: dict[str, list[Any]] = {}
+    for prefix, table in tables:
+        for key in table:
+            if key not in ("data", "stage"):
+                flat.setdefault(prefix + key, []).append(table[key])
+    return flat
 
 
 def _write_manifest(

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from edgeflash.errors import EdgeflashError
 from edgeflash.networks_sd import load_network
 from edgeflash.student import Student
 
 from .data import Store
+from .process import Process, noise_config
 
 Batch = dict[str, Tensor]
 Terms = dict[str, Tensor]  # the loss is their sum
@@ -93,10 +95,38 @@ class Workshop:
             network = student.family.listening(student, network)
         return network.to(self.device, memory_format=torch.channels_last)
 
+    def process(self) -> Process:
+        """The teacher's noise, which the student so far must know; without a teacher its own.
+
+        Raises:
+            EdgeflashError: the student predicts something else than the teacher, of the same x_t
+                and c, or is made for other latents or texts.
+        """
+        if self.teacher:
+            theirs, ours = _kind(self.teacher), _kind(self.student)
+            for what, wanted in theirs.items():
+                if ours[what] != wanted:
+                    raise EdgeflashError(
+                        f"{self.student}: {what} is {ours[what]}, but the teacher's is {wanted}, "
+                        "and neither is converted: name a base, or a teacher, of the same kind"
+                    )
+        return Process.of(self.teacher or self.student, self.device)
+
     def listening(self, unet: Any) -> Any:
         """A new UNet of the student's, to be called as those that are loaded are: unet(x, t, c)."""
         student = Student.unfinished(self.student)
         return student.family.listening(student, unet)
+
+
+def _kind(folder: Path) -> dict[str, Any]:
+    """What must be the same of two denoisers, of which one learns from the other."""
+    unet = Student.unfinished(folder).config("unet")
+    width = unet["cross_attention_dim"]
+    return {
+        "prediction_type": noise_config(folder).get("prediction_type", "epsilon"),
+        "in_channels": unet["in_channels"],
+        "cross_attention_dim": str(width) if isinstance(width, int) else str(sorted({*width})),
+    }
 
 
 def average(network: nn.Module, decay: float | Callable[[int], float]) -> AveragedModel:

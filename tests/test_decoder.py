@@ -115,3 +115,73 @@ def test_the_encoder_can_be_narrower_than_the_decoder() -> None:
     tiny = Decoder(width=16, blocks=(3, 2, 1), encoder_width=8).build(latent_channels=4)
     assert tiny.config.encoder_block_out_channels == (8, 8, 8)
     assert tiny.config.decoder_block_out_channels == (16, 16, 16)
+
+
+def test_its_layers_are_taesds() -> None:
+    """Parameter counts of the published ones, of 4 and of 16 channels."""
+    for channels, counts in ((4, (1_222_532, 1_222_531)), (16, (1_229_456, 1_229_443))):
+        with torch.device("meta"):
+            tiny = Decoder().build(channels)
+        found = [sum(p.numel() for p in part.parameters()) for part in (tiny.encoder, tiny.decoder)]
+        assert tuple(found) == counts
+
+
+def test_the_main_term_sees_cells_of_eight_by_eight() -> None:
+    """SDXS, eq. 5: the mean of a cell is held, and its texture is left alone."""
+    options = Decoder(target="pictures", pixel_weight=0, encoder_weight=0)
+    unused: Any = None
+    lesson = by_decoder.Lesson(options, unused, unused, unused, torch.eye(4))
+    batch = {"z": torch.zeros(2, 4, 2, 2), "pictures": torch.rand(2, 3, 16, 16)}
+    halves = torch.tensor([1.0, -1.0]).repeat_interleave(4).repeat(2)  # even over 8, not over 4
+    texture = halves[:, None] * halves
+
+    def down8(y: Tensor) -> Tensor:
+        def network(z: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
+            return y, z
+
+        return lesson.loss(network, batch, torch.Generator())["down8"]  # type: ignore[arg-type]
+
+    y = (batch["pictures"] + 0.3).requires_grad_()
+    assert down8(y).item() == pytest.approx(0.3, rel=1e-5)
+    assert down8(y + texture).item() == pytest.approx(0.3, rel=1e-5)
+    (gradient,) = torch.autograd.grad(down8(y), y)
+    assert torch.allclose(gradient, torch.full_like(y, 1 / y.numel()))  # 1/64 of a cell's
+
+
+@pytest.mark.parametrize("own_steps", [0, 2])
+def test_the_teacher_decodes_once_a_step(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch, own_steps: int
+) -> None:
+    counts: list[int] = []
+    decoded = by_decoder.Lesson.decoded
+
+    def noted(self: by_decoder.Lesson, z: Tensor) -> Tensor:
+        counts.append(len(z))
+        return decoded(self, z)
+
+    monkeypatch.setattr(by_decoder.Lesson, "decoded", noted)
+    stage = Decoder(width=8, blocks=(1, 1), adversarial_weight=1, own_steps=own_steps).begin(shop)
+    batch = stage.batch(np.arange(4))
+    for player in stage.players.values():
+        terms = player.loss(player.network, batch, torch.Generator())
+        assert all(term.isfinite() for term in terms.values())
+    assert counts == [4]
+
+
+def test_what_is_cached_needs_no_networks(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    load = Workshop.load
+
+    def noted(shop: Workshop, folder: Path, name: str) -> Any:
+        loaded.append(name)
+        return load(shop, folder, name)
+
+    monkeypatch.setattr(Workshop, "load", noted)
+    first, nothing = encoded.cached_samples(shop)
+    assert loaded.count("vae") == 1
+    loaded.clear()
+    again, nothing_again = encoded.cached_samples(shop)
+    assert loaded == ["text_encoder"]  # for no caption
+    assert torch.equal(nothing, nothing_again)
+    before, after = first(np.arange(8)), again(np.arange(8))
+    assert all(torch.equal(before[key], after[key]) for key in ("x_0", "c"))

@@ -340,8 +340,8 @@ def test_a_begun_stage_goes_on_with_another_rate_and_a_done_one_does_not(tmp_pat
     (tmp_path / "1-decoder").mkdir()
     (tmp_path / "1-decoder/outcome.json").write_text("{}")
     (tmp_path / "2-blocks/checkpoint").mkdir(parents=True)
-    assert "changed: stage" in refused(learning_rate=0.5)
-    assert "changed: stage" in refused(rule="tiny")
+    assert "(changed: decoder.learning_rate)" in refused(learning_rate=0.5)
+    assert "(changed: blocks.ema, blocks.rule)" in refused(rule="tiny", ema=0.9)
     assert refused(steps=9) == ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from test_distill import small_recipe
 
 from edgeflash.distill.run import _check_steps, distill
+from edgeflash.distill.stage import Workshop
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import recipe_of
 
@@ -173,3 +175,32 @@ def test_an_auxiliary_classifier_moves_the_student(tmp_path: Path) -> None:
     without, with_it = trained(0), trained(1)
     moved = {name for name in without if not torch.equal(without[name], with_it[name])}
     assert "conv_out.weight" in moved
+
+
+@pytest.mark.parametrize("by", ["lcm", "scm"])
+def test_a_student_that_predicts_something_else_than_its_teacher_is_refused(
+    tmp_path: Path, by: str
+) -> None:
+    recipe = small_recipe(tmp_path, stage=[{"by": by, "steps": 1}], base=str(tmp_path / "base"))
+    copytree(tmp_path / "teacher", tmp_path / "base")
+    config = tmp_path / "base/scheduler/scheduler_config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps(told | {"prediction_type": "v_prediction"}))
+    said = r"base: prediction_type is v_prediction, but the teacher's is epsilon, and neither"
+    with pytest.raises(EdgeflashError, match=said):
+        distill(recipe, tmp_path / "student")
+
+
+def test_a_student_of_other_latents_than_its_teachers_is_refused(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    store: Any = None
+    shop = Workshop(tmp_path / "teacher", tmp_path / "base", store, tmp_path, torch.device("cpu"))
+    copytree(tmp_path / "teacher", shop.student)
+    assert shop.process().predicts == "epsilon" and recipe.base is None
+    for key, other in (("in_channels", 16), ("cross_attention_dim", 64)):
+        config = tmp_path / "base/unet/config.json"
+        before = config.read_text()
+        config.write_text(json.dumps(json.loads(before) | {key: other}))
+        with pytest.raises(EdgeflashError, match=rf"base: {key} is \[?{other}\]?, but the teacher"):
+            shop.process()
+        config.write_text(before)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -131,6 +133,14 @@ def test_feature_networks_are_frozen_and_hand_gradients_on(
     assert pictures.grad is not None and pictures.grad.abs().sum() > 0
     other, _ = see(pictures.detach().roll(1, 0))
     assert not torch.equal(other[0], maps[0]), "what was seen before is kept"
+
+
+def test_an_encoder_that_judges_keeps_no_decoder() -> None:
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    judges, decoder = encoder_features(vae), weakref.ref(vae.decoder)
+    del vae
+    gc.collect()
+    assert decoder() is None and judges(torch.zeros(1, 3, 8, 8))[1].shape == (1, 8)
 
 
 def test_pictures_are_told_as_the_vision_transformer_was_trained(tmp_path: Path) -> None:

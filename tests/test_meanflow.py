@@ -158,9 +158,16 @@ def test_guidance_in_training_mixes_three_velocities() -> None:
     it, z, t = process("v_prediction"), normal(2000), torch.full((2000,), 0.5)
     options = MeanFlow(kind="training", guidance=3, kappa=0.5, caption_dropout=0.2)
     lesson = Lesson(options, None, it, torch.full((1, 1, 1), 5.0))
+    calls: list[int] = []
+
+    def student(x: Tensor, *told: Tensor, **kw: Tensor) -> Any:
+        calls.append(len(x))
+        return says(2.0, 7.0)(x, *told, **kw)
+
     v, c = lesson.velocity(
-        says(2.0, 7.0), z, t, torch.full_like(z, 1.0), torch.zeros(2000, 1, 1), seeded()
+        student, z, t, torch.full_like(z, 1.0), torch.zeros(2000, 1, 1), seeded()
     )
+    assert calls == [4000]
     dropped = (c == 5).flatten()
     assert float(dropped.float().mean()) == pytest.approx(0.2, abs=0.03)
     assert torch.allclose(v[dropped], torch.tensor(1.0), atol=1e-5)

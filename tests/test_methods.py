@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, LCMScheduler, UNet2DConditionModel
-from torch import Tensor
+from diffusers import (
+    DDPMScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor, nn
 
 from edgeflash import shapes
 from edgeflash.distill.by_blocks import (
@@ -95,6 +100,26 @@ def test_noise_that_ends_without_signal_is_no_epsilon_predictors(tmp_path: Path)
     assert Process.of(tmp_path / "v_prediction", torch.device("cpu")).abar[-1] == 0
     with pytest.raises(EdgeflashError, match=r"ends without signal .* says epsilon: mend"):
         Process.of(tmp_path / "epsilon", torch.device("cpu"))
+
+
+def test_a_prediction_that_methods_do_not_know_is_refused(tmp_path: Path) -> None:
+    UniPCMultistepScheduler(prediction_type="flow_prediction").save_pretrained(
+        str(tmp_path / "scheduler")
+    )
+    with pytest.raises(EdgeflashError, match=r"prediction_type 'flow_prediction', but .* epsilon"):
+        Process.of(tmp_path, torch.device("cpu"))
+
+
+def test_without_terminal_signal_the_noise_is_rescaled_as_published(tmp_path: Path) -> None:
+    """arXiv 2305.08891, alg. 1, on Stable Diffusion's betas."""
+    config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    DDPMScheduler.from_config(scheduler.config, **config).save_pretrained(
+        str(tmp_path / "scheduler")
+    )
+    it = Process.of(tmp_path, torch.device("cpu"))
+    found = it.abar[torch.tensor([249, 499, 749, 999])].tolist()
+    assert found == pytest.approx([0.65419, 0.24236, 0.03317, 0], abs=1e-5)
 
 
 def test_v_is_the_velocity_diffusers_computes() -> None:
@@ -290,6 +315,39 @@ def test_a_pruned_unet_copies_what_it_keeps_and_its_features_line_up(
     teacher(x, t, c), student(x, t, c)
     assert [o.shape for o in taught.outputs] == [o.shape for o in learnt.outputs]
     assert len(pairs) == 2 * len(student.up_blocks)
+
+
+def neutral(teacher: UNet2DConditionModel, mid: bool) -> None:
+    """Blocks that "base" removes hand on what they get, and with ``mid`` those of "small"."""
+    lost: list[nn.Module] = []
+    for block in (*teacher.down_blocks, *teacher.up_blocks):
+        lost += [block.resnets[1].conv2]
+        lost += [block.attentions[1].proj_out] if hasattr(block, "attentions") else []
+    if mid:
+        lost += [*(r.conv2 for r in teacher.mid_block.resnets)]
+        lost += [a.proj_out for a in teacher.mid_block.attentions]
+    for layer in lost:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    for block in teacher.up_blocks:  # what comes from below goes on, what comes across does not
+        shortcut = block.resnets[1].conv_shortcut
+        nn.init.dirac_(shortcut.weight)
+        nn.init.zeros_(shortcut.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["base", "small"])
+def test_blocks_that_did_nothing_are_not_missed(rule: Any) -> None:
+    """Catches every slip of an index when weights are copied, and when outputs are paired."""
+    torch.manual_seed(0)
+    teacher = UNet2DConditionModel.from_config(SMALL)
+    neutral(teacher, mid=rule == "small")
+    student = prune(teacher, rule)[0].double()
+    pairs = feature_pairs(teacher.double(), student)
+    taught, learnt = Taps([t for t, _ in pairs]), Taps([s for _, s in pairs])
+    x, t, c = torch.randn(1, 4, 16, 16).double(), torch.tensor([7]), torch.randn(1, 3, 12).double()
+    assert torch.equal(teacher(x, t, c).sample, student(x, t, c).sample)
+    assert all(map(torch.equal, taught.outputs, learnt.outputs))
 
 
 def test_relative_features_count_the_same_at_every_size() -> None:

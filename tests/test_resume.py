@@ -86,6 +86,27 @@ def test_a_changed_teacher_is_noticed(tmp_path: Path) -> None:
         _same_recipe(recipe, work, moved, moved)
 
 
+def test_what_changed_is_named_as_it_is_set(tmp_path: Path) -> None:
+    step = {"by": "progressive", "steps": 1}
+    stages = [step | {"denoising_steps": 4}, step | {"denoising_steps": 2}]
+    plain: dict[str, Any] = {"stage": stages, "sampling": None}
+    recipe = small_recipe(tmp_path, **plain)
+    _same_recipe(recipe, tmp_path)
+    for i in (1, 2):
+        (tmp_path / f"{i}-progressive").mkdir()
+        (tmp_path / f"{i}-progressive/outcome.json").write_text("{}")
+    data = recipe.data.model_dump() | {"samples": 7}
+    changes: dict[str, dict[str, Any]] = {
+        "data.samples, progressive.denoising_steps": {
+            "data": data, "stage": [stages[0] | {"denoising_steps": 8}, stages[1]]
+        },
+        "stage": {"stage": stages[:1]},
+    }  # fmt: skip
+    for said, change in changes.items():
+        with pytest.raises(EdgeflashError, match=rf"\(changed: {said}\)"):
+            _same_recipe(small_recipe(tmp_path, **plain | change), tmp_path)
+
+
 @pytest.mark.parametrize("plain_too", [False, True])
 def test_variants_are_copied_under_the_plain_name(tmp_path: Path, plain_too: bool) -> None:
     from diffusers import StableDiffusionPipeline

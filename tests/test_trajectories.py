@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
@@ -23,12 +24,16 @@ from gaussian import (
     teacher_folder,
     variance,
 )
-from torch import Tensor
+from test_distill import small_recipe
+from torch import Tensor, nn
 
-from edgeflash.distill import by_perflow, by_tcd
+from edgeflash.distill import by_lcm, by_perflow, by_tcd
+from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_perflow import PeRFlow, line
 from edgeflash.distill.by_tcd import TCD, trajectory
+from edgeflash.distill.data import open_store
 from edgeflash.distill.process import Process
+from edgeflash.distill.stage import Workshop
 from edgeflash.schedule import lower_schedule
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -78,6 +83,44 @@ def test_the_exact_trajectory_to_a_point_has_no_tcd_loss(predicts: str) -> None:
         return float(lesson.loss(student, data, seeded())["trajectory"])
 
     assert loss(posterior(it, M, 0)) < 1e-8 < 1e-5 < loss(posterior(it, M + 0.1, 0))
+
+
+class Conv(nn.Module):
+    """A student with a weight that autocast casts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Any:
+        return SimpleNamespace(sample=self.conv(x))
+
+
+@pytest.mark.parametrize("by", ["lcm", "tcd"])
+def test_a_target_that_is_the_student_teaches_what_a_copy_would(by: str) -> None:
+    it, net = process(), Conv()
+
+    def gradient(target: Any) -> Tensor:
+        net.zero_grad()
+        lesson: Any = by_tcd.Lesson(TCD(), posterior(it), target, it, NOTHING)
+        if by == "lcm":
+            lesson = by_lcm.Lesson(LCM(), posterior(it), target, it, NOTHING, [], None)
+        with torch.autocast("cpu", torch.bfloat16):
+            (loss,) = lesson.loss(net, batch(8), seeded()).values()
+        loss.backward()
+        assert net.conv.weight.grad is not None
+        return net.conv.weight.grad.clone()
+
+    own = gradient(net)
+    assert own.abs().sum() > 0 and torch.equal(own, gradient(deepcopy(net)))
+
+
+def test_without_a_decay_no_copy_is_kept_as_target(tmp_path: Path) -> None:
+    store = open_store(small_recipe(tmp_path).data, 0, tmp_path / "cache")
+    teacher = tmp_path / "teacher"
+    shop = Workshop(teacher, teacher, store, tmp_path, torch.device("cpu"))
+    assert [len(LCM(target_ema=e).begin(shop).targets) for e in (0, 0.9)] == [0, 1]
+    assert [len(TCD(target_ema=e).begin(shop).targets) for e in (0, 0.9)] == [0, 1]
 
 
 def test_tcds_tables_stop_on_its_grid_and_have_a_gamma_of_three_tenths(tmp_path: Path) -> None:

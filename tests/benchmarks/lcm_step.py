@@ -32,7 +32,6 @@ from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.consistency import TIMESTEP_SCALING
 from edgeflash.distill.data import open_store
 from edgeflash.distill.loop import _step, _Turn
-from edgeflash.distill.process import Process
 from edgeflash.distill.stage import Workshop
 from edgeflash.embedded import located
 from edgeflash.recipe import Data
@@ -52,7 +51,7 @@ class Example:
         self.student, self.target = deepcopy(self.teacher).train(), deepcopy(self.teacher)
         for frozen in (self.vae, self.text, self.teacher, self.target):
             frozen.requires_grad_(False)
-        self.process = Process.of(shop.teacher, shop.device)
+        self.process = shop.process()
         self.tokenizer = CLIPTokenizer.from_pretrained(str(shop.teacher / "tokenizer"))
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
         self.pictures, self.captions = pictures, shop.store.captions
