@@ -51,7 +51,9 @@ class DMD(Method):
     denoising_timestep: int = Field(
         1000, ge=1, description="timesteps they divide evenly; the first step is at the last one"
     )
-    fake_updates: int = Field(5, ge=1, description="steps of the fake score for one of the student")
+    fake_updates: int = Field(
+        10, ge=1, description="steps of the fake score for one of the student; SDXL: 5"
+    )
     real_guidance: float = Field(
         1.75, ge=1, description="the teacher's guidance scale; the paper's SDXL: 8"
     )
