@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or a CUDA device."""
+"""ONNX Runtime, on the CPU, a CUDA device, TensorRT or Core ML."""
 
 from __future__ import annotations
 
@@ -13,22 +13,54 @@ from edgeflash.bundle import Component
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Array, Runtime, Session
 
+from .engine_cache import folder_of
+
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+}
+REST = {"tensorrt": ["cuda", "cpu"], "cuda": ["cpu"], "coreml": ["cpu"], "cpu": []}  # goes there
+ON_THE_GPU = ("cuda", "tensorrt")  # whose tensors lie in a CUDA device's memory
+GET = {
+    "cuda": "pip uninstall onnxruntime, then pip install 'edgeflash[onnx-gpu]'",
+    "tensorrt": "pip uninstall onnxruntime, then pip install 'edgeflash[onnx-gpu]' tensorrt",
+    "coreml": "only those for macOS have it",
+}
+MEND = {
+    "cuda": "CUDA or cuDNN is missing or too old for it: pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    "tensorrt": "TensorRT's libraries are missing or of another version than it was built with: "
+    "pip install tensorrt, of the version that ONNX Runtime's table of them names",
+    "coreml": "this system is too old for its ML programs",
+}
+UNITS = {"all": "ALL", "ne": "CPUAndNeuralEngine", "gpu": "CPUAndGPU", "cpu": "CPUOnly"}
 
 
 class OnnxRuntime(Runtime):
-    """Runs what `to_onnx` writes."""
+    """Runs what `to_onnx` writes.
+
+    With ``provider = "tensorrt"`` TensorRT builds what it can of a graph at the first call of each
+    shape, which takes minutes, and keeps it; with "coreml" Core ML compiles it when it loads. The
+    rest stays on CUDA, or the CPU. Neither has run yet.
+    """
 
     needs: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     opens: ClassVar[tuple[str, ...]] = ("onnx",)
 
-    provider: Literal["auto", "cpu", "cuda"] = Field(
+    provider: Literal["auto", "cpu", "cuda", "tensorrt", "coreml"] = Field(
         "auto", description="where to run; auto: cuda where this onnxruntime has it, else cpu"
     )
     threads: int = Field(0, ge=0, description="CPU threads inside an operator; 0: one per core")
+    units: Literal["all", "ne", "gpu", "cpu"] = Field(
+        "all", description="of coreml: what it may use; ne: Neural Engine and CPU"
+    )
+    cache_dir: str = Field(
+        "", description="where tensorrt and coreml keep what they built; empty: the user's cache"
+    )
 
     def open(self, folder: Path, component: Component) -> OnnxSession:
         """Loads the component's model file.
@@ -38,38 +70,48 @@ class OnnxRuntime(Runtime):
         """
         import onnxruntime as ort
 
-        providers = self._providers(ort.get_available_providers())
+        name = self._provider(ort.get_available_providers())
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3  # its warnings are about itself; errors are raised below
         path = folder / component.files[0].path
+        providers = [(PROVIDERS[n], self._options(n)) for n in (name, *REST[name])]
         try:
             session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class
             said = " ".join(str(error).split())
             raise EdgeflashError(f"{path}: ONNX Runtime does not load it: {said}") from None
-        if session.get_providers()[0] == providers[0]:
-            return OnnxSession(session, component)
-        if self.provider == "cuda":
+        found = session.get_providers()[0]
+        if found != PROVIDERS[name] and self.provider != "auto":
             raise EdgeflashError(
-                "provider cuda: ONNX Runtime fell back to the CPU, so CUDA or cuDNN is missing or "
-                "too old for it: pip install 'onnxruntime-gpu[cuda,cudnn]', or use provider=cpu"
+                f"provider {name}: ONNX Runtime fell back to {found}, so {MEND[name]}, or use "
+                "provider=cpu"
             )
         return OnnxSession(session, component)
 
-    def _providers(self, have: list[str]) -> list[str]:
-        cuda, cpu = PROVIDERS["cuda"], PROVIDERS["cpu"]
-        if self.provider == "cpu":
-            return [cpu]
-        if cuda in have:
-            return [cuda, cpu]
+    def _provider(self, have: list[str]) -> str:
+        """The one to ask for, of those that this onnxruntime has."""
         if self.provider == "auto":
-            return [cpu]
+            return "cuda" if PROVIDERS["cuda"] in have else "cpu"
+        if PROVIDERS[self.provider] in have:
+            return self.provider
         raise EdgeflashError(
-            f"provider cuda: this onnxruntime has {', '.join(have)}: "
-            "pip uninstall onnxruntime, then pip install 'edgeflash[onnx-gpu]'"
+            f"provider {self.provider}: this onnxruntime has {', '.join(have)}: "
+            f"{GET[self.provider]}"
         )
+
+    def _options(self, name: str) -> dict[str, str]:
+        """Of a provider, as ONNX Runtime takes them."""
+        if name not in ("tensorrt", "coreml"):
+            return {}
+        kept = folder_of(self.cache_dir) / f"onnxruntime-{name}"
+        kept.mkdir(parents=True, exist_ok=True)
+        if name == "coreml":
+            units = {"ModelFormat": "MLProgram", "MLComputeUnits": UNITS[self.units]}
+            return units | {"ModelCacheDirectory": str(kept)}
+        both = {"trt_engine_cache_path": str(kept), "trt_timing_cache_path": str(kept)}
+        return both | {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
 
 
 class OnnxSession(Session):
@@ -90,7 +132,8 @@ class OnnxSession(Session):
                 )
         provider = session.get_providers()[0]
         self.device = next(name for name, value in PROVIDERS.items() if value == provider)
-        self._bound = self.device != "cpu"
+        self._bound = self.device in ON_THE_GPU
+        self._memory = "cuda" if self._bound else "cpu"
         self._name = component.name
         self._session = session
         self._binding = session.io_binding()
@@ -123,7 +166,7 @@ class OnnxSession(Session):
         held = self._held.get(name)
         if held is not None and held[0] is array:
             return held[1]
-        value = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self.device, 0)
+        value = ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self._memory, 0)
         if not array.flags.writeable:
             self._held[name] = (array, value)
         return value
