@@ -75,6 +75,9 @@ def export(
         str, typer.Option(help="fp32, fp16, int8; more: edgeflash list TARGET.")
     ] = "fp32",
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="align-your-steps", help="Fitted ones; 10 steps.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, max=100, help="Scale; 1: none; default: the student's.")
@@ -105,6 +108,7 @@ def export(
         target,
         out_dir,
         steps=counts,
+        timesteps=timesteps,
         guidance=opened.guidance(guidance),
         size=pixels,
         prompts=tuple(prompt or ()),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from edgeflash import align_your_steps
 from edgeflash.bundle import (
     Bundle,
     Component,
@@ -58,6 +59,7 @@ def export_student(
     out: Path,
     *,
     steps: Sequence[int] | None = None,
+    timesteps: str | None = None,
     guidance: Guidance | None = None,
     prompts: Sequence[str] = (),
     size: tuple[int, int] | None = None,
@@ -73,6 +75,7 @@ def export_student(
         target: what to lower it to.
         out: folder of the bundle; replaced when it exists.
         steps: step counts to ship schedules for; None: those the student was made for.
+        timesteps: "align-your-steps"; None: as the student's sampler spaces them.
         guidance: how the prompt steers; None: as the student says.
         prompts: recorded for calibration and parity; the first ones ship as goldens. Empty: the
             student's own, or some of all kinds.
@@ -93,8 +96,10 @@ def export_student(
     unproven = prover.unproven or None
     check_floors(floors or {})
     check_replaceable(out, student.folder, kind="bundle")
-    plan = _plan(student, target, steps, guidance, prompts, size, image_to_image, fold_timestep)
-    _tell_changed(plan, prompts, console)
+    schedules = student.schedules(steps, timesteps)
+    plan = _plan(student, target, schedules, guidance, prompts, size, image_to_image, fold_timestep)
+    _tell_sampler(student, timesteps, console)
+    _tell_cut(student, prompts, console)
     pieces: list[_Piece] = []
     try:
         with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
@@ -160,7 +165,7 @@ class _Piece:
 def _plan(
     student: Student,
     target: Target,
-    steps: Sequence[int] | None,
+    schedules: dict[int, Schedule],
     guidance: Guidance | None,
     prompts: Sequence[str],
     size: tuple[int, int] | None,
@@ -170,7 +175,6 @@ def _plan(
     family = student.family
     guidance = guidance or student.guidance()
     family.check_guidance(student, guidance)
-    schedules = student.schedules(steps)
     default_steps = student.default_steps(schedules)
     height, width = size = size or family.size(student)
     components = family.components(encoder=image_to_image)
@@ -197,11 +201,17 @@ def _plan(
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
 
-def _tell_changed(plan: _Plan, prompts: Sequence[str], console: Console) -> None:
-    """Says what becomes of the sampler and of prompts that no table or text encoder can hold."""
-    student, name = plan.student, plan.student.class_of("scheduler")[1]
-    if name in INSTEAD and not student.manifest:
+def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> None:
+    """Says where another sampler than the folder's stands in."""
+    name = student.class_of("scheduler")[1]
+    if timesteps and (other := align_your_steps.sampler(name)) != name:
+        console.print(f"{name} is not for {timesteps}: sampled by {other} instead")
+    elif not timesteps and name in INSTEAD and not student.manifest:
         console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
+
+
+def _tell_cut(student: Student, prompts: Sequence[str], console: Console) -> None:
+    """Says what of the prompts the text encoder does not see."""
     tokenize = read_tokenizer(student.folder, student.family.tokenizer(student))
     for prompt in prompts:
         if cut := tokenize(prompt).cut:
