@@ -89,6 +89,9 @@ def export(
     keep_timestep: Annotated[
         bool, typer.Option(help="An input even of one-step students.")
     ] = False,
+    merge_tokens: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the denoiser's tokens, as in 0.5.")
+    ] = 0.0,
     prompt: Prompts = None,
     floor: Floors = None,
     set_: Set = None,
@@ -114,6 +117,7 @@ def export(
         prompts=tuple(prompt or ()),
         image_to_image=image_to_image,
         fold_timestep=not keep_timestep,
+        merge_tokens=merge_tokens,
         floors=read_floors(floor),
     )
     print(f"wrote {out_dir}")

@@ -23,6 +23,7 @@ from edgeflash.bundle import (
     File,
     Image,
     Manifest,
+    Merging,
     Tokenizer,
     describe_file,
 )
@@ -38,6 +39,7 @@ from edgeflash.verify import check_floors, refuse_below, verify
 
 from . import pack
 from .capture import Captured, Tape
+from .merging import MOST
 
 PROMPTS = (  # for students that bring none of their own
     "a photo of a red car on a mountain road",
@@ -65,6 +67,7 @@ def export_student(
     size: tuple[int, int] | None = None,
     image_to_image: bool = False,
     fold_timestep: bool = True,
+    merge_tokens: float = 0.0,
     floors: Mapping[str, float] | None = None,
     console: Console | None = None,
 ) -> Bundle:
@@ -83,6 +86,8 @@ def export_student(
         image_to_image: also export the encoder.
         fold_timestep: where all schedules have one and the same timestep, make it a constant; stock
             pipelines of optimum and OpenVINO GenAI want it as an input.
+        merge_tokens: share of the denoiser's tokens to merge, up to 0.75. The ladder then holds
+            the bundle against the student with this merging in torch.
         floors: of the ladder, instead of the defaults; see `edgeflash.verify`.
         console: where progress is told; None: the terminal's standard error.
 
@@ -92,12 +97,23 @@ def export_student(
     console = console or Console(stderr=True)
     _check_family(student, target)
     target.check()
+    _check_merging(merge_tokens, target)
     prover = target.prover()
     unproven = prover.unproven or None
     check_floors(floors or {})
     check_replaceable(out, student.folder, kind="bundle")
     schedules = student.schedules(steps, timesteps)
-    plan = _plan(student, target, schedules, guidance, prompts, size, image_to_image, fold_timestep)
+    plan = _plan(
+        student,
+        target,
+        schedules,
+        guidance,
+        prompts,
+        size,
+        image_to_image=image_to_image,
+        fold_timestep=fold_timestep,
+        merge_tokens=merge_tokens,
+    )
     _tell_sampler(student, timesteps, console)
     _tell_cut(student, prompts, console)
     pieces: list[_Piece] = []
@@ -111,6 +127,7 @@ def export_student(
                     pieces.append(_lower(captured, target, student, draft, hashing))
                 del captured
                 gc.collect()
+            _tell_merging(plan.tape, console)
             with _told(console, "pack"):
                 sha256 = student_sha256.result()
                 manifest = _pack(plan, target, pieces, sha256, draft, console)
@@ -135,6 +152,15 @@ def _check_family(student: Student, target: Target) -> None:
         raise EdgeflashError(
             f"{student.folder}: is of the family {name!r}, but --to {_name(target)} as "
             f"asked takes {', '.join(can)} alone so far: choose another target, or other options"
+        )
+
+
+def _check_merging(share: float, target: Target) -> None:
+    if not 0 <= share <= MOST:
+        raise EdgeflashError(f"--merge-tokens {share:g}: give a share of at most {MOST}")
+    if share and not target.picks:
+        raise EdgeflashError(
+            f"--merge-tokens: --to {_name(target)} cannot lower it so far: leave one of them out"
         )
 
 
@@ -169,8 +195,10 @@ def _plan(
     guidance: Guidance | None,
     prompts: Sequence[str],
     size: tuple[int, int] | None,
+    *,
     image_to_image: bool,
     fold_timestep: bool,
+    merge_tokens: float,
 ) -> _Plan:
     family = student.family
     guidance = guidance or student.guidance()
@@ -197,6 +225,7 @@ def _plan(
         size,
         timestep=times.pop() if fold_timestep and len(times) == 1 else None,
         whole=whole,
+        merge=merge_tokens,
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
@@ -216,6 +245,16 @@ def _tell_cut(student: Student, prompts: Sequence[str], console: Console) -> Non
     for prompt in prompts:
         if cut := tokenize(prompt).cut:
             console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
+
+
+def _tell_merging(tape: Tape, console: Console) -> None:
+    """Says what the merging of tokens costs."""
+    if tape.merge:
+        console.print(
+            f"merging {tape.merge:.0%} of the tokens: the pictures are "
+            f"{min(tape.merging_db):.1f} dB from the student's own",
+            highlight=False,
+        )
 
 
 def _lower(
@@ -274,6 +313,9 @@ def _pack(
         goldens=goldens,
         files=pack.other_files(draft, [f for c in components for f in c.files]),
         lineage=pack.lineage(student, student_sha256, target.needs),
+        merging=Merging(share=tape.merge, image_psnr_db=round(min(tape.merging_db), 2))
+        if tape.merge
+        else None,
     )
     return manifest.model_copy(update={"fused": target.fuse(Bundle(draft, manifest))})
 
