@@ -116,17 +116,10 @@ def export_student(
     )
     _tell_sampler(student, timesteps, console)
     _tell_cut(student, prompts, console)
-    pieces: list[_Piece] = []
     try:
         with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
             student_sha256 = hashing.submit(folder_sha256, student.folder)
-            for name in plan.components:
-                with _told(console, f"capture {name}"):
-                    captured = plan.tape.capture(name)
-                with _told(console, f"lower {name} to {target.precision_of(name)}"):
-                    pieces.append(_lower(captured, target, student, draft, hashing))
-                del captured
-                gc.collect()
+            pieces = [*_lowered(plan, target, draft, hashing, console)]
             _tell_merging(plan.tape, console)
             with _told(console, "pack"):
                 sha256 = student_sha256.result()
@@ -255,6 +248,20 @@ def _tell_merging(tape: Tape, console: Console) -> None:
             f"{min(tape.merging_db):.1f} dB from the student's own",
             highlight=False,
         )
+
+
+def _lowered(
+    plan: _Plan, target: Target, draft: Path, hashing: ThreadPoolExecutor, console: Console
+) -> Iterator[_Piece]:
+    """Every component in turn, captured and lowered."""
+    for name in plan.components:
+        with _told(console, f"capture {name}"):
+            captured = plan.tape.capture(name)
+        with _told(console, f"lower {name} to {target.precision_of(name)}"):
+            piece = _lower(captured, target, plan.student, draft, hashing)
+        del captured
+        gc.collect()
+        yield piece
 
 
 def _lower(
