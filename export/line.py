@@ -95,18 +95,15 @@ def export_student(
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
     """
     console = console or Console(stderr=True)
-    _check_family(student, target)
-    target.check()
-    _check_merging(merge_tokens, target)
+    _check_target(target, student, merge_tokens)
     prover = target.prover()
     unproven = prover.unproven or None
     check_floors(floors or {})
     check_replaceable(out, student.folder, kind="bundle")
-    schedules = student.schedules(steps, timesteps)
     plan = _plan(
         student,
         target,
-        schedules,
+        student.schedules(steps, timesteps),
         guidance,
         prompts,
         size,
@@ -114,8 +111,7 @@ def export_student(
         fold_timestep=fold_timestep,
         merge_tokens=merge_tokens,
     )
-    _tell_sampler(student, timesteps, console)
-    _tell_cut(student, prompts, console)
+    _tell_changed(student, timesteps, prompts, console)
     try:
         with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
             student_sha256 = hashing.submit(folder_sha256, student.folder)
@@ -138,6 +134,18 @@ def export_student(
     return Bundle.open(out)
 
 
+def _check_target(target: Target, student: Student, merge_tokens: float) -> None:
+    """Raises what keeps a target from lowering that."""
+    _check_family(student, target)
+    target.check()
+    if not 0 <= merge_tokens <= MOST:
+        raise EdgeflashError(f"--merge-tokens {merge_tokens:g}: give a share of at most {MOST}")
+    if merge_tokens and not target.picks:
+        raise EdgeflashError(
+            f"--merge-tokens: --to {_name(target)} cannot lower it so far: leave one of them out"
+        )
+
+
 def _check_family(student: Student, target: Target) -> None:
     name = student.family.name
     can = target.families()
@@ -145,15 +153,6 @@ def _check_family(student: Student, target: Target) -> None:
         raise EdgeflashError(
             f"{student.folder}: is of the family {name!r}, but --to {_name(target)} as "
             f"asked takes {', '.join(can)} alone so far: choose another target, or other options"
-        )
-
-
-def _check_merging(share: float, target: Target) -> None:
-    if not 0 <= share <= MOST:
-        raise EdgeflashError(f"--merge-tokens {share:g}: give a share of at most {MOST}")
-    if share and not target.picks:
-        raise EdgeflashError(
-            f"--merge-tokens: --to {_name(target)} cannot lower it so far: leave one of them out"
         )
 
 
@@ -223,6 +222,17 @@ def _plan(
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
 
+def _tell_changed(
+    student: Student, timesteps: str | None, prompts: Sequence[str], console: Console
+) -> None:
+    """Says what becomes of the sampler and of prompts that no table or text encoder can hold."""
+    _tell_sampler(student, timesteps, console)
+    tokenize = read_tokenizer(student.folder, student.family.tokenizer(student))
+    for prompt in prompts:
+        if cut := tokenize(prompt).cut:
+            console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
+
+
 def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> None:
     """Says where another sampler than the folder's stands in."""
     name = student.class_of("scheduler")[1]
@@ -230,14 +240,6 @@ def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> 
         console.print(f"{name} is not for {timesteps}: sampled by {other} instead")
     elif not timesteps and name in INSTEAD and not student.manifest:
         console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
-
-
-def _tell_cut(student: Student, prompts: Sequence[str], console: Console) -> None:
-    """Says what of the prompts the text encoder does not see."""
-    tokenize = read_tokenizer(student.folder, student.family.tokenizer(student))
-    for prompt in prompts:
-        if cut := tokenize(prompt).cut:
-            console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
 
 
 def _tell_merging(tape: Tape, console: Console) -> None:
