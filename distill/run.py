@@ -339,6 +339,7 @@ def _write_manifest(
         seconds=sum(stage["seconds"] for stage in told),
         tools={name: version(name) for name in ("edgeflash", "torch", "diffusers", "transformers")},
         weights_licence=recipe.licence,
+        own_timesteps=_sampler(recipe)[0] or _own_timesteps(base),
     )
     write_manifest(
         draft,
@@ -348,6 +349,12 @@ def _write_manifest(
         prompts=list(dict.fromkeys(captions))[:PROMPTS],
         lineage=lineage,
     )
+
+
+def _own_timesteps(base: Path | None) -> str:
+    """The method that had fitted the base to few timesteps, if any had."""
+    manifest = Student.open(base).manifest if base else None
+    return manifest.lineage.own_timesteps if manifest else ""
 
 
 def _sampling(

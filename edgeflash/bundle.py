@@ -166,6 +166,13 @@ class Figure(Part):
         return low and (self.ceiling is None or self.value <= self.ceiling)
 
 
+class Merging(Part):
+    """Tokens that the denoiser merges before self-attention (`export/merging.py`)."""
+
+    share: float  # of the tokens where it has most of them
+    image_psnr_db: float  # of the pictures, against the student's own without it; the worst
+
+
 class Lineage(Part):
     teacher: str | None = None
     recipe_sha256: str | None = None
@@ -187,6 +194,7 @@ class Manifest(Part):
     schedules: dict[int, Schedule]  # by number of steps
     default_steps: int
     guidance: Guidance
+    merging: Merging | None = None
     fused: Component | None = None  # draws in default_steps, with the guidance above
     no_prompt: Literal["zeros"] | None = None  # what guides away; None: "" as any other prompt
     parity: tuple[Figure, ...] = ()

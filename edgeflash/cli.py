@@ -75,6 +75,9 @@ def export(
         str, typer.Option(help="fp32, fp16, int8; more: edgeflash list TARGET.")
     ] = "fp32",
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(metavar="align-your-steps", help="Fitted ones; 10 steps.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, max=100, help="Scale; 1: none; default: the student's.")
@@ -86,6 +89,9 @@ def export(
     keep_timestep: Annotated[
         bool, typer.Option(help="An input even of one-step students.")
     ] = False,
+    merge_tokens: Annotated[
+        float, typer.Option(metavar="SHARE", help="Of the denoiser's tokens, as in 0.5.")
+    ] = 0.0,
     prompt: Prompts = None,
     floor: Floors = None,
     set_: Set = None,
@@ -105,11 +111,13 @@ def export(
         target,
         out_dir,
         steps=counts,
+        timesteps=timesteps,
         guidance=opened.guidance(guidance),
         size=pixels,
         prompts=tuple(prompt or ()),
         image_to_image=image_to_image,
         fold_timestep=not keep_timestep,
+        merge_tokens=merge_tokens,
         floors=read_floors(floor),
     )
     print(f"wrote {out_dir}")

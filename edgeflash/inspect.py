@@ -121,6 +121,9 @@ def _bundle(folder: Path) -> RenderableType:
         "guidance": f"{manifest.guidance.kind} {manifest.guidance.scale:g}",
         "weights licence": manifest.lineage.weights_licence or "not told",
     }
+    if manifest.merging:
+        told = manifest.merging
+        facts["merged tokens"] = f"{told.share:.0%}: {told.image_psnr_db:g} dB from the student"
     if manifest.unproven:
         facts["unproven"] = manifest.unproven
     if engine := manifest.components[0].engine:

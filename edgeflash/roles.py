@@ -97,6 +97,7 @@ class Target(Plugin, ABC):
     """Lowers one captured component to one vendor's format: ``export/to_<name>.py``."""
 
     runtime: ClassVar[str]  # the runtime that opens what this writes, for the parity ladder
+    picks: ClassVar[bool] = True  # lowers what picks tokens by what they are, as merging does
 
     precision: Literal[  # each takes some of them
         "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp8"

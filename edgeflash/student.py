@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from edgeflash import align_your_steps
 from edgeflash.bundle import Part, parse_manifest, read_manifest
 from edgeflash.disk import MANIFEST, sha256_of, write_atomic
 from edgeflash.embedded import located
-from edgeflash.errors import EdgeflashError
+from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.lora import Lora
 from edgeflash.noise_correction import MARK, corrected
 from edgeflash.schedule import Guidance, Schedule, lower_schedule
@@ -48,6 +49,7 @@ class StudentLineage(Part):
     seconds: float | None = None  # of training, all stages
     tools: dict[str, str] = Field({}, description="package -> version")
     weights_licence: str | None = None
+    own_timesteps: str = ""  # the method that fitted the denoiser to few timesteps, if any did
 
 
 class StudentManifest(Part):
@@ -181,11 +183,26 @@ class Student:
         few = self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS
         return FEW_STEPS if few else MANY_STEPS
 
-    def schedules(self, steps: Sequence[int] | None = None) -> dict[int, Schedule]:
+    def own_timesteps(self) -> str:
+        """What tells that it was distilled for timesteps of its own; "" where nothing does."""
+        if self.manifest and (method := self.manifest.lineage.own_timesteps):
+            return f"by {method}"
+        name = self.class_of("scheduler")[1]
+        return name if name in FEW_STEP_SAMPLERS else ""
+
+    def schedules(
+        self, steps: Sequence[int] | None = None, timesteps: str | None = None
+    ) -> dict[int, Schedule]:
         """The sampler as tables, for these step counts, or for those the student was made for.
 
         Tables that the manifest lacks are lowered from the folder's scheduler, with diffusers.
+
+        ``timesteps``: the name of others than the scheduler's.
         """
+        if timesteps is not None:
+            if timesteps != align_your_steps.NAME:
+                raise unknown("--timesteps", timesteps, [align_your_steps.NAME])
+            return align_your_steps.schedules(self, steps)
         own = self.manifest.schedules if self.manifest else {}
         wanted = sorted(set(steps or self.step_counts()))
         lacking = [n for n in wanted if n not in own]

@@ -16,9 +16,13 @@ from torch.export import Dim, ExportedProgram
 from edgeflash.bundle import ANSWER, Latent, TensorSpec
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Array, Sampler, Tensors, heard, rows_to_record, told_by
+from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
 from edgeflash.student import Student
 
+from .merging import merge_tokens, unmerged
+
+MOST_UNMERGED = 3  # goldens that are drawn once more to see what merging does
 MOST_BATCH = 63  # diffusers' upsampling takes another path from 64 on
 NOTHING_TO_DO = {"aten.contiguous.default", "aten.dropout.default", "aten.alias.default"}
 
@@ -98,7 +102,10 @@ class Tape:
         size: of the images, (height, width) in px.
         timestep: fold this one into the denoiser; None: it is an input.
         whole: every timestep is a whole number.
+        merge: share of the denoiser's tokens that are merged.
         goldens: arrays recorded so far, one table a prompt; see `edgeflash.golden`.
+        unmerged: the latents of some goldens, drawn without merging.
+        merging_db: how far the merging moves their pictures.
     """
 
     student: Student
@@ -108,7 +115,10 @@ class Tape:
     size: tuple[int, int]
     timestep: float | None = None
     whole: bool = False
+    merge: float = 0.0
     goldens: list[Tensors] = field(default_factory=list)
+    unmerged: list[Array] = field(default_factory=list)
+    merging_db: list[float] = field(default_factory=list)
 
     def seed(self, number: int) -> int:
         """Seed of a golden: they are drawn from different noise."""
@@ -118,6 +128,9 @@ class Tape:
         """Loads a component, runs its part of every prompt, and captures it as a program."""
         family = self.student.family
         module = family.load(self.student, component, timestep=self.timestep)
+        if component == "unet" and self.merge:
+            height, width = self.sampler.shape[2:]
+            merge_tokens(module, self.merge, (height, width))
         inputs, outputs = family.signature(
             self.student, component, self.size, folded=self.timestep is not None
         )
@@ -162,11 +175,27 @@ class Tape:
         for number, golden in enumerate(self.goldens):
             both = heard(golden, text_encoders, inputs, self.size)
             golden |= self.sampler.record(network, *both, self.seed(number), rows)
+        if self.merge:
+            self._run_unmerged(network.network)
+
+    def _run_unmerged(self, network: Network) -> None:
+        """What the denoiser makes of some goldens when it merges nothing; not among the samples."""
+        self.unmerged.clear()
+        for number, golden in enumerate(self.goldens[:MOST_UNMERGED]):
+            both = heard(golden, self.student.family.text_encoders, self._unet_inputs, self.size)
+            with unmerged(network.module):
+                latent = self.sampler.loop(Eager(network), *both, self.seed(number))
+            self.unmerged.append(latent)
 
     def _run_vae_decoder(self, network: Eager) -> None:
         space = self.latent
         for golden in self.goldens:
             golden["image"] = network(latent=golden["latent"] / space.scale + space.shift)
+        low, high = network.network.outputs[0].range
+        for golden, latent in zip(self.goldens, self.unmerged, strict=False):
+            image = Eager(network.network)(latent=latent / space.scale + space.shift)
+            pictures = (array.clip(low, high) for array in (image, golden["image"]))
+            self.merging_db.append(psnr_db(*pictures, peak=high - low))
 
     def _run_vae_encoder(self, network: Eager) -> None:
         for golden in self.goldens:

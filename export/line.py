@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from edgeflash import align_your_steps
 from edgeflash.bundle import (
     Bundle,
     Component,
@@ -22,6 +23,7 @@ from edgeflash.bundle import (
     File,
     Image,
     Manifest,
+    Merging,
     Tokenizer,
     describe_file,
 )
@@ -37,6 +39,7 @@ from edgeflash.verify import check_floors, refuse_below, verify
 
 from . import pack
 from .capture import Captured, Tape
+from .merging import MOST
 
 PROMPTS = (  # for students that bring none of their own
     "a photo of a red car on a mountain road",
@@ -58,11 +61,13 @@ def export_student(
     out: Path,
     *,
     steps: Sequence[int] | None = None,
+    timesteps: str | None = None,
     guidance: Guidance | None = None,
     prompts: Sequence[str] = (),
     size: tuple[int, int] | None = None,
     image_to_image: bool = False,
     fold_timestep: bool = True,
+    merge_tokens: float = 0.0,
     floors: Mapping[str, float] | None = None,
     console: Console | None = None,
 ) -> Bundle:
@@ -73,6 +78,7 @@ def export_student(
         target: what to lower it to.
         out: folder of the bundle; replaced when it exists.
         steps: step counts to ship schedules for; None: those the student was made for.
+        timesteps: "align-your-steps"; None: as the student's sampler spaces them.
         guidance: how the prompt steers; None: as the student says.
         prompts: recorded for calibration and parity; the first ones ship as goldens. Empty: the
             student's own, or some of all kinds.
@@ -80,6 +86,8 @@ def export_student(
         image_to_image: also export the encoder.
         fold_timestep: where all schedules have one and the same timestep, make it a constant; stock
             pipelines of optimum and OpenVINO GenAI want it as an input.
+        merge_tokens: share of the denoiser's tokens to merge, up to 0.75. The ladder then holds
+            the bundle against the student with this merging in torch.
         floors: of the ladder, instead of the defaults; see `edgeflash.verify`.
         console: where progress is told; None: the terminal's standard error.
 
@@ -87,25 +95,28 @@ def export_student(
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
     """
     console = console or Console(stderr=True)
-    _check_family(student, target)
-    target.check()
+    _check_target(target, student, merge_tokens)
     prover = target.prover()
     unproven = prover.unproven or None
     check_floors(floors or {})
     check_replaceable(out, student.folder, kind="bundle")
-    plan = _plan(student, target, steps, guidance, prompts, size, image_to_image, fold_timestep)
-    _tell_changed(plan, prompts, console)
-    pieces: list[_Piece] = []
+    plan = _plan(
+        student,
+        target,
+        student.schedules(steps, timesteps),
+        guidance,
+        prompts,
+        size,
+        image_to_image=image_to_image,
+        fold_timestep=fold_timestep,
+        merge_tokens=merge_tokens,
+    )
+    _tell_changed(student, timesteps, prompts, console)
     try:
         with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
             student_sha256 = hashing.submit(folder_sha256, student.folder)
-            for name in plan.components:
-                with _told(console, f"capture {name}"):
-                    captured = plan.tape.capture(name)
-                with _told(console, f"lower {name} to {target.precision_of(name)}"):
-                    pieces.append(_lower(captured, target, student, draft, hashing))
-                del captured
-                gc.collect()
+            pieces = [*_lowered(plan, target, draft, hashing, console)]
+            _tell_merging(plan.tape, console)
             with _told(console, "pack"):
                 sha256 = student_sha256.result()
                 manifest = _pack(plan, target, pieces, sha256, draft, console)
@@ -121,6 +132,18 @@ def export_student(
     if unproven:
         console.print(unproven, markup=False, highlight=False)
     return Bundle.open(out)
+
+
+def _check_target(target: Target, student: Student, merge_tokens: float) -> None:
+    """Raises what keeps a target from lowering that."""
+    _check_family(student, target)
+    target.check()
+    if not 0 <= merge_tokens <= MOST:
+        raise EdgeflashError(f"--merge-tokens {merge_tokens:g}: give a share of at most {MOST}")
+    if merge_tokens and not target.picks:
+        raise EdgeflashError(
+            f"--merge-tokens: --to {_name(target)} cannot lower it so far: leave one of them out"
+        )
 
 
 def _check_family(student: Student, target: Target) -> None:
@@ -160,17 +183,18 @@ class _Piece:
 def _plan(
     student: Student,
     target: Target,
-    steps: Sequence[int] | None,
+    schedules: dict[int, Schedule],
     guidance: Guidance | None,
     prompts: Sequence[str],
     size: tuple[int, int] | None,
+    *,
     image_to_image: bool,
     fold_timestep: bool,
+    merge_tokens: float,
 ) -> _Plan:
     family = student.family
     guidance = guidance or student.guidance()
     family.check_guidance(student, guidance)
-    schedules = student.schedules(steps)
     default_steps = student.default_steps(schedules)
     height, width = size = size or family.size(student)
     components = family.components(encoder=image_to_image)
@@ -193,19 +217,53 @@ def _plan(
         size,
         timestep=times.pop() if fold_timestep and len(times) == 1 else None,
         whole=whole,
+        merge=merge_tokens,
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
 
-def _tell_changed(plan: _Plan, prompts: Sequence[str], console: Console) -> None:
+def _tell_changed(
+    student: Student, timesteps: str | None, prompts: Sequence[str], console: Console
+) -> None:
     """Says what becomes of the sampler and of prompts that no table or text encoder can hold."""
-    student, name = plan.student, plan.student.class_of("scheduler")[1]
-    if name in INSTEAD and not student.manifest:
-        console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
+    _tell_sampler(student, timesteps, console)
     tokenize = read_tokenizer(student.folder, student.family.tokenizer(student))
     for prompt in prompts:
         if cut := tokenize(prompt).cut:
             console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
+
+
+def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> None:
+    """Says where another sampler than the folder's stands in."""
+    name = student.class_of("scheduler")[1]
+    if timesteps and (other := align_your_steps.sampler(name)) != name:
+        console.print(f"{name} is not for {timesteps}: sampled by {other} instead")
+    elif not timesteps and name in INSTEAD and not student.manifest:
+        console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
+
+
+def _tell_merging(tape: Tape, console: Console) -> None:
+    """Says what the merging of tokens costs."""
+    if tape.merge:
+        console.print(
+            f"merging {tape.merge:.0%} of the tokens: the pictures are "
+            f"{min(tape.merging_db):.1f} dB from the student's own",
+            highlight=False,
+        )
+
+
+def _lowered(
+    plan: _Plan, target: Target, draft: Path, hashing: ThreadPoolExecutor, console: Console
+) -> Iterator[_Piece]:
+    """Every component in turn, captured and lowered."""
+    for name in plan.components:
+        with _told(console, f"capture {name}"):
+            captured = plan.tape.capture(name)
+        with _told(console, f"lower {name} to {target.precision_of(name)}"):
+            piece = _lower(captured, target, plan.student, draft, hashing)
+        del captured
+        gc.collect()
+        yield piece
 
 
 def _lower(
@@ -264,6 +322,9 @@ def _pack(
         goldens=goldens,
         files=pack.other_files(draft, [f for c in components for f in c.files]),
         lineage=pack.lineage(student, student_sha256, target.needs),
+        merging=Merging(share=tape.merge, image_psnr_db=round(min(tape.merging_db), 2))
+        if tape.merge
+        else None,
     )
     return manifest.model_copy(update={"fused": target.fuse(Bundle(draft, manifest))})
 

@@ -52,6 +52,7 @@ class CoreMlTarget(Target):
         "sklearn",
     )
     runtime: ClassVar[str] = "coreml"
+    picks: ClassVar[bool] = False
 
     precision: Precision = Field(  # type: ignore[assignment]
         "fp32", description="of weights and sums"

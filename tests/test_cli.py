@@ -50,6 +50,14 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (["distill", "--by", "lcm", "--set", "steps"], r"write it as NAME=VALUE"),
         (["export", "nowhere", "--to", "onx"], r"no target 'onx' .*did you mean 'onnx'\?"),
         (["export", "nowhere", "--to", "onnx"], r"nowhere: no such folder"),
+        (
+            ["export", "shapes-student", "--to", "torch", "--timesteps", "align-your-step"],
+            r"no --timesteps 'align-your-step' .*did you mean 'align-your-steps'\?",
+        ),
+        (
+            ["export", "shapes-student", "--to", "torch", "--merge-tokens", "0.9"],
+            r"--merge-tokens 0\.9: give a share of at most 0\.75",
+        ),
         (["export", "nowhere", "--to", "onnx", "--precision", "int7"], r"precision = 'int7'"),
         (["export", "nowhere", "--to", "onnx", "--size", "axb"], r"--size axb: write"),
         (["run", "nowhere", "--prompt", "x"], r"nowhere: no bundle folder"),

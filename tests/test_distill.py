@@ -20,7 +20,7 @@ from torch import nn
 
 from edgeflash.distill.data import open_store
 from edgeflash.distill.loop import Order, train
-from edgeflash.distill.run import _same_recipe, distill
+from edgeflash.distill.run import _own_timesteps, _same_recipe, distill
 from edgeflash.distill.stage import Batch, Player, Stage, Terms, Workshop, average
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Data, recipe_of
@@ -356,9 +356,10 @@ def test_a_student_tells_how_it_samples_and_carries_nobody_elses_card(tmp_path: 
     blocks = recipe.model_copy(update={"stage": recipe.stage[1:2]})
     pruned = Student.open(distill(blocks, tmp_path / "pruned")).manifest
     assert pruned and list(pruned.schedules) == [3] and pruned.guidance.scale == 2.0
-    assert pruned.lineage.recipe_sha256 == blocks.sha256
+    assert pruned.lineage.recipe_sha256 == blocks.sha256 and not pruned.lineage.own_timesteps
     few = Student.open(distill(recipe, tmp_path / "few")).manifest
     assert few and list(few.schedules) == [1, 2, 4] and few.guidance.kind == "none"
+    assert few.lineage.own_timesteps == "lcm" == _own_timesteps(tmp_path / "few")
     left = {path.name for path in (tmp_path / "few").iterdir()}
     assert not left & {"README.md", "big.ckpt"} and "text_encoder" in left
     assert (tmp_path / "few/tokenizer/vocab.json").is_file()
