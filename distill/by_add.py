@@ -105,7 +105,7 @@ class ADD(Method):
         del decoder.encoder
         duel = Duel(
             options=self,
-            teacher=shop.load(shop.teacher, "unet").requires_grad_(False),
+            teacher=shop.frozen(shop.teacher),
             student=shop.load(shop.student, "unet").train(),
             heads=self.heads(sees, shop, nothing.shape[-1]),
             sees=sees,

@@ -58,7 +58,7 @@ class Blocks(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         torch.manual_seed(0)
-        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+        teacher = shop.frozen(shop.teacher)
         before = shop.load(shop.student, "unet")
         if _plain(before.config) != _plain(teacher.config):
             raise EdgeflashError("method 'blocks' prunes the teacher's UNet: let it come first")

@@ -90,7 +90,7 @@ class Consistency(Method):
         student = shop.load(shop.student, "unet").train()
         lesson = Lesson(
             options=self,
-            teacher=shop.load(source, "unet").requires_grad_(False) if distils else None,
+            teacher=shop.frozen(source) if distils else None,
             target=average(student, self.target_ema if distils else self.mu),
             process=process,
             nothing=nothing,

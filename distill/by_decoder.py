@@ -84,7 +84,7 @@ class Decoder(Method):
         def batch(indices: np.ndarray) -> Batch:
             own = {"own": drawn(indices[len(indices) // 2 :])} if drawn else {}
             known = {"z": latents(indices), "pictures": shop.store.pictures(indices)} | own
-            with torch.autocast(shop.device.type, torch.bfloat16, self.precision == "bf16"):
+            with shop.autocast():
                 return known | lesson.wanted(known)
 
         players = {"tiny": Player(_Both(tiny), lesson.loss)}

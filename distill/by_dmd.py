@@ -90,7 +90,7 @@ class DMD(Method):
         fake = shop.load(shop.teacher, "unet").train()
         duel = Duel(
             options=self,
-            teacher=shop.load(shop.teacher, "unet").requires_grad_(False),
+            teacher=shop.frozen(shop.teacher),
             fake=UnetCritic(fake).to(shop.device) if self.gan_weight else fake,
             student=shop.load(shop.student, "unet").train(),
             process=process,

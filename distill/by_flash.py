@@ -99,7 +99,7 @@ class Flash(Method):
                 f"flash.teacher_steps: at most {process.timesteps} of this teacher's timesteps"
             )
         batch, nothing = cached_samples(shop)
-        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+        teacher = shop.frozen(shop.teacher)
         lesson = Lesson(
             options=self,
             teacher=teacher,

@@ -65,7 +65,7 @@ class Diffusion2GAN(Method):
         assert shop.teacher
         torch.manual_seed(0)
         process = shop.process()
-        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+        teacher = shop.frozen(shop.teacher)
         texts = conditioning, nothing = cached_conditioning(shop)
         pictures = sampled_latents(
             shop, teacher, process, texts, guidance=self.guidance, steps=self.solver_steps

@@ -87,7 +87,7 @@ class LADD(Method):
         torch.manual_seed(0)
         process = shop.process()
         times = ladder(process, len(self.shares), "ladd.shares")
-        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+        teacher = shop.frozen(shop.teacher)
         texts = conditioning, nothing = cached_conditioning(shop)
         if self.latents == "pictures":
             latents = cached_latents(shop)

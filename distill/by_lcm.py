@@ -69,7 +69,7 @@ class LCM(Method):
 
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
-        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+        teacher = shop.frozen(shop.teacher)
         student = shop.load(shop.student, "unet").train()
         target = average(student, self.target_ema) if self.target_ema else student
         process = shop.process()

@@ -83,7 +83,7 @@ class MeanFlow(Method):
                 f"meanflow.denoising_steps: at most {process.timesteps} of this noise"
             )
         batch, nothing = cached_samples(shop)
-        teacher = shop.load(source, "unet").requires_grad_(False) if distils else None
+        teacher = shop.frozen(source) if distils else None
         student = shop.load(shop.student, "unet").train()
         listen(student)
         if self.difference == 0:

@@ -68,7 +68,7 @@ class PeRFlow(Method):
                 "timesteps into equal ones of at least 2"
             )
         batch, nothing = cached_samples(shop)
-        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+        teacher = shop.frozen(shop.teacher)
 
         return Stage(
             players={"student": Player(student, Lesson(self, teacher, process, nothing).loss)},

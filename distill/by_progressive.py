@@ -91,7 +91,7 @@ class Progressive(Method):
         batch, nothing = cached_samples(shop)
         student = shop.load(shop.student, "unet").train()
         halved = shop.teacher if self.halves == "teacher" else shop.student
-        teacher = shop.load(halved, "unet").requires_grad_(False)
+        teacher = shop.frozen(halved)
         return Stage(
             players={"student": Player(student, Lesson(self, teacher, process, nothing).loss)},
             batch=batch,

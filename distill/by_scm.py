@@ -75,7 +75,7 @@ class SCM(Method):
         if self.inference_steps > process.timesteps:
             raise EdgeflashError(f"scm.inference_steps: at most {process.timesteps} of this noise")
         batch, nothing = cached_samples(shop)
-        teacher = shop.load(source, "unet").requires_grad_(False) if distils else None
+        teacher = shop.frozen(source) if distils else None
         student = shop.load(shop.student, "unet").train()
         if self.difference == 0:
             differentiable(student)

@@ -100,7 +100,7 @@ class SDXS(Method):
         assert shop.teacher
         torch.manual_seed(0)
         process = shop.process()
-        teacher = shop.load(shop.teacher, "unet").requires_grad_(False)
+        teacher = shop.frozen(shop.teacher)
         conditioning, nothing = cached_conditioning(shop)
         lesson = Lesson(
             options=self,
@@ -136,7 +136,7 @@ class SDXS(Method):
         if self.straight_teacher:
             folder = locate_teacher(self.straight_teacher)
             process = Process.of(folder, shop.device)
-            unet, scale = shop.load(folder, "unet").requires_grad_(False), 1.0
+            unet, scale = shop.frozen(folder), 1.0
             for key in ("in_channels", "cross_attention_dim"):
                 if unet.config[key] != teacher.config[key]:
                     raise EdgeflashError(

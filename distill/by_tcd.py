@@ -65,7 +65,7 @@ class TCD(Method):
         batch, nothing = cached_samples(shop)
         lesson = Lesson(
             options=self,
-            teacher=shop.load(shop.teacher, "unet").requires_grad_(False),
+            teacher=shop.frozen(shop.teacher),
             target=average(student, self.target_ema) if self.target_ema else student,
             process=process,
             nothing=nothing,

@@ -178,7 +178,8 @@ def sampled_latents(
         eps = noise_of(rows, shape).to(shop.device)
         t = torch.full((len(rows),), last, device=shop.device)
         ask = asked(unet, process, conditioning(rows).to(shop.device), nothing, guidance)
-        return denoised(ask, process, eps, t, steps)
+        with shop.autocast():
+            return denoised(ask, process, eps, t, steps)
 
     def make(indices: np.ndarray) -> Tensor:
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
@@ -186,6 +187,7 @@ def sampled_latents(
 
     weights = [_weights_key(shop.teacher / "unet"), _text_key(shop)]
     told = [guidance, steps, shape[-1], noise_config(shop.teacher), *weights]
+    told += ["bf16"] * shop.half
     return shop.store.cached(f"samples {json.dumps(told)}", make)
 
 

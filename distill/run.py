@@ -77,13 +77,7 @@ def distill(
             require(f"{spec.by}.lora_rank", ["peft"])
     _check_families(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else it does not see other processes on CPUs
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
+    accelerator = _accelerator()
     _check_parts(recipe, methods, accelerator.num_processes)
     with accelerator.main_process_first():
         store = open_store(recipe.data, recipe.seed, cache or work / "cache")
@@ -94,7 +88,8 @@ def distill(
         label = f"{number}/{len(methods)} {spec.by}"
         if not (folder / "outcome.json").exists():
             folder.mkdir(exist_ok=True)
-            shop = Workshop(teacher, student, store, folder, accelerator.device)
+            half = method.precision == "bf16"
+            shop = Workshop(teacher, student, store, folder, accelerator.device, half)
             _run_stage(spec.by, method, shop, accelerator, recipe.seed + number, label)
         told.append({"by": spec.by} | json.loads((folder / "outcome.json").read_text()))
         if accelerator.is_main_process:
@@ -108,6 +103,16 @@ def distill(
             _write_manifest(recipe, teacher, base, told, store.captions[:200], draft)
     accelerator.wait_for_everyone()
     return out
+
+
+def _accelerator() -> Accelerator:
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else it does not see other processes on CPUs
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+    )
 
 
 def _check(student: Student, recipe: Recipe, out: Path) -> None:

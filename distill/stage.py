@@ -79,6 +79,7 @@ class Workshop:
         store: the data, with latents and conditioning cached.
         folder: scratch folder of this stage.
         device: where networks live.
+        half: the stage trains in bf16.
     """
 
     teacher: Path | None
@@ -86,6 +87,7 @@ class Workshop:
     store: Store
     folder: Path
     device: torch.device
+    half: bool = False
 
     def load(self, folder: Path, component: str) -> Any:
         """A network of a diffusers folder: float32, evaluating, on the device."""
@@ -94,6 +96,21 @@ class Workshop:
         if component == "unet":
             network = student.family.listening(student, network)
         return network.to(self.device, memory_format=torch.channels_last)
+
+    def frozen(self, folder: Path) -> Any:
+        """A denoiser that learns nothing; in bf16 where the stage is, to be called in `autocast`.
+
+        Only the weights of products are: autocast would round the same ones at every call.
+        """
+        unet = self.load(folder, "unet").requires_grad_(False)
+        for layer in unet.modules() if self.half else ():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.to(torch.bfloat16)
+        return unet
+
+    def autocast(self) -> torch.autocast:
+        """What the loop computes losses in, for what is computed beside it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     def process(self) -> Process:
         """The teacher's noise, which the student so far must know; without a teacher its own.
