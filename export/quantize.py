@@ -78,6 +78,11 @@ def operators_of(
     return found
 
 
+def operator_of(kind: Kind, rank: int) -> str:
+    """What a layer with weights becomes; ``rank``: of what it is given."""
+    return "Conv" if kind == "conv" else "Gemm" if rank == 2 else "MatMul"
+
+
 def quantize(
     path: Path, captured: Captured, words: Mapping[str, str], ranges: str, *, symmetric: bool
 ) -> Path:

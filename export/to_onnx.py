@@ -13,7 +13,7 @@ from edgeflash.student import INDEX, Student
 from edgeflash.verify import FLOORS
 
 from .ecosystem import write_configs, write_json
-from .plan import FLOATS, Quantizing, Ranges
+from .plan import FLOATS, Kind, Quantizing, Ranges
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -49,9 +49,9 @@ class OnnxTarget(Quantizing):
     )
     runtime: ClassVar[str] = "onnx"
 
-    precision: Literal[
-        "fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights"
-    ] = Field("fp32", description="of weights and sums")
+    precision: Literal["fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights"] = (
+        Field("fp32", description="of weights and sums")
+    )
     external_mib: float = Field(
         128, ge=0, le=1536, description="weights larger than this go to a file of their own, MiB"
     )
@@ -70,6 +70,11 @@ class OnnxTarget(Quantizing):
     @property
     def honours(self) -> tuple[str, ...]:
         return ("int8", "int8-dynamic", "int8-weights", "int4-weights")
+
+    def can(self, kind: Kind, rank: int) -> frozenset[str]:
+        from .quantize import TAKES, operator_of
+
+        return frozenset(TAKES[operator_of(kind, rank)])
 
     def lower(self, captured: Captured, out: Path) -> list[Path]:
         from . import onnx_graph
