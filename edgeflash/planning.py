@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from edgeflash.export.sensitivity import Sensitivity
 
 MIB = 2**20
-ATTEMPTS = 3  # exports until the bundle is within its budget; the first tells what else it holds
+ATTEMPTS = 4  # exports until the bundle is within its budget; the first tells what else it holds
 SPREAD = 4  # plans of a front of time that are exported and measured
 PREDICTED_DB, PREDICTED_MIB = "predicted image dB", "predicted MiB"
 NOTES = (

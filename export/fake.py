@@ -16,6 +16,7 @@ from .quantize_weights import BLOCK, LARGEST
 
 WORDS = ("int8-weights", "int8", "int4-weights")  # those it knows, finest first
 SCALE_BYTES = 4
+NODE_BYTES = 400  # of an operator that a quantized weight brings along, its names above all
 
 
 @dataclass
@@ -97,5 +98,5 @@ def stored_bytes(word: str, weights: int, channels: int, float_bytes: int) -> fl
     if word == "none":
         return weights * float_bytes
     if word == "int4-weights":
-        return weights / 2 + weights / BLOCK * (float_bytes + 0.5)
-    return weights + SCALE_BYTES * channels
+        return weights / 2 + weights / BLOCK * (float_bytes + 0.5) + NODE_BYTES
+    return weights + SCALE_BYTES * channels + NODE_BYTES

@@ -46,7 +46,7 @@ class Layer:
         words: of plans, that it can get.
         taken: range of what it was given in all recorded calls.
         made: range of what it made.
-        products: multiplications in all recorded calls.
+        products: multiplications of all draws.
         draws: word -> v . J d, a number a draw.
     """
 
@@ -64,7 +64,6 @@ class Layer:
         """Takes in one call."""
         self.taken.see(given)
         self.made.see(made)
-        self.products += self.weights * made.numel() // self.channels
 
 
 @dataclass(frozen=True)
@@ -177,6 +176,7 @@ class _Drawing:
         def hook(module: nn.Module, given: Any, made: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled() or not layer.words:
                 return None
+            layer.products += layer.weights * made.numel() // layer.channels
             if not made.requires_grad:  # it depends on tokens or time alone
                 made = made + self._anchor
 

@@ -41,11 +41,13 @@ def onnx_target(**options: Any) -> Quantizing:
 # --- what words do to a layer ---------------------------------------------------------------------
 
 
-def stored(path: Path, node: Any, sample: np.ndarray, weight: np.ndarray, word: str) -> np.ndarray:
-    """What ONNX Runtime makes of the sample with the weight in so many bits."""
-    whole = network(path / "m.onnx", node, w=weight)
-    made = to_int8(whole, [node.name]) if word == "int8-weights" else to_int4(whole, [node.name])
-    session = ort.InferenceSession(str(made), providers=["CPUExecutionProvider"])
+def stored(path: Path, *nodes: Any, sample: Any, weight: Any, word: str) -> Any:
+    """What ONNX Runtime makes of the sample, the weight of the last node in so many bits."""
+    whole, names = network(path / "m.onnx", *nodes, w=weight), [nodes[-1].name]
+    made = to_int8(whole, names) if word == "int8-weights" else to_int4(whole, names)
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # as `on_onnx.py` has it
+    session = ort.InferenceSession(str(made), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"sample": sample})[0]
 
 
@@ -54,12 +56,15 @@ def test_matrices_are_rounded_as_the_file_has_them(word: str, tmp_path: Path) ->
     torch.manual_seed(0)
     layer = torch.nn.Linear(40, 64, bias=False)  # 40: the last block is not full
     layer.weight.data[:, 3] *= 9
-    sample = torch.randn(1, 4, 4, 40).numpy()
-    node = helper.make_node("MatMul", ["sample", "w"], ["y"], name="product")
-    found = stored(tmp_path, node, sample, layer.weight.detach().T.contiguous().numpy(), word)
-    wanted = sample @ fake.weight(layer, word).T.numpy()
-    apart = np.abs(wanted - sample @ layer.weight.detach().T.numpy()).max()
-    assert np.abs(found - wanted).max() < 0.05 * apart
+    sample = torch.randn(1, 4, 4, 4).numpy()
+    nodes = (
+        helper.make_node("Concat", ["sample"] * 10, ["wide"], axis=-1),
+        helper.make_node("MatMul", ["wide", "w"], ["y"], name="product"),
+    )
+    weight, wide = layer.weight.detach().T.contiguous().numpy(), np.tile(sample, 10)
+    found = stored(tmp_path, *nodes, sample=sample, weight=weight, word=word)
+    wanted = wide @ fake.weight(layer, word).T.numpy()
+    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted - wide @ weight).max()
 
 
 def test_convolutions_are_rounded_as_the_file_has_them(tmp_path: Path) -> None:
@@ -70,10 +75,10 @@ def test_convolutions_are_rounded_as_the_file_has_them(tmp_path: Path) -> None:
     sample = torch.randn(1, 4, 4, 4)
     node = helper.make_node("Conv", ["sample", "w"], ["y"], name="product")
     weight = layer.weight.detach().numpy()
-    found = stored(tmp_path, node, sample.numpy(), weight, "int8-weights")
+    found = stored(tmp_path, node, sample=sample.numpy(), weight=weight, word="int8-weights")
     wanted = torch.nn.functional.conv2d(sample, fake.weight(layer, "int8-weights"))
     assert np.abs(found - wanted.numpy()).max() < 1e-4
-    assert np.abs(wanted - layer(sample).detach()).max() > 1e-2
+    assert float((wanted - layer(sample)).abs().max()) > 1e-2
 
 
 def test_int8_rounds_what_goes_in_and_comes_out_too() -> None:
@@ -82,7 +87,8 @@ def test_int8_rounds_what_goes_in_and_comes_out_too() -> None:
     taken, made = fake.Range(), fake.Range()
     taken.see(torch.tensor([0.0, 2.55]))
     made.see(torch.tensor([-1.0, 4.1]))
-    given = torch.tensor([[0.014], [9.0]])
+    given = torch.tensor([[0.016], [9.0]])
+    layer.requires_grad_(False)
     found = given + fake.change(layer, "int8", given, taken, made)
     assert found.flatten().tolist() == pytest.approx([0.02, 2.56], abs=1e-5)
     assert float(fake.change(layer, "int8-weights", given, taken, made).abs().max()) < 1e-6
@@ -91,15 +97,15 @@ def test_int8_rounds_what_goes_in_and_comes_out_too() -> None:
 # --- sensitivities --------------------------------------------------------------------------------
 
 
-def rounded(tape: Tape, layer: Layer, word: str) -> list[np.ndarray]:
-    """The pictures with the weight of one layer rounded, drawn for real."""
+def pictures(tape: Tape, layer: Layer, word: str, amount: float) -> list[Any]:
+    """Drawn for real, with the weight of one layer so much of the way to where a word brings it."""
     component, _, path = layer.name.partition("/")
 
     def see(seen: Network) -> None:
         if seen.component == component:
             for name, module in seen.module.named_modules():
                 if name.endswith(f"network.{path}"):
-                    module.weight.data = fake.weight(module, word)
+                    module.weight.data.lerp_(fake.weight(module, word), amount)
 
     for name in tape.student.family.components():
         tape.record(name, see)
@@ -110,33 +116,31 @@ def test_one_way_back_tells_what_each_layer_does_to_the_picture(one_step_student
     student, target = Student.open(one_step_student), onnx_target()
 
     def tape() -> Tape:
-        asked = {"steps": (2,), "guidance": Guidance(kind="cfg", scale=2.0)}
-        return rehearsal(student, target, prompts=("a red star", "blue ring"), **asked)
+        guidance = Guidance(kind="cfg", scale=2.0)
+        prompts = ("a red star", "blue ring")
+        return rehearsal(student, target, prompts=prompts, steps=(2,), guidance=guidance)
 
-    whole, words = tape(), ("int8-weights", "int8", "int4-weights")
+    whole, words, amount = tape(), ("int8-weights", "int8", "int4-weights"), 0.1
     found = sensitivity(whole, target, student.family.components(), words, rounds=1)
     layers = {layer.name: layer for layer in found.layers}
-    assert found.pixels == 3 * 16 * 16 and len(whole.goldens) == 2
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn((1, 3, 16, 16), generator=generator).numpy() for _ in whole.goldens]
+    assert found.pixels == 3 * 16 * 16 and len(draws) == 2
     for name, word in (
         ("vae_decoder/decoder.layers.2.conv.0", "int8-weights"),
-        ("unet/down_blocks.0.resnets.0.conv1", "int8-weights"),
+        ("unet/conv_out", "int8-weights"),
         ("unet/time_embedding.linear_1", "int8-weights"),
         ("unet/up_blocks.0.attentions.0.transformer_blocks.0.ff.net.2", "int4-weights"),
-        ("text_encoder/encoder.layers.0.mlp.fc1", "int4-weights"),
+        ("text_encoder/encoder.layers.0.mlp.fc1", "int8-weights"),
     ):
-        pictures = rounded(tape(), layers[name], word)
-        pairs = zip(pictures, whole.goldens, draws, strict=True)
-        real = [float((v * (picture - told["image"])).sum()) for picture, told, v in pairs]
-        assert layers[name].draws[word] == pytest.approx(
-            real, rel=0.3, abs=0.1 * max(map(abs, real))
-        )
-        assert max(map(abs, real)) > 0, name
-    assert layers["unet/time_embedding.linear_1"].words == ("int8-weights", "int8"), (
-        "Gemm: no 4 bits"
-    )
-    assert layers["unet/conv_in"].products == 2 * 2 * 2 * 64 * 4 * 8 * 9, "prompts, steps, guidance"
+        drawn = pictures(tape(), layers[name], word, amount)
+        pairs = zip(draws, drawn, whole.goldens, strict=True)
+        real = [float((v * (image - told["image"])).sum()) / amount for v, image, told in pairs]
+        most = max(map(abs, real))
+        assert layers[name].draws[word] == pytest.approx(real, abs=0.2 * most) and most, name
+    embedding = layers["unet/time_embedding.linear_1"]
+    assert embedding.words == ("int8-weights", "int8"), "a Gemm, which takes no 4 bits"
+    assert layers["unet/conv_in"].products == 2 * 2 * 2 * 64 * (4 * 8 * 9), "prompt, step, guidance"
 
 
 # --- the front ------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ def test_a_front_takes_what_costs_least_for_its_bytes() -> None:
     assert words[3] == words[2] | {"unet/a": "int4-weights"}
     assert words[4] == words[3] | {"unet/c": "int8-weights"}
     assert words[5] == words[4] | {"unet/b": "int4-weights"}
-    assert points[2].bytes == 28000 - 2 * (3 * 3200 - 4) and points[2].error == 1.5
+    assert points[2].bytes == 28000 - 2 * (3 * 3200 - 4 - 400) and points[2].error == 1.5
     assert points[3].error == pytest.approx(5.5)
     assert within(points, points[2].bytes) is points[2]
     with pytest.raises(EdgeflashError, match=r"^--budget-mib: weights of 0\.00 MiB.* allow more"):
@@ -239,6 +243,7 @@ def test_words_follow_the_budget() -> None:
         planning.quantizing("torch", {})
 
 
+@pytest.mark.usefixtures("replay")
 def test_a_plan_within_its_budget_is_searched_exported_and_told(
     one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
