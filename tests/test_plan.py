@@ -153,7 +153,9 @@ def test_plans_that_fit_nothing_are_refused() -> None:
     assert "called 'unett/conv_in'" in said(plan={"names": {"unett/conv_in": "int8"}})
     assert words(plan={"names": {"vae_decoder/anything": "int8"}})[0] == "int8", "not this one's"
     assert said(keep=["*"]) == "quantized: unet has nothing that int8 applies to"
-    assert "'fp8' is not among int8, int8-dynamic, int8-weights, int4-weights" in said(plan={"default": "fp8"})
+    assert "'fp8' is not among int8, int8-dynamic, int8-weights, int4-weights" in said(
+        plan={"default": "fp8"}
+    )
     assert "goes with a precision that" in said(precision="fp16", plan={"default": "int8"})
 
 
