@@ -1,12 +1,14 @@
 """The command line: parsing and one-line errors. Here are the commands that make something.
 
 Those that measure and tell are in `cli_tell.py`. Rooms are imported inside the commands, so that
-``edgeflash --help`` loads none of them. Both files know all rooms, as do demo, price and score.
+``edgeflash --help`` loads none of them. Both files know all rooms, as do demo, price, score, choice
+and planning.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +28,7 @@ from edgeflash.arguments import (
     read_recipe,
     read_runtime,
     read_size,
+    typed,
 )
 from edgeflash.cli_tell import distill_installed, telling
 from edgeflash.errors import in_one_line
@@ -38,6 +41,7 @@ app = typer.Typer(
     add_completion=False,
     help="Distil a diffusion model BY a method, export it TO a target, run it ON a runtime.",
 )
+out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
@@ -72,8 +76,9 @@ def export(
     to: Annotated[str, typer.Option(help="Target; see edgeflash list.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Bundle folder.")] = Path("bundle"),
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, int8; more: edgeflash list TARGET.")
+        str, typer.Option(help="fp32, fp16, int8 …: edgeflash list TARGET; auto: the best here.")
     ] = "fp32",
+    prefer: Annotated[str, typer.Option(help="What auto is to gain: speed or size.")] = "speed",
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
     timesteps: Annotated[
         str | None, typer.Option(metavar="align-your-steps", help="Fitted ones; 10 steps.")
@@ -101,15 +106,15 @@ def export(
     from edgeflash.shelf import make
     from edgeflash.student import Student
 
-    target = make(Target, to, {"precision": precision} | read_options(set_))
+    auto, options = precision == "auto", read_options(set_)
+    target = make(Target, to, {"precision": "fp32" if auto else precision} | options)
     counts, pixels = read_counts(steps), read_size(size)
     from edgeflash.export.line import export_student
 
     opened = Student.open(student, read_loras(lora))
-    export_student(
+    lower = partial(
+        export_student,
         opened,
-        target,
-        out_dir,
         steps=counts,
         timesteps=timesteps,
         guidance=opened.guidance(guidance),
@@ -120,7 +125,48 @@ def export(
         merge_tokens=merge_tokens,
         floors=read_floors(floor),
     )
+    if auto:
+        from edgeflash.choice import choice_table, export_best
+
+        out.print(choice_table(export_best(to, options, lower, out_dir, prefer, err)))
+    else:
+        lower(target, out_dir)
     print(f"wrote {out_dir}")
+
+
+@app.command()
+def plan(
+    student: Annotated[Path, typer.Argument(help="Student, diffusers folder or checkpoint.")],
+    to: Annotated[str, typer.Option(help="Target that takes plans: onnx, openvino, tensorrt.")],
+    out_toml: Annotated[Path, typer.Option("--out", help="Plan to write.")] = Path("plan.toml"),
+    budget_mib: Annotated[float | None, typer.Option(min=0, help="Of the bundle.")] = None,
+    budget_ms: Annotated[float | None, typer.Option(min=0, help="Of a picture, here.")] = None,
+    words: Annotated[
+        str | None, typer.Option(help="Of the plan, as in int8-weights,int4-weights.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
+    size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
+    prompt: Prompts = None,
+    report_dir: Annotated[Path, typer.Option("--report", help="Its folder.")] = Path("report"),
+    set_: Set = None,
+) -> None:
+    """Search what to quantize, under a budget: student folder -> plan.toml and a report."""
+    from edgeflash.planning import Budget, Wish, plans_table, search
+    from edgeflash.student import Student
+
+    budget = Budget(budget_mib, budget_ms)
+    wish = Wish(
+        to,
+        read_options(set_),
+        budget,
+        tuple(words.split(",")) if words else (),
+        steps=read_counts(steps),
+        size=read_size(size),
+        prompts=tuple(prompt or ()),
+    )
+    found = search(Student.open(student), wish, out_toml, report_dir, err, command=typed())
+    out.print(plans_table(found))
+    print(f"wrote {out_toml}, {report_dir / 'report.json'} and {report_dir / 'report.html'}")
 
 
 @app.command()

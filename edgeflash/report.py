@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.json"
 FORMAT_VERSION = 1
+IMAGE_DB = "image dB"  # among extra: PSNR of the picture, against the student in torch
 
 
 class _Figures(BaseModel):
@@ -113,8 +114,15 @@ class System(_Figures):
     extra: dict[str, float | str] = {}
 
 
+class Predicted(_Figures):
+    """A plan of quantization that was not exported: size of the bundle, PSNR of the picture."""
+
+    size_mib: float
+    psnr_db: float
+
+
 class Report(_Figures):
-    """Systems measured on one machine."""
+    """Systems measured on one machine. ``front``: predicted plans, of falling size."""
 
     format_version: int = FORMAT_VERSION
     kind: Literal["report"] = "report"
@@ -124,6 +132,7 @@ class Report(_Figures):
     machine: Machine
     prompts: tuple[str, ...] = ()
     systems: tuple[System, ...]
+    front: tuple[Predicted, ...] = ()
     notes: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:

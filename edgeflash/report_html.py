@@ -48,7 +48,13 @@ def write_html(report: Report, path: Path, grid: Grid | None = None) -> None:
         EdgeflashError: a picture is missing.
     """
     grid = grid or _own_grid(report, path.parent)
-    parts = [_head(report), _tiles(report), _pictures(grid), plots(report.systems), _table(report)]
+    parts = [
+        _head(report),
+        _tiles(report),
+        _pictures(grid),
+        plots(report.systems, report.front),
+        _table(report),
+    ]
     body = "\n".join(part for part in [*parts, _small_print(report)] if part)
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

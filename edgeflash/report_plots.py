@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from edgeflash.report import System, told
+from edgeflash.report import IMAGE_DB, Predicted, System, told
 from edgeflash.report_svg import COLOURS, Bar, Dot, Line, Part, bars, lines, scatter, shade
 
 
-def plots(systems: Sequence[System]) -> str:
+def plots(systems: Sequence[System], front: Sequence[Predicted] = ()) -> str:
     """The plots for which there are figures, each in a card of the page's grid."""
-    cards = [_latency(systems), _quality(systems), _stages(systems), _sizes(systems)]
+    cards = [_front(systems, front), _latency(systems), _quality(systems)]
+    cards += [_stages(systems), _sizes(systems)]
     cards += [_memory(systems), _sustained(systems)]
     return f"<section class='plots'>{''.join(cards)}</section>"
 
@@ -26,6 +27,17 @@ def _legend(rows: Iterable[Bar]) -> str:
     return "".join(
         f"<s style='opacity:{shade(j):.2f}'></s>{escape(name)}" for j, name in enumerate(names)
     )
+
+
+def _front(systems: Sequence[System], front: Sequence[Predicted]) -> str:
+    """Plans of quantization: the predicted ones as a line, those that were exported as dots."""
+    found = [(s.name, s.size_mib, s.extra.get(IMAGE_DB), i) for i, s in enumerate(systems)]
+    dots = [Dot(name, mib, db, i) for name, mib, db, i in found if isinstance(db, float)]
+    if not front or not dots:
+        return ""
+    line = [(point.size_mib, point.psnr_db) for point in front]
+    plot = scatter("image PSNR against size", "bundle, MiB", dots, line=line)
+    return _card("Quality against size", "image PSNR, dB; line: predicted, dots: exported", plot)
 
 
 def _latency(systems: Sequence[System]) -> str:

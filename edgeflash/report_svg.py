@@ -102,14 +102,26 @@ def shade(j: int) -> float:
     return float(0.55**j)
 
 
-def scatter(heading: str, x_label: str, dots: Sequence[Dot], *, percent: bool) -> str:
+def scatter(
+    heading: str,
+    x_label: str,
+    dots: Sequence[Dot],
+    *,
+    percent: bool = False,
+    line: Sequence[tuple[float, float]] = (),
+) -> str:
     """Points over a logarithmic x axis, named where they stand.
 
-    ``percent``: y runs from 0 to 100 %; else from 0 to a little above the largest.
+    ``percent``: y runs from 0 to 100 %; else from 0 to a little above the largest. ``line``: drawn
+    beneath them.
     """
-    y_ticks = [0, 0.25, 0.5, 0.75, 1] if percent else _ticks([dot.y for dot in dots])
-    frame = Frame(_log_ticks([dot.x for dot in dots]), y_ticks, 320, logarithmic=True)
+    points = [*((dot.x, dot.y) for dot in dots), *line]
+    y_ticks = [0, 0.25, 0.5, 0.75, 1] if percent else _ticks([y for _, y in points])
+    frame = Frame(_log_ticks([x for x, _ in points]), y_ticks, 320, logarithmic=True)
     body = frame.drawn(x_label, percent=percent)
+    if line:
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (frame.at(*point) for point in line))
+        body.append(f'<path class="whisker" d="M{path}"/>')
     body += _named([(dot, *frame.at(dot.x, dot.y)) for dot in dots], frame.floor)
     return _svg(heading, frame.height, body)
 

@@ -6,7 +6,7 @@ prompts, as goldens that ship with the bundle.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ class Eager:
     def answers(self, **by_role: Array) -> Tensors:
         """All outputs that have a role."""
         network = self.network
-        given = {s.name: _as_one_row(by_role[s.role], s) for s in network.inputs}
+        given = {s.name: as_one_row(by_role[s.role], s) for s in network.inputs}
         with torch.no_grad():
             answer = network.module(*(torch.from_numpy(array) for array in given.values()))
         answers = answer if isinstance(answer, tuple) else (answer,)
@@ -126,6 +126,27 @@ class Tape:
 
     def capture(self, component: str) -> Captured:
         """Loads a component, runs its part of every prompt, and captures it as a program."""
+        network, samples = self.record(component)
+        module = self.target.rewrite(network).module
+        program = to_program(module, network.inputs, samples[0])
+        return Captured(component, program, network.inputs, network.outputs, samples)
+
+    def record(
+        self, component: str, see: Callable[[Network], object] = lambda network: None
+    ) -> tuple[Network, tuple[Sample, ...]]:
+        """Loads a component and runs its part of every prompt.
+
+        ``see`` is shown the network before it runs.
+        """
+        network = self.load(component)
+        see(network)
+        eager = Eager(network)
+        kind = "text_encoder" if component in self.student.family.text_encoders else component
+        getattr(self, f"_run_{kind}")(eager)
+        return network, tuple(eager.samples)
+
+    def load(self, component: str) -> Network:
+        """A component as the target's ecosystem calls it."""
         family = self.student.family
         module = family.load(self.student, component, timestep=self.timestep)
         if component == "unet" and self.merge:
@@ -136,14 +157,7 @@ class Tape:
         )
         inputs = tuple(self.target.takes(spec, whole=self.whole) for spec in inputs)
         network = Network(component, module, inputs, outputs)
-        network = self.target.adapt(network, family.latent(self.student))
-        eager = Eager(network)
-        kind = "text_encoder" if component in family.text_encoders else component
-        getattr(self, f"_run_{kind}")(eager)
-        module = self.target.rewrite(network).module
-        program = to_program(module, network.inputs, eager.samples[0])
-        samples = tuple(eager.samples)
-        return Captured(component, program, network.inputs, network.outputs, samples)
+        return self.target.adapt(network, family.latent(self.student))
 
     @property
     def latent(self) -> Latent:
@@ -202,7 +216,7 @@ class Tape:
             golden["encoded"] = network(image=golden["image"])
 
 
-def _as_one_row(array: Array, spec: TensorSpec) -> Array:
+def as_one_row(array: Array, spec: TensorSpec) -> Array:
     """In the dtype, layout and rank of ``spec``, batch 1; what will be halves is not rounded."""
     if spec.dtype == "float16":
         spec = spec.model_copy(update={"dtype": "float32"})

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -180,6 +180,25 @@ class _Piece:
     files: Future[tuple[File, ...]]
 
 
+def rehearsal(
+    student: Student,
+    target: Target,
+    *,
+    steps: Sequence[int] | None = None,
+    guidance: Guidance | None = None,
+    prompts: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+) -> Tape:
+    """The tape of such an export, with all prompts on it, and nothing recorded yet."""
+    plan = _plan(student, target, steps, guidance, prompts, size, False, True)
+    return replace(plan.tape, prompts=_prompts(student, prompts))
+
+
+def _prompts(student: Student, given: Sequence[str]) -> tuple[str, ...]:
+    own = student.manifest.prompts if student.manifest else ()
+    return tuple(given) or own or PROMPTS
+
+
 def _plan(
     student: Student,
     target: Target,
@@ -203,8 +222,7 @@ def _plan(
     space = family.latent(student)
     shape = (1, space.channels, height // space.downsampling, width // space.downsampling)
     times = {step.t for schedule in schedules.values() for step in schedule.steps}
-    own = student.manifest.prompts if student.manifest else ()
-    prompts = tuple(prompts) or own or PROMPTS
+    prompts = _prompts(student, prompts)
     whole = not any(t % 1 for t in times)
     big = sum(p.stat().st_size for p in student.weights("unet").files) > BIG_BYTES
     goldens = min(1 if big else GOLDENS, len(prompts))

@@ -179,6 +179,10 @@ class Quantizing(Target):
     def honours(self) -> tuple[str, ...]:
         """The words that plans may hold, besides "none"."""
 
+    def can(self, kind: Kind, rank: int) -> frozenset[str]:
+        """Words that a layer with weights can get; ``rank``: of what it is given."""
+        return frozenset(self.honours)
+
     def usual(self) -> tuple[str, ...]:
         """Components that are quantized where nobody says which: those that gain."""
         if weights_alone([self.precision]):

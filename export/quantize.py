@@ -1,7 +1,7 @@
 """Fewer bits for ONNX Runtime and TensorRT, by ONNX Runtime's own quantizers and one plan.
 
 int8: ranges from what was recorded in the student's own loop, as QDQ pairs. int8-dynamic: ranges
-measured in every run. int4-weights: 4 bits a weight, one scale a block, for ``MatMulNBits``.
+measured in every run. Weights alone are in `quantize_weights.py`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from edgeflash.golden import Tensors
 from .capture import Captured, Sample
 from .onnx_graph import layers, load
 from .plan import PIXELS, Kind, Operator, Quantizing
+from .quantize_weights import to_int4, to_int8
 from .quiet import quiet
 
 PRODUCTS = ("Conv", "MatMul", "Gemm")
 TAKES = {  # by ONNX Runtime; of two activations products take int8 alone
-    "Conv": ("int8", "int8-dynamic"),
-    "MatMul": ("int8", "int8-dynamic", "int4-weights"),
-    "Gemm": ("int8",),
+    "Conv": ("int8", "int8-dynamic", "int8-weights"),
+    "MatMul": ("int8", "int8-dynamic", "int8-weights", "int4-weights"),
+    "Gemm": ("int8", "int8-weights"),
 }
 METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
-BLOCK = 32  # weights a scale: 128 is smaller by 5 %, and 1 to 4 dB worse on the embedded student
 
 
 class Recorded(CalibrationDataReader):  # type: ignore[misc]
@@ -73,9 +73,14 @@ def operators_of(
             kind: Kind = "attention" if loose else "conv" if node.op_type == "Conv" else "linear"
             words = frozenset(takes.get(node.op_type, ()))
             if loose:
-                words -= {"int8-dynamic", "int4-weights"}
+                words &= {"int8"}
             found.append(Operator(node.name, layers[node.name], kind, words))
     return found
+
+
+def operator_of(kind: Kind, rank: int) -> str:
+    """What a layer with weights becomes; ``rank``: of what it is given."""
+    return "Conv" if kind == "conv" else "Gemm" if rank == 2 else "MatMul"
 
 
 def quantize(
@@ -93,8 +98,10 @@ def quantize(
         path = quantize_dynamic(path, names)
     if names := named(words, "int8"):
         path = quantize_static(path, captured, names, ranges, symmetric=symmetric)
+    if names := named(words, "int8-weights"):
+        path = to_int8(path, names)
     if names := named(words, "int4-weights"):
-        path = quantize_weights(path, names)
+        path = to_int4(path, names)
     return path
 
 
@@ -160,21 +167,6 @@ def quantize_dynamic(path: Path, names: list[str]) -> Path:
             weight_type=ort.QuantType.QUInt8,
             use_external_data_format=True,
         )
-    return found
-
-
-def quantize_weights(path: Path, names: list[str]) -> Path:
-    """Gives the weights of these products 4 bits, with a scale and a zero point a block."""
-    found = path.with_name("int4.onnx")
-    model = onnx.load(path)
-    others = {node.name for node in model.graph.node}.difference(names)
-    with quiet():
-        from onnxruntime.quantization import matmul_nbits_quantizer as nbits
-
-        config = nbits.DefaultWeightOnlyQuantConfig(block_size=BLOCK, bits=4)
-        quantizer = nbits.MatMulNBitsQuantizer(model, nodes_to_exclude=others, algo_config=config)
-        quantizer.process()
-        quantizer.model.save_model_to_file(str(found), use_external_data_format=True)
     return found
 
 

@@ -13,7 +13,7 @@ from edgeflash.student import INDEX, Student
 from edgeflash.verify import FLOORS
 
 from .ecosystem import write_configs, write_json
-from .plan import FLOATS, Quantizing, Ranges
+from .plan import FLOATS, Kind, Quantizing, Ranges
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -24,9 +24,10 @@ MIB = 2**20
 class OnnxTarget(Quantizing):
     """One ONNX file a component, opset 20: fp32, fp16, or as a plan of quantization says.
 
-    int8: QDQ with recorded ranges. int8-dynamic: ranges are measured in every run. int4-weights: 4
-    bits for the weights of linear layers, by ``MatMulNBits``, which ONNX Runtime and OpenVINO know;
-    there is none for convolutions, so they stay as they are.
+    int8: QDQ with recorded ranges. int8-dynamic: ranges are measured in every run. int8-weights:
+    smaller files and next to no error, but no speed: on the CPU, ONNX Runtime makes floats of them
+    when it loads. int4-weights: 4 bits for the weights of linear layers, by ``MatMulNBits``, which
+    ONNX Runtime and OpenVINO know; there is none for convolutions, so they stay as they are.
 
     Inputs and outputs are float32 in every precision. Weights above ``external_mib`` lie beside the
     model in `model.onnx_data`, from where ONNX Runtime maps them instead of reading them. Stock
@@ -48,8 +49,8 @@ class OnnxTarget(Quantizing):
     )
     runtime: ClassVar[str] = "onnx"
 
-    precision: Literal["fp32", "fp16", "int8", "int8-dynamic", "int4-weights"] = Field(
-        "fp32", description="of weights and sums"
+    precision: Literal["fp32", "fp16", "int8", "int8-dynamic", "int8-weights", "int4-weights"] = (
+        Field("fp32", description="of weights and sums")
     )
     external_mib: float = Field(
         128, ge=0, le=1536, description="weights larger than this go to a file of their own, MiB"
@@ -68,7 +69,12 @@ class OnnxTarget(Quantizing):
 
     @property
     def honours(self) -> tuple[str, ...]:
-        return ("int8", "int8-dynamic", "int4-weights")
+        return ("int8", "int8-dynamic", "int8-weights", "int4-weights")
+
+    def can(self, kind: Kind, rank: int) -> frozenset[str]:
+        from .quantize import TAKES, operator_of
+
+        return frozenset(TAKES[operator_of(kind, rank)])
 
     def lower(self, captured: Captured, out: Path) -> list[Path]:
         from . import onnx_graph

@@ -15,7 +15,7 @@ from edgeflash.gpu import find_gpu
 from edgeflash.roles import Runtime
 from edgeflash.verify import FLOORS
 
-from .plan import Quantizing, Ranges
+from .plan import Kind, Quantizing, Ranges
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -152,6 +152,11 @@ class TensorRtTarget(Quantizing):
     @property
     def honours(self) -> tuple[str, ...]:
         return (self.precision,)
+
+    def can(self, kind: Kind, rank: int) -> frozenset[str]:
+        from .quantize import operator_of
+
+        return frozenset() if operator_of(kind, rank) in self._unfit else super().can(kind, rank)
 
     def usual(self) -> tuple[str, ...]:
         return ("unet",) if self._only_products else super().usual()

@@ -75,6 +75,9 @@ class OnnxRuntime(Runtime):
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3  # its warnings are about itself; errors are raised below
+        if component.precision.endswith("-weights"):
+            # Else it widens the weights anew in every run, and convolutions lose their layout.
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         path = folder / component.files[0].path
         providers = [(PROVIDERS[n], self._options(n)) for n in (name, *REST[name])]
         try:

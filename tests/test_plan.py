@@ -153,7 +153,9 @@ def test_plans_that_fit_nothing_are_refused() -> None:
     assert "called 'unett/conv_in'" in said(plan={"names": {"unett/conv_in": "int8"}})
     assert words(plan={"names": {"vae_decoder/anything": "int8"}})[0] == "int8", "not this one's"
     assert said(keep=["*"]) == "quantized: unet has nothing that int8 applies to"
-    assert "'fp8' is not among int8, int8-dynamic, int4-weights" in said(plan={"default": "fp8"})
+    assert "'fp8' is not among int8, int8-dynamic, int8-weights, int4-weights" in said(
+        plan={"default": "fp8"}
+    )
     assert "goes with a precision that" in said(precision="fp16", plan={"default": "int8"})
 
 
@@ -167,7 +169,7 @@ def lowered(exported: Exported, out: Path, name: str = "unet", **options: Any) -
 
 
 @pytest.mark.usefixtures("replay")
-@pytest.mark.parametrize("precision", ["int8-dynamic", "int4-weights"])
+@pytest.mark.parametrize("precision", ["int8-dynamic", "int8-weights", "int4-weights"])
 def test_every_word_passes_the_ladder(
     precision: str, one_step_student: Path, tmp_path: Path
 ) -> None:
@@ -178,6 +180,7 @@ def test_every_word_passes_the_ladder(
     assert db < 75, "it shows"
     kinds = {node.op_type for node in onnx.load(bundle.folder / "unet/model.onnx").graph.node}
     wanted = {"int8-dynamic": {"ConvInteger", "MatMulInteger"}, "int4-weights": {"MatMulNBits"}}
+    wanted["int8-weights"] = {"DequantizeLinear", "Conv", "MatMul", "Gemm"}
     assert wanted[precision] <= kinds
     assert {path.name for path in (bundle.folder / "unet").iterdir()} == {
         "model.onnx",

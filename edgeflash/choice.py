@@ -1,0 +1,233 @@
+"""Candidates of one target, exported and measured here: one of them earns its place, or none does.
+
+`edgeflash export --precision auto` tries every precision of a target; `planning.py` tries plans.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from rich.console import Console
+
+from edgeflash import shelf
+from edgeflash.bundle import Bundle, Part, describe_file
+from edgeflash.disk import check_replaceable, fresh_folder
+from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.machine import Machine
+from edgeflash.report import told
+from edgeflash.roles import Target
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgeflash.runtimes.measure import Job, Measured
+
+FILE = "choice.json"  # in the bundle: what was tried, and why it was not kept
+ROUNDS = 2  # candidates are measured in turn, so that a busy spell does not fall on one alone
+RUNS = 10  # counted ones, of each round
+MARGIN = {"speed": 0.05, "size": 0.0}  # less faster than that, and medians may say the contrary
+UNIT = {"speed": "ms", "size": "MiB"}
+Lower = Callable[[Target, Path], Bundle]
+
+
+class Candidate(Part):
+    """What became of one. None: not measured, as it was refused."""
+
+    name: str
+    mib: float | None = None  # the whole bundle
+    latency_ms: float | None = None  # median of a picture's, the lower one of the rounds
+    image_db: float | None = None  # of the parity ladder, L4, the worst golden
+    kept: bool = False
+    why: str = ""
+
+    def value(self, prefer: str) -> float | None:
+        """What is to be small."""
+        return self.latency_ms if prefer == "speed" else self.mib
+
+
+class Choice(Part):
+    """All candidates, the float one first, and where they were measured."""
+
+    prefer: str
+    runtime: str
+    steps: int
+    machine: dict[str, Any]
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass
+class Tried:
+    """A candidate: its bundle, or why there is none, and every round's measurements."""
+
+    name: str
+    bundle: Bundle | None
+    why: str = ""
+    measured: list[Measured] = field(default_factory=list)
+
+    def candidate(self) -> Candidate:
+        if self.bundle is None:
+            return Candidate(name=self.name, why=self.why)
+        mib = round(self.bundle.bytes / 2**20, 3)
+        found = figure(self.bundle, "L4", "psnr_db")
+        if not self.measured:
+            return Candidate(name=self.name, mib=mib, image_db=found, why=self.why)
+        ms = min(statistics.median(each.runs_ms) for each in self.measured)
+        return Candidate(name=self.name, mib=mib, latency_ms=round(ms, 3), image_db=found)
+
+
+def figure(bundle: Bundle, rung: str, metric: str) -> float | None:
+    """A figure of the whole pipeline, from the ladder that a bundle has climbed."""
+    found = (f.value for f in bundle.manifest.parity if (f.rung, f.metric) == (rung, metric))
+    return next(found, None)
+
+
+def try_out(name: str, target: Callable[[], Target], lower: Lower, folder: Path) -> Tried:
+    """Exports a candidate; one that is refused, or below its floor, says why."""
+    try:
+        return Tried(name, lower(target(), folder))
+    except EdgeflashError as error:
+        return Tried(name, None, str(error).replace(f"{folder}: ", ""))
+
+
+def measure_in_turn(candidates: Sequence[Tried], console: Console, runs: int = RUNS) -> None:
+    """Benches those that have a bundle, in processes of their own, one after the other."""
+    from edgeflash.runtimes.bench import run_apart
+
+    for _ in range(ROUNDS):
+        for each in candidates:
+            if each.bundle is None or each.why:
+                continue
+            with console.status(f"measuring {each.name}"):
+                try:
+                    each.measured.append(run_apart(job_of(each.bundle, runs), lambda *_: None))
+                except EdgeflashError as error:
+                    each.why = f"does not run here: {error}"
+
+
+def job_of(bundle: Bundle, runs: int = RUNS) -> Job:
+    """A picture at a time, in the bundle's default steps, on the runtime it is for."""
+    from edgeflash.runtimes.bench import default_prompts
+    from edgeflash.runtimes.measure import Job
+
+    return Job(
+        bundle=str(bundle.folder),
+        runtime=shelf.opener(bundle.manifest.components[0].target),
+        prompts=default_prompts(bundle)[:1],
+        runs=runs,
+    )
+
+
+def judged(candidates: Sequence[Candidate], prefer: str) -> tuple[Candidate, ...]:
+    """The same, one of them kept: the best, if it beats the first, which is the float one.
+
+    Raises:
+        EdgeflashError: the float one itself was refused, or does not run here.
+    """
+    whole, *others = candidates
+    limit = whole.value(prefer)
+    if limit is None:
+        raise EdgeflashError(f"--precision auto: {whole.name}: {whole.why}")
+    values = {each.name: value for each in others if (value := each.value(prefer)) is not None}
+    best = min(values, key=lambda name: values[name], default=whole.name)
+    if values.get(best, limit) >= limit * (1 - MARGIN[prefer]):
+        best = whole.name
+    found = []
+    for each in candidates:
+        value = each.value(prefer)
+        if each.name == best:
+            why = "" if each is not whole else f"nothing else has more {prefer}"
+            found.append(each.model_copy(update={"kept": True, "why": why}))
+        elif value is None:
+            found.append(each)
+        else:
+            rival = values.get(best, limit)
+            why = f"{told(value)} {UNIT[prefer]}, where {best} has {told(rival)}"
+            found.append(each.model_copy(update={"why": why}))
+    return tuple(found)
+
+
+def export_best(
+    to: str, options: dict[str, Any], lower: Lower, out: Path, prefer: str, console: Console
+) -> Choice:
+    """Exports every precision of a target, measures them, and puts the one that is kept to ``out``.
+
+    Args:
+        to: the target.
+        options: of the target, besides the precision.
+        lower: exports to a target into a folder.
+        out: folder of the bundle; replaced when it exists. It holds `choice.json`.
+        prefer: what the float one has to be beaten in.
+        console: where progress is told.
+
+    Raises:
+        EdgeflashError: the float one is refused or does not run here, or ``out`` cannot be made.
+    """
+    if prefer not in UNIT:
+        raise unknown("--prefer", prefer, UNIT)
+    check_replaceable(out, kind="bundle")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.auto.", dir=out.parent) as scratch:
+        tried: list[Tried] = []
+        for name in precisions(to):
+            console.print(f"trying {name}", highlight=False)
+            target = partial(shelf.make, Target, to, {"precision": name} | options)
+            tried.append(try_out(name, target, lower, Path(scratch) / name))
+            if tried[0].bundle is None:
+                raise EdgeflashError(f"--precision auto: {name}: {tried[0].why}")
+        measure_in_turn(tried, console)
+        candidates = judged([each.candidate() for each in tried], prefer)
+        kept = next(t for t, c in zip(tried, candidates, strict=True) if c.kept).bundle
+        assert kept is not None
+        choice = _choice(kept, candidates, prefer)
+        _place(kept, choice, out)
+    return choice
+
+
+def precisions(to: str) -> tuple[str, ...]:
+    """Those that a target takes, the plain float one first."""
+    target = shelf.find(Target, to)
+    return tuple(map(str, get_args(target.model_fields["precision"].annotation)))
+
+
+def _choice(kept: Bundle, candidates: tuple[Candidate, ...], prefer: str) -> Choice:
+    machine = Machine.here()
+    return Choice(
+        prefer=prefer,
+        runtime=shelf.opener(kept.manifest.components[0].target),
+        steps=kept.manifest.default_steps,
+        machine={name: getattr(machine, name) for name in ("cpu", "cores", "gpu", "load_1min")},
+        candidates=candidates,
+    )
+
+
+def _place(bundle: Bundle, choice: Choice, out: Path) -> None:
+    """Copies a bundle to its place, with what is told of the choice among its files."""
+    from edgeflash.export.pack import write_manifest
+
+    with fresh_folder(out) as draft:
+        shutil.copytree(bundle.folder, draft, dirs_exist_ok=True)
+        (draft / FILE).write_text(choice.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        files = (*bundle.manifest.files, describe_file(draft, FILE))
+        write_manifest(bundle.manifest.model_copy(update={"files": files}), draft)
+
+
+def choice_table(choice: Choice) -> Table:
+    """For the terminal: every candidate, its figures, and why it was not kept."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = Table(box=None, pad_edge=False)
+    for heading in ("candidate", "MiB", "ms", "image dB", "", ""):
+        right = heading in ("MiB", "ms", "image dB")
+        out.add_column(heading, justify="right" if right else "left", overflow="fold")
+    for each in choice.candidates:
+        figures = map(told, (each.mib, each.latency_ms, each.image_db))
+        out.add_row(each.name, *figures, "kept" if each.kept else "rejected", escape(each.why))
+    return out

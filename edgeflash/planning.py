@@ -1,0 +1,352 @@
+"""`edgeflash plan`: which layers of a student to give which word, under a budget; told as a report.
+
+Sensitivities and the predicted front come from `export/sensitivity.py` and `export/front.py`. What
+is chosen is exported and measured: bytes, the picture's error and latency in the report are real.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from edgeflash.bundle import Bundle
+from edgeflash.choice import Candidate, Tried, job_of, measure_in_turn, try_out
+from edgeflash.disk import write_atomic
+from edgeflash.errors import EdgeflashError
+from edgeflash.machine import Machine
+from edgeflash.report import IMAGE_DB, REPORT, Predicted, Report, System, told
+from edgeflash.report_html import write_html
+from edgeflash.roles import Target
+from edgeflash.shelf import make
+from edgeflash.student import Student
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgeflash.export.front import Point
+    from edgeflash.export.plan import Plan, Quantizing
+    from edgeflash.export.sensitivity import Sensitivity
+
+MIB = 2**20
+ATTEMPTS = 4  # exports until the bundle is within its budget; the first tells what else it holds
+SPREAD = 4  # plans of a front of time that are exported and measured
+PREDICTED_DB, PREDICTED_MIB = "predicted image dB", "predicted MiB"
+NOTES = (
+    "Predicted: to first order, from one way there and back through the student's own steps, the "
+    "errors of layers taken to be independent; a mean over all prompts.",
+    "image dB: of the exported bundle on its runtime, against the student in torch; the worst "
+    "golden of the parity ladder, L4.",
+)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a bundle may take; None: as much as it likes."""
+
+    mib: float | None = None
+    ms: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mib is None and self.ms is None:
+            raise EdgeflashError("say a budget: --budget-mib 6, --budget-ms 20, or both")
+
+    def holds(self, candidate: Candidate) -> bool:
+        """Whether a candidate that was measured is within it."""
+        mib, ms = candidate.mib, candidate.latency_ms
+        small = self.mib is None or (mib is not None and mib <= self.mib)
+        return small and (self.ms is None or (ms is not None and ms <= self.ms))
+
+
+@dataclass
+class Exported:
+    """A candidate, and the point of the front that it is; None: it has no plan."""
+
+    tried: Tried
+    point: Point | None
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.tried.candidate()
+
+    def plan(self) -> Plan:
+        assert self.point is not None, self.tried.name
+        return self.point.plan()
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a plan is searched for.
+
+    Attributes:
+        to: the target.
+        options: of it.
+        budget: of the bundle.
+        words: that the plan may hold; none named: those that the budget wants.
+        steps: step counts to ship; None: the student's.
+        size: (height, width) in px; None: the student's.
+        prompts: to run; none: the student's.
+    """
+
+    to: str
+    options: Mapping[str, Any]
+    budget: Budget
+    words: tuple[str, ...] = ()
+    steps: tuple[int, ...] | None = None
+    size: tuple[int, int] | None = None
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What every step of a search needs."""
+
+    student: Student
+    wish: Wish
+    words: tuple[str, ...]
+    scratch: Path
+    console: Console
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Of an export, and of the tape of one."""
+        return {name: getattr(self.wish, name) for name in ("steps", "size", "prompts")}
+
+    def lower(self, target: Target, folder: Path) -> Bundle:
+        from edgeflash.export.line import export_student
+
+        return export_student(self.student, target, folder, console=self.console, **self.asked)
+
+    def target(self, point: Point | None, precision: str) -> Quantizing:
+        """With a point's plan, or none."""
+        plan = {"plan": point.plan().model_dump()} if point else {}
+        return quantizing(self.wish.to, {**self.wish.options, "precision": precision, **plan})
+
+    def export(self, name: str, point: Point | None, precision: str) -> Exported:
+        folder = self.scratch / name.replace(" ", "-")
+        self.console.print(f"exporting {name}", highlight=False)
+        target = partial(self.target, point, precision)
+        return Exported(try_out(name, target, self.lower, folder), point)
+
+    def by_size(self, points: Sequence[Point], found: Sensitivity) -> list[Exported]:
+        """The float one, and plans until one is within the budget, which is the last.
+
+        Raises:
+            EdgeflashError: the words cannot get that small, or the ladder refuses a plan.
+        """
+        from edgeflash.export.front import within
+
+        assert self.wish.budget.mib is not None
+        rest = self.target(None, self.words[0]).rest
+        done = [self.export(rest, None, rest)]
+        beside = _bytes(done[0]) - sum(found.numbers.values()) * (4 if rest == "fp32" else 2)
+        for _ in range(ATTEMPTS):
+            point = within(points, self.wish.budget.mib * MIB - beside)
+            name = f"plan {told((point.bytes + beside) / MIB)} MiB"
+            done.append(self.export(name, point, self.words[0]))
+            if (taken := _bytes(done[-1])) <= self.wish.budget.mib * MIB:
+                break
+            beside = taken - point.bytes
+        return done
+
+    def by_time(self, points: Sequence[Point]) -> list[Exported]:
+        """The float one, and plans that are spread along the front."""
+        from edgeflash.export.front import spread
+
+        done = [self.export("fp32", None, "fp32")]
+        _bytes(done[0])
+        for point in spread(points, SPREAD):
+            name = f"plan {point.products:.0%} {self.words[0]}"
+            done.append(self.export(name, point, self.words[0]))
+        return done
+
+
+def _bytes(exported: Exported) -> int:
+    if exported.tried.bundle is None:
+        raise EdgeflashError(f"{exported.tried.name}: {exported.tried.why}")
+    return exported.tried.bundle.bytes
+
+
+def quantizing(to: str, options: dict[str, Any]) -> Quantizing:
+    """A target that takes plans.
+
+    Raises:
+        EdgeflashError: it takes none.
+    """
+    from edgeflash.export.plan import Quantizing
+
+    target = make(Target, to, options)
+    if not isinstance(target, Quantizing):
+        raise EdgeflashError(f"--to {to}: takes no plan; choose onnx, openvino or tensorrt")
+    return target
+
+
+def words_for(target: Quantizing, wish: Wish) -> tuple[str, ...]:
+    """The words a plan may hold, finest first: those asked for, or those that the budget wants.
+
+    Under a budget of time those that make products faster, else those of weights alone, which lose
+    less.
+
+    Raises:
+        EdgeflashError: the target does not honour one, or there is no model of its error.
+    """
+    from edgeflash.export.fake import WORDS
+    from edgeflash.export.front import FAST
+
+    can = [word for word in WORDS if word in target.honours]
+    for word in wish.words:
+        if word not in can:
+            have = ", ".join(can) or "none"
+            raise EdgeflashError(f"--words {word}: a plan for {wish.to} is searched among {have}")
+    light, fast = [w for w in can if w not in FAST], [w for w in can if w in FAST]
+    usual = light if wish.budget.ms is None and light else fast
+    return tuple(word for word in WORDS if word in (wish.words or usual))
+
+
+def search(
+    student: Student,
+    wish: Wish,
+    out: Path,
+    folder: Path,
+    console: Console,
+    *,
+    command: str | None = None,
+) -> Report:
+    """Writes the plan whose picture is best within the budget, and the report.
+
+    Args:
+        student: what to quantize.
+        wish: for which target, and how small or fast.
+        out: TOML file of the plan.
+        folder: of `report.json` and `report.html`.
+        console: where progress is told.
+        command: that makes this again, for the record.
+
+    Raises:
+        EdgeflashError: no plan is within the budget, or options do not fit the student.
+    """
+    from edgeflash.export.front import front
+
+    target = quantizing(wish.to, {**wish.options, "precision": "int8"})
+    with tempfile.TemporaryDirectory(prefix="edgeflash-plan-") as scratch:
+        one = _Search(student, wish, words_for(target, wish), Path(scratch), console)
+        found = _sensitivity(one)
+        points = front(found, one.target(None, one.words[0]), one.words)
+        done = one.by_time(points) if wish.budget.ms is not None else one.by_size(points, found)
+        measure_in_turn([each.tried for each in done], console)
+        kept = best(done, wish.budget)
+        report = Report(
+            title=f"plans of {student.folder.resolve().name} for {wish.to}",
+            command=command,
+            machine=Machine.here(),
+            systems=_systems(done),
+            front=_predicted(points, done),
+            notes=(f"kept: {kept.tried.name}", most_sensitive(found), *NOTES, *_refused(done)),
+        )
+    report.save(folder / REPORT)
+    write_html(report, folder / "report.html")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, _header(kept, one) + kept.plan().toml())
+    return report
+
+
+def _sensitivity(one: _Search) -> Sensitivity:
+    from edgeflash.export.line import rehearsal
+    from edgeflash.export.sensitivity import sensitivity
+
+    target = one.target(None, one.words[0])
+    tape = rehearsal(one.student, target, **one.asked)
+    components = one.student.family.components()
+    with one.console.status("measuring sensitivities") as status:
+        return sensitivity(tape, target, components, one.words, tell=status.update)
+
+
+def best(done: Sequence[Exported], budget: Budget) -> Exported:
+    """The plan whose picture is nearest to the student's, of those within the budget.
+
+    Raises:
+        EdgeflashError: none is.
+    """
+    fits = [each for each in done if each.point and budget.holds(each.candidate)]
+    if not fits:
+        lines = "; ".join(
+            f"{c.name}: {c.why or f'{told(c.mib)} MiB, {told(c.latency_ms)} ms'}"
+            for c in (each.candidate for each in done)
+        )
+        raise EdgeflashError(f"no plan is within the budget ({lines}): allow more")
+    return max(fits, key=lambda each: each.candidate.image_db or -math.inf)
+
+
+def most_sensitive(found: Sensitivity, count: int = 5) -> str:
+    """The layers that lose most by the coarsest word they can get."""
+    losses = {f"{each.name} ({each.words[-1]}": found.psnr_db(each) for each in found.layers}
+    worst = sorted(losses, key=lambda name: losses[name])[:count]
+    lines = ", ".join(f"{name}: {losses[name]:.1f} dB)" for name in worst)
+    return f"most sensitive, each quantized alone: {lines}"
+
+
+def _systems(done: Sequence[Exported]) -> tuple[System, ...]:
+    return tuple(_system(each) for each in done if each.tried.measured)
+
+
+def _system(exported: Exported) -> System:
+    from edgeflash.runtimes.bench import system_of
+
+    tried, candidate = exported.tried, exported.candidate
+    assert tried.bundle is not None
+    quickest = min(tried.measured, key=lambda each: sorted(each.runs_ms)[len(each.runs_ms) // 2])
+    system = system_of(tried.name, tried.bundle, job_of(tried.bundle), quickest)
+    extra: dict[str, float | str] = {}
+    if candidate.image_db is not None:
+        extra[IMAGE_DB] = round(candidate.image_db, 2)
+    if point := exported.point:
+        extra |= {PREDICTED_DB: round(point.psnr_db, 2), PREDICTED_MIB: round(point.mib, 2)}
+    return system.model_copy(update={"extra": extra})
+
+
+def _predicted(points: Sequence[Point], done: Sequence[Exported]) -> tuple[Predicted, ...]:
+    """The front, in bytes of whole bundles; what they hold beside weights the last one told."""
+    pairs = [(e.tried.bundle.bytes, e.point.bytes) for e in done if e.tried.bundle and e.point]
+    beside = pairs[-1][0] - pairs[-1][1] if pairs else 0.0
+    return tuple(
+        Predicted(size_mib=round((p.bytes + beside) / MIB, 4), psnr_db=round(p.psnr_db, 3))
+        for p in points[1:]
+    )
+
+
+def _refused(done: Sequence[Exported]) -> list[str]:
+    return [f"{each.tried.name}: {each.tried.why}" for each in done if each.tried.why]
+
+
+def _header(kept: Exported, one: _Search) -> str:
+    """Remarks in front of the plan: what it gave here, and how to export by it."""
+    found, to = kept.candidate, one.wish.to
+    figures = f"{told(found.mib)} MiB, {told(found.latency_ms)} ms, {told(found.image_db)} dB"
+    return (
+        f"# on {to}: {figures}, where it was searched\n"
+        f"# edgeflash export STUDENT --to {to} --precision {one.words[0]} --set plan=FILE\n"
+    )
+
+
+def plans_table(report: Report) -> Table:
+    """For the terminal: predicted against real."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    out = Table(title=escape(report.title), title_justify="left", box=None, pad_edge=False)
+    out.add_column("")
+    for heading in ("MiB", "ms", IMAGE_DB, PREDICTED_DB):
+        out.add_column(heading, justify="right")
+    for system in report.systems:
+        extra = [system.extra.get(name) for name in (IMAGE_DB, PREDICTED_DB)]
+        figures = [told(float(v)) if v is not None else "-" for v in extra]
+        out.add_row(
+            escape(system.name), told(system.size_mib), told(system.latency_ms_p50), *figures
+        )
+    return out

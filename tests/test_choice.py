@@ -1,0 +1,124 @@
+"""`--precision auto`: what is kept has earned its place, and the bundle says so."""
+
+from __future__ import annotations
+
+import io
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from exported import QUIET
+from rich.console import Console
+from tiny_bundle import tiny
+
+from edgeflash import choice
+from edgeflash.bundle import Bundle
+from edgeflash.choice import Candidate, choice_table, export_best, judged, precisions
+from edgeflash.errors import EdgeflashError
+from edgeflash.export.pack import write_manifest
+from edgeflash.roles import Target
+
+WHOLE = Candidate(name="fp32", mib=20.0, latency_ms=20.0, image_db=99.0)
+
+
+def candidate(name: str, mib: float, ms: float) -> Candidate:
+    return Candidate(name=name, mib=mib, latency_ms=ms)
+
+
+def kept(*others: Candidate, prefer: str = "speed") -> str:
+    found = judged((WHOLE, *others), prefer)
+    names = [each.name for each in found if each.kept]
+    assert len(names) == 1 and len(found) == 1 + len(others)
+    assert all(each.kept or each.why for each in found), "what is rejected says why"
+    return names[0]
+
+
+def test_the_float_one_stays_where_nothing_is_better_by_more_than_chance() -> None:
+    assert kept(candidate("int8", 5, 12), candidate("int4-weights", 4, 22)) == "int8"
+    assert kept(candidate("int8", 5, 19.5), candidate("int4-weights", 4, 22)) == "fp32"
+    assert kept(candidate("int8", 5, 12), candidate("int4", 4, 22), prefer="size") == "int4"
+    assert kept(candidate("int8", 20, 12), prefer="size") == "fp32"
+    assert kept() == "fp32"
+    refused = Candidate(name="int4", why="rung L4, pipeline: psnr_db 12 misses its floor 20")
+    assert kept(refused) == kept(refused, prefer="size") == "fp32"
+    found = judged((WHOLE, candidate("int8", 5, 12), refused), "speed")
+    assert found[0].why == "20.0 ms, where int8 has 12.0" and found[2].why == refused.why
+    with pytest.raises(EdgeflashError, match="--precision auto: fp32: no such thing"):
+        judged((Candidate(name="fp32", why="no such thing"), candidate("int8", 5, 12)), "speed")
+
+
+TIMES = {"fp32": 20.0, "int8": 10.0, "int8-weights": 19.0, "int4-weights": 1.0}
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of the measured process: as long as the precision of the UNet is given."""
+
+    def run(job: Any, tell: Any) -> Any:
+        took = TIMES[Bundle.open(job.bundle).component("unet").precision]
+        return SimpleNamespace(runs_ms=(took, took * 3, took))
+
+    monkeypatch.setattr("edgeflash.runtimes.bench.run_apart", run)
+    monkeypatch.setattr(choice, "precisions", lambda to: tuple(TIMES))
+
+
+def lower(target: Target, folder: Path) -> Bundle:
+    """A small bundle that says it has the target's precision; one is below its floor."""
+    if target.precision == "int4-weights":
+        raise EdgeflashError(f"{folder}: rung L4, pipeline: psnr_db 12 misses its floor 18")
+    bundle = Bundle.open(tiny(folder))
+    parts = [
+        c.model_copy(update={"precision": target.precision}) for c in bundle.manifest.components
+    ]
+    write_manifest(bundle.manifest.model_copy(update={"components": tuple(parts)}), folder)
+    return Bundle.open(folder)
+
+
+@pytest.mark.usefixtures("timed")
+def test_the_bundle_that_is_kept_says_what_was_tried(tmp_path: Path) -> None:
+    out = tmp_path / "deep/bundle"
+    made = export_best("onnx", {}, lower, out, "speed", QUIET)
+    opened = Bundle.open(out, check="sha256")
+    assert opened.component("unet").precision == "int8"
+    assert [path.name for path in out.parent.iterdir()] == ["bundle"]
+    text = (out / "choice.json").read_text()
+    told = json.loads(text)["candidates"]
+    assert "choice.json" in {file.path for file in opened.manifest.files}
+    assert [each["name"] for each in told if each["kept"]] == ["int8"]
+    assert told[3]["why"] == "rung L4, pipeline: psnr_db 12 misses its floor 18"
+    assert str(tmp_path) not in text, "no path of this machine"
+    assert choice.Choice.model_validate_json(text) == made
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(choice_table(made))
+    assert "19.0 ms, where int8 has 10.0" in console.export_text()
+
+
+def test_mistakes_are_told_before_the_work(tmp_path: Path) -> None:
+    def never(target: Target, folder: Path) -> Bundle:
+        raise AssertionError
+
+    best = partial(export_best, "onnx", {}, never)
+    with pytest.raises(EdgeflashError, match=r"no --prefer 'sped' .*did you mean 'speed'\?"):
+        best(tmp_path / "b", "sped", QUIET)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/diary").write_text("mine")
+    with pytest.raises(EdgeflashError, match="holds something else"):
+        best(tmp_path / "b", "speed", QUIET)
+    assert precisions("onnx")[0] == "fp32" and "int8-weights" in precisions("onnx")
+
+
+def test_a_float_bundle_that_does_not_run_here_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(job: Any, tell: Any) -> Any:
+        raise EdgeflashError("no GPU")
+
+    monkeypatch.setattr("edgeflash.runtimes.bench.run_apart", fails)
+    monkeypatch.setattr(choice, "precisions", lambda to: ("fp32",))
+
+    with pytest.raises(EdgeflashError, match="fp32: does not run here: no GPU"):
+        export_best("onnx", {}, lower, tmp_path / "b", "speed", QUIET)
+    assert not list(tmp_path.iterdir())
