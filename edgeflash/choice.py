@@ -19,7 +19,7 @@ from rich.console import Console
 from edgeflash import shelf
 from edgeflash.bundle import Bundle, Part, describe_file
 from edgeflash.disk import check_replaceable, fresh_folder
-from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.errors import EdgeflashError, Stopped, unknown
 from edgeflash.machine import Machine
 from edgeflash.report import told
 from edgeflash.roles import Target
@@ -34,6 +34,7 @@ ROUNDS = 2  # candidates are measured in turn, so that a busy spell does not fal
 RUNS = 10  # counted ones, of each round
 MARGIN = {"speed": 0.05, "size": 0.0}  # less faster than that, and medians may say the contrary
 UNIT = {"speed": "ms", "size": "MiB"}
+NOTHING = {"speed": "nothing else is faster by 5 %", "size": "nothing else is smaller"}
 Lower = Callable[[Target, Path], Bundle]
 
 
@@ -76,7 +77,7 @@ class Tried:
             return Candidate(name=self.name, why=self.why)
         mib = round(self.bundle.bytes / 2**20, 3)
         found = figure(self.bundle, "L4", "psnr_db")
-        if not self.measured:
+        if self.why or not self.measured:
             return Candidate(name=self.name, mib=mib, image_db=found, why=self.why)
         ms = min(statistics.median(each.runs_ms) for each in self.measured)
         return Candidate(name=self.name, mib=mib, latency_ms=round(ms, 3), image_db=found)
@@ -92,6 +93,8 @@ def try_out(name: str, target: Callable[[], Target], lower: Lower, folder: Path)
     """Exports a candidate; one that is refused, or below its floor, says why."""
     try:
         return Tried(name, lower(target(), folder))
+    except Stopped:
+        raise
     except EdgeflashError as error:
         return Tried(name, None, str(error).replace(f"{folder}: ", ""))
 
@@ -132,9 +135,10 @@ def judged(candidates: Sequence[Candidate], prefer: str) -> tuple[Candidate, ...
     """
     whole, *others = candidates
     limit = whole.value(prefer)
-    if limit is None:
+    if whole.why or limit is None:
         raise EdgeflashError(f"--precision auto: {whole.name}: {whole.why}")
-    values = {each.name: value for each in others if (value := each.value(prefer)) is not None}
+    ran = [each for each in others if not each.why]
+    values = {each.name: value for each in ran if (value := each.value(prefer)) is not None}
     best = min(values, key=lambda name: values[name], default=whole.name)
     if values.get(best, limit) >= limit * (1 - MARGIN[prefer]):
         best = whole.name
@@ -142,19 +146,26 @@ def judged(candidates: Sequence[Candidate], prefer: str) -> tuple[Candidate, ...
     for each in candidates:
         value = each.value(prefer)
         if each.name == best:
-            why = "" if each is not whole else f"nothing else has more {prefer}"
+            why = "" if each is not whole else NOTHING[prefer]
             found.append(each.model_copy(update={"kept": True, "why": why}))
-        elif value is None:
+        elif each.why or value is None:
             found.append(each)
         else:
             rival = values.get(best, limit)
             why = f"{told(value)} {UNIT[prefer]}, where {best} has {told(rival)}"
+            why += ": not better by 5 %" if value < rival else ""
             found.append(each.model_copy(update={"why": why}))
     return tuple(found)
 
 
 def export_best(
-    to: str, options: dict[str, Any], lower: Lower, out: Path, prefer: str, console: Console
+    to: str,
+    options: dict[str, Any],
+    lower: Lower,
+    out: Path,
+    prefer: str,
+    console: Console,
+    *sources: Path,
 ) -> Choice:
     """Exports every precision of a target, measures them, and puts the one that is kept to ``out``.
 
@@ -165,13 +176,17 @@ def export_best(
         out: folder of the bundle; replaced when it exists. It holds `choice.json`.
         prefer: what the float one has to be beaten in.
         console: where progress is told.
+        sources: folders that are read, which ``out`` must not replace.
 
     Raises:
-        EdgeflashError: the float one is refused or does not run here, or ``out`` cannot be made.
+        EdgeflashError: ``options`` name a precision, the float one is refused or does not run
+            here, or ``out`` cannot be made.
     """
     if prefer not in UNIT:
         raise unknown("--prefer", prefer, UNIT)
-    check_replaceable(out, kind="bundle")
+    if "precision" in options:
+        raise EdgeflashError("--precision auto: tries every precision: leave --set precision out")
+    check_replaceable(out, *sources, kind="bundle")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.auto.", dir=out.parent) as scratch:
         tried: list[Tried] = []
@@ -179,8 +194,10 @@ def export_best(
             console.print(f"trying {name}", highlight=False)
             target = partial(shelf.make, Target, to, {"precision": name} | options)
             tried.append(try_out(name, target, lower, Path(scratch) / name))
-            if tried[0].bundle is None:
+            if (first := tried[0].bundle) is None:
                 raise EdgeflashError(f"--precision auto: {name}: {tried[0].why}")
+            if why := first.manifest.unproven:
+                raise EdgeflashError(f"--precision auto: nothing to measure it on here: {why}")
         measure_in_turn(tried, console)
         candidates = judged([each.candidate() for each in tried], prefer)
         kept = next(t for t, c in zip(tried, candidates, strict=True) if c.kept).bundle

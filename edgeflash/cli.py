@@ -31,7 +31,7 @@ from edgeflash.arguments import (
     typed,
 )
 from edgeflash.cli_tell import distill_installed, telling
-from edgeflash.errors import in_one_line
+from edgeflash.errors import EdgeflashError, in_one_line
 
 if TYPE_CHECKING:
     from edgeflash.runtimes.pipeline import Result
@@ -78,7 +78,9 @@ def export(
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, int8 …: edgeflash list TARGET; auto: the best here.")
     ] = "fp32",
-    prefer: Annotated[str, typer.Option(help="What auto is to gain: speed or size.")] = "speed",
+    prefer: Annotated[
+        str | None, typer.Option(help="What auto is to gain: speed, as by default, or size.")
+    ] = None,
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
     timesteps: Annotated[
         str | None, typer.Option(metavar="align-your-steps", help="Fitted ones; 10 steps.")
@@ -107,6 +109,8 @@ def export(
     from edgeflash.student import Student
 
     auto, options = precision == "auto", read_options(set_)
+    if prefer and not auto:
+        raise EdgeflashError("--prefer: goes with --precision auto alone")
     target = make(Target, to, {"precision": "fp32" if auto else precision} | options)
     counts, pixels = read_counts(steps), read_size(size)
     from edgeflash.export.line import export_student
@@ -128,7 +132,9 @@ def export(
     if auto:
         from edgeflash.choice import choice_table, export_best
 
-        out.print(choice_table(export_best(to, options, lower, out_dir, prefer, err)))
+        wanted = prefer or "speed"
+        made = export_best(to, options, lower, out_dir, wanted, err, opened.folder)
+        out.print(choice_table(made))
     else:
         lower(target, out_dir)
     print(f"wrote {out_dir}")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgeflash.errors import EdgeflashError
+from edgeflash.errors import EdgeflashError, Stopped
 
 MANIFEST = "edgeflash.json"
 
@@ -105,7 +105,7 @@ def fresh_folder(out: Path) -> Iterator[Path]:
             draft.rename(out)
     except Exception as error:
         if is_disk_full(error, draft):
-            raise EdgeflashError(f"{out}: disk full; free some space and run again") from None
+            raise Stopped(f"{out}: disk full; free some space and run again") from None
         raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

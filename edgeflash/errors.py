@@ -17,6 +17,10 @@ class EdgeflashError(Exception):
     """
 
 
+class Stopped(EdgeflashError):
+    """Work that was cut off, by Ctrl-C or a full disk; nobody may take it for a refusal."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> EdgeflashError:
     """The error for a name that is not on offer: lists what is and points at the nearest one.
 

@@ -7,6 +7,7 @@ is chosen is exported and measured: bytes, the picture's error and latency in th
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class Budget:
 
     def holds(self, candidate: Candidate) -> bool:
         """Whether a candidate that was measured is within it."""
+        if candidate.why:
+            return False
         mib, ms = candidate.mib, candidate.latency_ms
         small = self.mib is None or (mib is not None and mib <= self.mib)
         return small and (self.ms is None or (ms is not None and ms <= self.ms))
@@ -129,7 +132,7 @@ class _Search:
         return quantizing(self.wish.to, {**self.wish.options, "precision": precision, **plan})
 
     def export(self, name: str, point: Point | None, precision: str) -> Exported:
-        folder = self.scratch / name.replace(" ", "-")
+        folder = self.scratch / str(len(list(self.scratch.iterdir())))
         self.console.print(f"exporting {name}", highlight=False)
         target = partial(self.target, point, precision)
         return Exported(try_out(name, target, self.lower, folder), point)
@@ -148,7 +151,7 @@ class _Search:
         beside = _bytes(done[0]) - sum(found.numbers.values()) * (4 if rest == "fp32" else 2)
         for _ in range(ATTEMPTS):
             point = within(points, self.wish.budget.mib * MIB - beside)
-            name = f"plan {told((point.bytes + beside) / MIB)} MiB"
+            name = f"plan {len(done)}, {told((point.bytes + beside) / MIB)} MiB"
             done.append(self.export(name, point, self.words[0]))
             if (taken := _bytes(done[-1])) <= self.wish.budget.mib * MIB:
                 break
@@ -204,6 +207,8 @@ def words_for(target: Quantizing, wish: Wish) -> tuple[str, ...]:
         if word not in can:
             have = ", ".join(can) or "none"
             raise EdgeflashError(f"--words {word}: a plan for {wish.to} is searched among {have}")
+        if wish.budget.ms is not None and word not in FAST:
+            raise EdgeflashError(f"--words {word}: makes no picture faster; leave --budget-ms out")
     light, fast = [w for w in can if w not in FAST], [w for w in can if w in FAST]
     usual = light if wish.budget.ms is None and light else fast
     return tuple(word for word in WORDS if word in (wish.words or usual))
@@ -234,7 +239,8 @@ def search(
     from edgeflash.export.front import front
 
     target = quantizing(wish.to, {**wish.options, "precision": "int8"})
-    with tempfile.TemporaryDirectory(prefix="edgeflash-plan-") as scratch:
+    _check_places(out, folder, wish)
+    with tempfile.TemporaryDirectory(prefix=".edgeflash-plan.", dir=out.parent) as scratch:
         one = _Search(student, wish, words_for(target, wish), Path(scratch), console)
         found = _sensitivity(one)
         points = front(found, one.target(None, one.words[0]), one.words)
@@ -249,11 +255,22 @@ def search(
             front=_predicted(points, done),
             notes=(f"kept: {kept.tried.name}", most_sensitive(found), *NOTES, *_refused(done)),
         )
+    write_atomic(out, _header(kept, one) + kept.plan().toml())
     report.save(folder / REPORT)
     write_html(report, folder / "report.html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, _header(kept, one) + kept.plan().toml())
     return report
+
+
+def _check_places(out: Path, folder: Path, wish: Wish) -> None:
+    """Raises what would only show when the work is done."""
+    if out.is_dir():
+        raise EdgeflashError(f"{out}: is a folder; name a file for the plan")
+    if folder.is_file():
+        raise EdgeflashError(f"{folder}: is a file; choose another --report")
+    for name in ("plan", "precision"):
+        if name in wish.options:
+            raise EdgeflashError(f"--set {name}: is what is searched; leave it out")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _sensitivity(one: _Search) -> Sensitivity:
@@ -330,8 +347,17 @@ def _header(kept: Exported, one: _Search) -> str:
     figures = f"{told(found.mib)} MiB, {told(found.latency_ms)} ms, {told(found.image_db)} dB"
     return (
         f"# on {to}: {figures}, where it was searched\n"
-        f"# edgeflash export STUDENT --to {to} --precision {one.words[0]} --set plan=FILE\n"
+        f"# edgeflash export STUDENT --to {to} --precision {one.words[0]} --set plan=FILE"
+        f"{_asked(one.wish)}\n"
     )
+
+
+def _asked(wish: Wish) -> str:
+    """What else of the search an export has to repeat: other steps may fold other layers away."""
+    words = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in wish.options.items()]
+    words += [f"--steps {','.join(map(str, wish.steps))}"] if wish.steps else []
+    words += [f"--size {wish.size[0]}x{wish.size[1]}"] if wish.size else []
+    return "".join(f" {word}" for word in words)
 
 
 def plans_table(report: Report) -> Table:

@@ -28,7 +28,7 @@ from edgeflash.bundle import (
     describe_file,
 )
 from edgeflash.disk import check_replaceable, fresh_folder
-from edgeflash.errors import EdgeflashError
+from edgeflash.errors import EdgeflashError, Stopped
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Sampler
 from edgeflash.roles import Target
@@ -126,9 +126,7 @@ def export_student(
                 pack.write_manifest(manifest.model_copy(update=told), draft)
             _refuse(figures, plan, target, draft, out)
     except KeyboardInterrupt:
-        raise EdgeflashError(
-            f"interrupted: {out} was not written; run the same command again"
-        ) from None
+        raise Stopped(f"interrupted: {out} was not written; run the same command again") from None
     if unproven:
         console.print(unproven, markup=False, highlight=False)
     return Bundle.open(out)
@@ -190,7 +188,17 @@ def rehearsal(
     size: tuple[int, int] | None = None,
 ) -> Tape:
     """The tape of such an export, with all prompts on it, and nothing recorded yet."""
-    plan = _plan(student, target, steps, guidance, prompts, size, False, True)
+    plan = _plan(
+        student,
+        target,
+        student.schedules(steps),
+        guidance,
+        prompts,
+        size,
+        image_to_image=False,
+        fold_timestep=True,
+        merge_tokens=0.0,
+    )
     return replace(plan.tape, prompts=_prompts(student, prompts))
 
 

@@ -101,6 +101,11 @@ class MergingBlock(nn.Module):
         stays = places[::2, ::2].flatten()
         others = places.flatten()[~torch.isin(places.flatten(), stays)]
         self.gone = min(int(share * places.numel()), len(others) - 1)
+        if self.gone < 1:
+            raise EdgeflashError(
+                f"--merge-tokens {share:g}: none of {places.numel()} tokens would go: give more, "
+                "or leave it out"
+            )
         self.register_buffer("stays", stays)
         self.register_buffer("others", others)
         self.register_buffer("sorted_back", torch.cat([others, stays]).argsort())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -79,7 +80,7 @@ class OnnxRuntime(Runtime):
             # Else it widens the weights anew in every run, and convolutions lose their layout.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         path = folder / component.files[0].path
-        providers = [(PROVIDERS[n], self._options(n)) for n in (name, *REST[name])]
+        providers = [(PROVIDERS[n], self._options(n, component)) for n in (name, *REST[name])]
         try:
             session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -104,17 +105,25 @@ class OnnxRuntime(Runtime):
             f"{GET[self.provider]}"
         )
 
-    def _options(self, name: str) -> dict[str, str]:
-        """Of a provider, as ONNX Runtime takes them."""
+    def _options(self, name: str, component: Component) -> dict[str, str]:
+        """Of a provider, as ONNX Runtime takes them.
+
+        What is kept lies under the hash of the model: TensorRT's provider tells models apart by
+        their names, which are the same in every bundle.
+        """
         if name not in ("tensorrt", "coreml"):
             return {}
-        kept = folder_of(self.cache_dir) / f"onnxruntime-{name}"
+        hashes = "".join(file.sha256 for file in component.files)
+        key = hashlib.sha256(hashes.encode()).hexdigest()[:16]
+        kept = folder_of(self.cache_dir) / f"onnxruntime-{name}" / key
         kept.mkdir(parents=True, exist_ok=True)
         if name == "coreml":
             units = {"ModelFormat": "MLProgram", "MLComputeUnits": UNITS[self.units]}
             return units | {"ModelCacheDirectory": str(kept)}
         both = {"trt_engine_cache_path": str(kept), "trt_timing_cache_path": str(kept)}
-        return both | {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
+        both |= {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
+        narrow = {"fp16": "trt_fp16_enable", "int8": "trt_int8_enable"}
+        return both | {flag: "1" for word, flag in narrow.items() if component.precision == word}
 
 
 class OnnxSession(Session):

@@ -17,7 +17,7 @@ from tiny_bundle import tiny
 from edgeflash import choice
 from edgeflash.bundle import Bundle
 from edgeflash.choice import Candidate, choice_table, export_best, judged, precisions
-from edgeflash.errors import EdgeflashError
+from edgeflash.errors import EdgeflashError, Stopped
 from edgeflash.export.pack import write_manifest
 from edgeflash.roles import Target
 
@@ -44,6 +44,10 @@ def test_the_float_one_stays_where_nothing_is_better_by_more_than_chance() -> No
     assert kept() == "fp32"
     refused = Candidate(name="int4", why="rung L4, pipeline: psnr_db 12 misses its floor 20")
     assert kept(refused) == kept(refused, prefer="size") == "fp32"
+    broken = Candidate(name="int8", mib=5.0, why="does not run here: no such operator")
+    assert kept(broken, prefer="size") == "fp32"
+    near = judged((WHOLE, candidate("int8", 5, 19.5)), "speed")
+    assert near[1].why == "19.5 ms, where fp32 has 20.0: not better by 5 %"
     found = judged((WHOLE, candidate("int8", 5, 12), refused), "speed")
     assert found[0].why == "20.0 ms, where int8 has 12.0" and found[2].why == refused.why
     with pytest.raises(EdgeflashError, match="--precision auto: fp32: no such thing"):
@@ -107,7 +111,23 @@ def test_mistakes_are_told_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "b/diary").write_text("mine")
     with pytest.raises(EdgeflashError, match="holds something else"):
         best(tmp_path / "b", "speed", QUIET)
+    with pytest.raises(EdgeflashError, match="leave --set precision out"):
+        export_best("onnx", {"precision": "int8"}, never, tmp_path / "c", "speed", QUIET)
+    with pytest.raises(EdgeflashError, match=r"would replace .*, which it is made from"):
+        best(tmp_path / "c", "speed", QUIET, tmp_path / "c/student")
     assert precisions("onnx")[0] == "fp32" and "int8-weights" in precisions("onnx")
+
+
+@pytest.mark.usefixtures("timed")
+def test_an_interruption_is_no_refusal(tmp_path: Path) -> None:
+    def cut_off(target: Target, folder: Path) -> Bundle:
+        if target.precision == "int8":
+            raise Stopped("interrupted")
+        return lower(target, folder)
+
+    with pytest.raises(Stopped, match="interrupted"):
+        export_best("onnx", {}, cut_off, tmp_path / "b", "speed", QUIET)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_float_bundle_that_does_not_run_here_ends_it(

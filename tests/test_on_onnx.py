@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,7 +42,8 @@ def test_a_provider_is_asked_for_with_its_options_and_what_takes_the_rest(
     module = SimpleNamespace(**vars(ort) | {"InferenceSession": Imagined})
     module.get_available_providers = lambda: list(PROVIDERS.values())
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
-    kept = str(tmp_path / "kept/onnxruntime-{}")
+    key = hashlib.sha256("".join(f.sha256 for f in unet.files).encode()).hexdigest()[:16]
+    kept = str(tmp_path / "kept/onnxruntime-{}" / key)
 
     def asked(provider: str, **more: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
         runtime = OnnxRuntime(provider=provider, cache_dir=str(tmp_path / "kept"), **more)
@@ -57,7 +59,12 @@ def test_a_provider_is_asked_for_with_its_options_and_what_takes_the_rest(
     trt = ("TensorrtExecutionProvider", both)
     assert asked("tensorrt") == ("tensorrt", [trt, cuda, cpu])
     assert asked("coreml", units="ne") == ("coreml", [("CoreMLExecutionProvider", core), cpu])
-    assert (tmp_path / "kept/onnxruntime-tensorrt").is_dir()
+    assert Path(kept.format("tensorrt")).is_dir()
+    retrained = unet.files[0].model_copy(update={"sha256": "0" * 64})
+    unet = unet.model_copy(update={"files": (retrained,), "precision": "int8"})
+    _, ((_, other), *_) = asked("tensorrt")
+    assert other["trt_engine_cache_path"] not in both.values(), "same name, other weights"
+    assert other["trt_int8_enable"] == "1" and "trt_fp16_enable" not in other
 
     monkeypatch.setattr(Imagined, "found", "CPUExecutionProvider")
     assert asked("auto")[0] == "cpu"

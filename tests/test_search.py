@@ -236,7 +236,9 @@ def test_words_follow_the_budget() -> None:
 
     assert words(mib=6) == LIGHT and words(ms=6) == ("int8",)
     assert words(mib=6, ms=6) == ("int8",)
-    assert words("int4-weights", "int8", ms=6) == ("int8", "int4-weights")
+    assert words("int4-weights", "int8", mib=6) == ("int8", "int4-weights")
+    with pytest.raises(EdgeflashError, match="int4-weights: makes no picture faster"):
+        words("int4-weights", "int8", ms=6)
     with pytest.raises(EdgeflashError, match=r"^--words fp8: .* among int8-weights, int8, int4-w"):
         words("fp8", mib=6)
     with pytest.raises(EdgeflashError, match="--to torch: takes no plan; choose onnx"):
@@ -251,6 +253,7 @@ def test_a_plan_within_its_budget_is_searched_exported_and_told(
 
     monkeypatch.setattr(planning, "measure_in_turn", lambda tried, console: None)
     monkeypatch.setattr("edgeflash.planning._systems", lambda done: ())
+    monkeypatch.setattr("edgeflash.planning.write_html", lambda report, path: None)  # of no system
     wish = Wish("onnx", {}, Budget(mib=0.31))
     student, out = Student.open(one_step_student), tmp_path / "deep/plan.toml"
     made = planning.search(student, wish, out, tmp_path / "report", QUIET)
@@ -259,6 +262,6 @@ def test_a_plan_within_its_budget_is_searched_exported_and_told(
     assert read_report(tmp_path / "report") == made
     sizes = [point.size_mib for point in made.front]
     assert sizes == sorted(sizes, reverse=True)
-    assert made.notes[0].startswith("kept: plan 0.3")
+    assert made.notes[0].startswith("kept: plan 1, 0.3")
     assert out.read_text().startswith("# on onnx: 0.3")
     assert isinstance(made.notes[1], str) and "each quantized alone: " in made.notes[1]
