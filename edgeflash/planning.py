@@ -233,6 +233,8 @@ def search(
     """
     from edgeflash.export.front import front
 
+    if folder.is_file() or out.is_dir():
+        raise EdgeflashError(f"{folder if folder.is_file() else out}: is there; choose another")
     target = quantizing(wish.to, {**wish.options, "precision": "int8"})
     with tempfile.TemporaryDirectory(prefix="edgeflash-plan-") as scratch:
         one = _Search(student, wish, words_for(target, wish), Path(scratch), console)
