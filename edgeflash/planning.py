@@ -238,8 +238,6 @@ def search(
     """
     from edgeflash.export.front import front
 
-    if folder.is_file() or out.is_dir():
-        raise EdgeflashError(f"{folder if folder.is_file() else out}: is there; choose another")
     target = quantizing(wish.to, {**wish.options, "precision": "int8"})
     _check_places(out, folder, wish)
     with tempfile.TemporaryDirectory(prefix=".edgeflash-plan.", dir=out.parent) as scratch:
