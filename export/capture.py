@@ -208,8 +208,8 @@ class Tape:
         low, high = network.network.outputs[0].range
         for golden, latent in zip(self.goldens, self.unmerged, strict=False):
             image = Eager(network.network)(latent=latent / space.scale + space.shift)
-            pictures = (array.clip(low, high) for array in (image, golden["image"]))
-            self.merging_db.append(psnr_db(*pictures, peak=high - low))
+            ours, wanted = (array.clip(low, high) for array in (image, golden["image"]))
+            self.merging_db.append(psnr_db(ours, wanted, high - low))
 
     def _run_vae_encoder(self, network: Eager) -> None:
         for golden in self.goldens:

@@ -42,7 +42,7 @@ class Range:
 
 def weight(layer: nn.Module, word: str) -> Tensor:
     """The weight of a convolution or linear layer, [out, in, ...], as that word leaves it."""
-    whole: Tensor = layer.weight.detach()  # type: ignore[assignment, union-attr, operator]
+    whole: Tensor = layer.weight.detach()  # type: ignore[operator]
     if word == "int4-weights":
         return _blocks(whole)
     step = whole.abs().amax(dim=tuple(range(1, whole.ndim)), keepdim=True) / LARGEST
@@ -53,7 +53,8 @@ def weight(layer: nn.Module, word: str) -> Tensor:
 def _blocks(whole: Tensor) -> Tensor:
     """4 bits a weight: 16 values between the smallest and the largest of a block, or zero."""
     flat = whole.flatten(1)
-    blocks = nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    padded = nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK))
+    blocks: Tensor = padded.reshape(len(flat), -1, BLOCK)
     low, high = blocks.aminmax(dim=-1, keepdim=True)
     low, high = low.clamp(max=0), high.clamp(min=0)
     step = (high - low) / 15
