@@ -53,14 +53,17 @@ def diffusers_picture(folder: Path, steps: int, guidance: float) -> np.ndarray:
     )
     pipeline.set_progress_bar_config(disable=True)
     size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    noise = torch.from_numpy(randn((1, channels, size, size), 5))
-    drawn: Any = pipeline(
-        PROMPT,
-        latents=noise,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="np",
-    )
+    draws = (torch.from_numpy(randn((1, channels, size, size), 5, k)) for k in range(steps + 1))
+    with pytest.MonkeyPatch.context() as patch:  # a stochastic sampler draws at every step
+        fresh = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+        patch.setattr(fresh, lambda *_, **__: next(draws))
+        drawn: Any = pipeline(
+            PROMPT,
+            latents=next(draws),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="np",
+        )
     return np.rint(drawn.images[0] * 255).astype(np.uint8)
 
 
