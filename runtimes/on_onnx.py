@@ -19,49 +19,44 @@ from .engine_cache import folder_of
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+Provider = Literal["auto", "cpu", "cuda", "tensorrt", "coreml", "coreml-ne", "coreml-gpu"]
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
+    "coreml-ne": "CoreMLExecutionProvider",
+    "coreml-gpu": "CoreMLExecutionProvider",
 }
-REST = {"tensorrt": ["cuda", "cpu"], "cuda": ["cpu"], "coreml": ["cpu"], "cpu": []}  # goes there
+UNITS = {"coreml": "ALL", "coreml-ne": "CPUAndNeuralEngine", "coreml-gpu": "CPUAndGPU"}
 ON_THE_GPU = ("cuda", "tensorrt")  # whose tensors lie in a CUDA device's memory
 GET = {
     "cuda": "pip uninstall onnxruntime, then pip install 'edgeflash[onnx-gpu]'",
     "tensorrt": "pip uninstall onnxruntime, then pip install 'edgeflash[onnx-gpu]' tensorrt",
-    "coreml": "only those for macOS have it",
 }
 MEND = {
     "cuda": "CUDA or cuDNN is missing or too old for it: pip install 'onnxruntime-gpu[cuda,cudnn]'",
     "tensorrt": "TensorRT's libraries are missing or of another version than it was built with: "
     "pip install tensorrt, of the version that ONNX Runtime's table of them names",
-    "coreml": "this system is too old for its ML programs",
 }
-UNITS = {"all": "ALL", "ne": "CPUAndNeuralEngine", "gpu": "CPUAndGPU", "cpu": "CPUOnly"}
 
 
 class OnnxRuntime(Runtime):
     """Runs what `to_onnx` writes.
 
     With ``provider = "tensorrt"`` TensorRT builds what it can of a graph at the first call of each
-    shape, which takes minutes, and keeps it; with "coreml" Core ML compiles it when it loads. The
-    rest stays on CUDA, or the CPU. Neither has run yet.
+    shape, which takes minutes, and keeps it in the user's cache; with "coreml" Core ML compiles it
+    when it loads, and so does "coreml-ne" for Neural Engine and CPU, "coreml-gpu" for GPU and CPU.
+    The rest stays on CUDA, or the CPU. Neither has run yet.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("onnxruntime",)
     opens: ClassVar[tuple[str, ...]] = ("onnx",)
 
-    provider: Literal["auto", "cpu", "cuda", "tensorrt", "coreml"] = Field(
+    provider: Provider = Field(
         "auto", description="where to run; auto: cuda where this onnxruntime has it, else cpu"
     )
     threads: int = Field(0, ge=0, description="CPU threads inside an operator; 0: one per core")
-    units: Literal["all", "ne", "gpu", "cpu"] = Field(
-        "all", description="of coreml: what it may use; ne: Neural Engine and CPU"
-    )
-    cache_dir: str = Field(
-        "", description="where tensorrt and coreml keep what they built; empty: the user's cache"
-    )
 
     def open(self, folder: Path, component: Component) -> OnnxSession:
         """Loads the component's model file.
@@ -80,7 +75,8 @@ class OnnxRuntime(Runtime):
             # Else it widens the weights anew in every run, and convolutions lose their layout.
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         path = folder / component.files[0].path
-        providers = [(PROVIDERS[n], self._options(n, component)) for n in (name, *REST[name])]
+        names = (name, *["cuda"] * (name == "tensorrt"), *["cpu"] * (name != "cpu"))
+        providers = [(PROVIDERS[each], _options(each, component)) for each in names]
         try:
             session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -89,7 +85,7 @@ class OnnxRuntime(Runtime):
         found = session.get_providers()[0]
         if found != PROVIDERS[name] and self.provider != "auto":
             raise EdgeflashError(
-                f"provider {name}: ONNX Runtime fell back to {found}, so {MEND[name]}, or use "
+                f"provider {name}: ONNX Runtime fell back to {found}, so {_mend(name)}, or use "
                 "provider=cpu"
             )
         return OnnxSession(session, component)
@@ -102,28 +98,33 @@ class OnnxRuntime(Runtime):
             return self.provider
         raise EdgeflashError(
             f"provider {self.provider}: this onnxruntime has {', '.join(have)}: "
-            f"{GET[self.provider]}"
+            f"{GET.get(self.provider, 'only those for macOS have it')}"
         )
 
-    def _options(self, name: str, component: Component) -> dict[str, str]:
-        """Of a provider, as ONNX Runtime takes them.
 
-        What is kept lies under the hash of the model: TensorRT's provider tells models apart by
-        their names, which are the same in every bundle.
-        """
-        if name not in ("tensorrt", "coreml"):
-            return {}
-        hashes = "".join(file.sha256 for file in component.files)
-        key = hashlib.sha256(hashes.encode()).hexdigest()[:16]
-        kept = folder_of(self.cache_dir) / f"onnxruntime-{name}" / key
-        kept.mkdir(parents=True, exist_ok=True)
-        if name == "coreml":
-            units = {"ModelFormat": "MLProgram", "MLComputeUnits": UNITS[self.units]}
-            return units | {"ModelCacheDirectory": str(kept)}
-        both = {"trt_engine_cache_path": str(kept), "trt_timing_cache_path": str(kept)}
-        both |= {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
-        narrow = {"fp16": "trt_fp16_enable", "int8": "trt_int8_enable"}
-        return both | {flag: "1" for word, flag in narrow.items() if component.precision == word}
+def _mend(name: str) -> str:
+    return MEND.get(name, "this system is too old for its ML programs")
+
+
+def _options(name: str, component: Component) -> dict[str, str]:
+    """Of a provider, as ONNX Runtime takes them.
+
+    What is kept lies under the hash of the model: TensorRT's provider tells models apart by their
+    names, which are the same in every bundle.
+    """
+    if name in ("cpu", "cuda"):
+        return {}
+    hashes = "".join(file.sha256 for file in component.files)
+    key = hashlib.sha256(hashes.encode()).hexdigest()[:16]
+    kept = folder_of("") / f"onnxruntime-{name}" / key
+    kept.mkdir(parents=True, exist_ok=True)
+    if name in UNITS:
+        units = {"ModelFormat": "MLProgram", "MLComputeUnits": UNITS[name]}
+        return units | {"ModelCacheDirectory": str(kept)}
+    both = {"trt_engine_cache_path": str(kept), "trt_timing_cache_path": str(kept)}
+    both |= {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
+    narrow = {"fp16": "trt_fp16_enable", "int8": "trt_int8_enable"}
+    return both | {flag: "1" for word, flag in narrow.items() if component.precision == word}
 
 
 class OnnxSession(Session):

@@ -43,10 +43,11 @@ def test_a_provider_is_asked_for_with_its_options_and_what_takes_the_rest(
     module.get_available_providers = lambda: list(PROVIDERS.values())
     monkeypatch.setitem(sys.modules, "onnxruntime", module)
     key = hashlib.sha256("".join(f.sha256 for f in unet.files).encode()).hexdigest()[:16]
-    kept = str(tmp_path / "kept/onnxruntime-{}" / key)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = str(tmp_path / "edgeflash/engines/onnxruntime-{}" / key)
 
-    def asked(provider: str, **more: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
-        runtime = OnnxRuntime(provider=provider, cache_dir=str(tmp_path / "kept"), **more)
+    def asked(provider: str) -> tuple[str, list[tuple[str, dict[str, str]]]]:
+        runtime = OnnxRuntime.model_validate({"provider": provider})
         session = runtime.open(folder, unet)
         return session.device, Imagined.asked
 
@@ -54,11 +55,11 @@ def test_a_provider_is_asked_for_with_its_options_and_what_takes_the_rest(
     both = {f"trt_{what}_cache_path": kept.format("tensorrt") for what in ("engine", "timing")}
     both |= {f"trt_{what}_cache_enable": "1" for what in ("engine", "timing")}
     core = {"ModelFormat": "MLProgram", "MLComputeUnits": "CPUAndNeuralEngine"}
-    core |= {"ModelCacheDirectory": kept.format("coreml")}
+    core |= {"ModelCacheDirectory": kept.format("coreml-ne")}
     assert asked("auto") == ("cuda", [cuda, cpu]) and asked("cpu") == ("cpu", [cpu])
     trt = ("TensorrtExecutionProvider", both)
     assert asked("tensorrt") == ("tensorrt", [trt, cuda, cpu])
-    assert asked("coreml", units="ne") == ("coreml", [("CoreMLExecutionProvider", core), cpu])
+    assert asked("coreml-ne") == ("coreml", [("CoreMLExecutionProvider", core), cpu])
     assert Path(kept.format("tensorrt")).is_dir()
     retrained = unet.files[0].model_copy(update={"sha256": "0" * 64})
     unet = unet.model_copy(update={"files": (retrained,), "precision": "int8"})
