@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from exported import QUIET
 from onnx import helper
 from small_onnx import network
 
@@ -24,8 +25,9 @@ from edgeflash.export.plan import Plan, Quantizing, read_plan
 from edgeflash.export.quantize_weights import to_int4, to_int8
 from edgeflash.export.sensitivity import Layer, Sensitivity, sensitivity
 from edgeflash.planning import Budget, Exported, Wish, best, words_for
-from edgeflash.report import read_report
+from edgeflash.report import IMAGE_DB, read_report
 from edgeflash.roles import Target
+from edgeflash.runtimes.measure import Measured
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student
 
@@ -243,15 +245,21 @@ def test_words_follow_the_budget() -> None:
         planning.quantizing("torch", {})
 
 
+def measured(tried: Sequence[Tried], console: Any) -> None:
+    """In the place of processes that draw."""
+    told: dict[str, Any] = {"device": "cpu", "options": {}, "steps": 1, "guidance_scale": 1.0}
+    told |= {"height": 16, "width": 16, "cold_load_ms": 9.0, "warm_load_ms": 5.0}
+    told |= {"first_image_ms": 4.0, "runs_ms": (3.0, 2.0, 4.0), "stages_ms": {"unet": (2.0,)}}
+    for each in tried:
+        each.measured.append(Measured(**told, peak_rss_mib=None, images=()))
+
+
 @pytest.mark.usefixtures("replay")
 def test_a_plan_within_its_budget_is_searched_exported_and_told(
     one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exported import QUIET
-
-    monkeypatch.setattr(planning, "measure_in_turn", lambda tried, console: None)
-    monkeypatch.setattr("edgeflash.planning._systems", lambda done: ())
-    wish = Wish("onnx", {}, Budget(mib=0.31))
+    monkeypatch.setattr(planning, "measure_in_turn", measured)
+    wish = Wish("onnx", {}, Budget(mib=0.325))
     student, out = Student.open(one_step_student), tmp_path / "deep/plan.toml"
     made = planning.search(student, wish, out, tmp_path / "report", QUIET)
     plan = read_plan(out)
@@ -261,4 +269,8 @@ def test_a_plan_within_its_budget_is_searched_exported_and_told(
     assert sizes == sorted(sizes, reverse=True)
     assert made.notes[0].startswith("kept: plan 0.3")
     assert out.read_text().startswith("# on onnx: 0.3")
-    assert isinstance(made.notes[1], str) and "each quantized alone: " in made.notes[1]
+    assert "each quantized alone: " in made.notes[1]
+    whole, *plans = made.systems
+    assert plans[-1].size_mib <= 0.325 < whole.size_mib, "the float one, then until it fits"
+    assert plans[-1].latency_ms_p50 == 3 and IMAGE_DB in plans[-1].extra
+    assert "Quality against size" in (tmp_path / "report/report.html").read_text()
