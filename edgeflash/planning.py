@@ -145,7 +145,7 @@ class _Search:
         assert self.wish.budget.mib is not None
         rest = self.target(None, self.words[0]).rest
         done = [self.export(rest, None, rest)]
-        beside = _bytes(done[0]) - sum(found.numbers.values()) * (4 if rest == "fp32" else 2)
+        beside: float = _bytes(done[0]) - sum(found.numbers.values()) * (4 if rest == "fp32" else 2)
         for _ in range(ATTEMPTS):
             point = within(points, self.wish.budget.mib * MIB - beside)
             name = f"plan {told((point.bytes + beside) / MIB)} MiB"

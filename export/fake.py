@@ -42,7 +42,7 @@ class Range:
 
 def weight(layer: nn.Module, word: str) -> Tensor:
     """The weight of a convolution or linear layer, [out, in, ...], as that word leaves it."""
-    whole: Tensor = layer.weight.detach()  # type: ignore[assignment, union-attr, operator]
+    whole: Tensor = layer.weight.detach()  # type: ignore[operator]
     if word == "int4-weights":
         return _blocks(whole)
     step = whole.abs().amax(dim=tuple(range(1, whole.ndim)), keepdim=True) / LARGEST
@@ -53,14 +53,16 @@ def weight(layer: nn.Module, word: str) -> Tensor:
 def _blocks(whole: Tensor) -> Tensor:
     """4 bits a weight: 16 values between the smallest and the largest of a block, or zero."""
     flat = whole.flatten(1)
-    blocks = nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    full = nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK))
+    blocks = full.reshape(len(full), -1, BLOCK)
     low, high = blocks.aminmax(dim=-1, keepdim=True)
     low, high = low.clamp(max=0), high.clamp(min=0)
     step = (high - low) / 15
     step = torch.where(step == 0, 1, step)
     zero = (-low / step).round()
     rounded = ((blocks / step).round() + zero).clamp(0, 15).sub(zero).mul(step)
-    return rounded.flatten(1)[:, : flat.shape[1]].reshape(whole.shape)
+    found: Tensor = rounded.flatten(1)[:, : flat.shape[1]].reshape(whole.shape)
+    return found
 
 
 def change(layer: nn.Module, word: str, given: Tensor, taken: Range, made: Range) -> Tensor:

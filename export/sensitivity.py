@@ -186,7 +186,7 @@ class _Drawing:
                         d = change(module, word, given[0].detach(), layer.taken, layer.made)
                         layer.draws[word][-1] += float((gradient * d).sum())
 
-            made.register_hook(note)
+            made.register_hook(note)  # type: ignore[no-untyped-call]
             return made
 
         return hook
@@ -253,13 +253,13 @@ class _Back:
         names, inputs = tape.student.family.text_encoders, drawing.network.inputs
         for number, (told, gradient) in enumerate(zip(self.told, self.latents, strict=True)):
             drawing.begin()
-            both = [
+            prompt, empty = (
                 {k: torch.from_numpy(v).requires_grad_() for k, v in each.items()}
                 for each in heard(told, names, inputs, tape.size)
-            ]
-            self._loop(drawing, *both, number // self.rounds).backward(gradient)  # type: ignore[no-untyped-call]
-            prompt, empty = ({k: v.grad for k, v in b.items() if v.grad is not None} for b in both)
-            self.heard.append((prompt, empty))
+            )
+            latent = self._loop(drawing, prompt, empty, number // self.rounds)
+            latent.backward(gradient)  # type: ignore[no-untyped-call]
+            self.heard.append((_gradients(prompt), _gradients(empty)))
 
     def _loop(self, drawing: _Drawing, prompt: Any, empty: Any, number: int) -> Tensor:
         """`edgeflash.golden.Sampler.loop` in torch."""
@@ -320,4 +320,9 @@ class _Back:
         """Of a gradient at what several text encoders tell side by side, the part of one."""
         names = [n for n in self.tape.student.family.text_encoders if told_by(n, role) in told]
         widths = [told[told_by(each, role)].shape[-1] for each in names]
-        return gradient.split(widths, dim=-1)[names.index(name)]
+        found: Tensor = torch.split(gradient, widths, dim=-1)[names.index(name)]
+        return found
+
+
+def _gradients(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {role: leaf.grad for role, leaf in leaves.items() if leaf.grad is not None}
