@@ -74,6 +74,7 @@ def test_convolutions_are_rounded_as_the_file_has_them(tmp_path: Path) -> None:
     layer = torch.nn.Conv2d(4, 8, 3, bias=False)
     layer.weight.data[2] *= 50  # a scale of its own
     layer.weight.data[5] = 0
+    layer.requires_grad_(False)
     sample = torch.randn(1, 4, 4, 4)
     node = helper.make_node("Conv", ["sample", "w"], ["y"], name="product")
     weight = layer.weight.detach().numpy()
@@ -81,6 +82,22 @@ def test_convolutions_are_rounded_as_the_file_has_them(tmp_path: Path) -> None:
     wanted = torch.nn.functional.conv2d(sample, fake.weight(layer, "int8-weights"))
     assert np.abs(found - wanted.numpy()).max() < 1e-4
     assert float((wanted - layer(sample)).abs().max()) > 1e-2
+
+
+def test_scales_are_of_output_channels_however_the_weight_lies(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 8, bias=False).requires_grad_(False)
+    layer.weight.data[2] *= 50
+    sample = torch.randn(1, 4, 4, 4)
+    wanted = sample.reshape(16, 4) @ fake.weight(layer, "int8-weights").T
+    for flipped in (1, 0):
+        weight = (layer.weight if flipped else layer.weight.T).contiguous().numpy()
+        nodes = (
+            helper.make_node("Flatten", ["sample"], ["flat"], axis=3),
+            helper.make_node("Gemm", ["flat", "w"], ["y"], name="product", transB=flipped),
+        )
+        found = stored(tmp_path, *nodes, sample=sample.numpy(), weight=weight, word="int8-weights")
+        assert np.abs(found - wanted.numpy()).max() < 1e-4
 
 
 def test_int8_rounds_what_goes_in_and_comes_out_too() -> None:
