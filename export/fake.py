@@ -53,15 +53,16 @@ def weight(layer: nn.Module, word: str) -> Tensor:
 def _blocks(whole: Tensor) -> Tensor:
     """4 bits a weight: 16 values between the smallest and the largest of a block, or zero."""
     flat = whole.flatten(1)
-    padded = nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK))
-    blocks: Tensor = padded.reshape(len(flat), -1, BLOCK)
+    full = nn.functional.pad(flat, (0, -flat.shape[1] % BLOCK))
+    blocks = full.reshape(len(full), -1, BLOCK)
     low, high = blocks.aminmax(dim=-1, keepdim=True)
     low, high = low.clamp(max=0), high.clamp(min=0)
     step = (high - low) / 15
     step = torch.where(step == 0, 1, step)
     zero = (-low / step).round()
     rounded = ((blocks / step).round() + zero).clamp(0, 15).sub(zero).mul(step)
-    return rounded.flatten(1)[:, : flat.shape[1]].reshape(whole.shape)
+    found: Tensor = rounded.flatten(1)[:, : flat.shape[1]].reshape(whole.shape)
+    return found
 
 
 def change(layer: nn.Module, word: str, given: Tensor, taken: Range, made: Range) -> Tensor:

@@ -44,7 +44,7 @@ def to_int8(path: Path, names: list[str]) -> Path:
 def _channels(node: ir.Node, weight: ir.Value) -> int:
     """The axis of the output channels in the weight of a product."""
     assert weight.shape is not None
-    flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)  # type: ignore[arg-type]
+    flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", False)
     return 0 if node.op_type == "Conv" or flipped else len(weight.shape) - 1
 
 
@@ -65,8 +65,7 @@ def _widened(graph: ir.Graph, weight: ir.Value, axis: int, *, before: ir.Node) -
         parts.append(part)
     node = ir.node("DequantizeLinear", parts, attributes={"axis": axis})
     node.outputs[0].name = f"{weight.name}.wide"
-    assert weight.dtype is not None
-    node.outputs[0].dtype, node.outputs[0].shape = weight.dtype, weight.shape
+    node.outputs[0].type, node.outputs[0].shape = weight.type, weight.shape
     graph.insert_before(before, node)
     return node.outputs[0]
 

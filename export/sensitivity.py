@@ -320,9 +320,9 @@ class _Back:
         """Of a gradient at what several text encoders tell side by side, the part of one."""
         names = [n for n in self.tape.student.family.text_encoders if told_by(n, role) in told]
         widths = [told[told_by(each, role)].shape[-1] for each in names]
-        parts: tuple[Tensor, ...] = torch.split(gradient, widths, dim=-1)
-        return parts[names.index(name)]
+        found: Tensor = torch.split(gradient, widths, dim=-1)[names.index(name)]
+        return found
 
 
 def _gradients(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {role: leaf.grad for role, leaf in leaves.items() if leaf.grad is not None}

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from exported import QUIET
 from onnx import helper
 from small_onnx import network
 
@@ -25,8 +26,9 @@ from edgeflash.export.plan import Plan, Quantizing, read_plan
 from edgeflash.export.quantize_weights import to_int4, to_int8
 from edgeflash.export.sensitivity import Layer, Sensitivity, sensitivity
 from edgeflash.planning import Budget, Exported, Wish, best, words_for
-from edgeflash.report import read_report
+from edgeflash.report import IMAGE_DB, read_report
 from edgeflash.roles import Target
+from edgeflash.runtimes.measure import Measured
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student
 
@@ -73,6 +75,7 @@ def test_convolutions_are_rounded_as_the_file_has_them(tmp_path: Path) -> None:
     layer = torch.nn.Conv2d(4, 8, 3, bias=False)
     layer.weight.data[2] *= 50  # a scale of its own
     layer.weight.data[5] = 0
+    layer.requires_grad_(False)
     sample = torch.randn(1, 4, 4, 4)
     node = helper.make_node("Conv", ["sample", "w"], ["y"], name="product")
     weight = layer.weight.detach().numpy()
@@ -80,6 +83,22 @@ def test_convolutions_are_rounded_as_the_file_has_them(tmp_path: Path) -> None:
     wanted = torch.nn.functional.conv2d(sample, fake.weight(layer, "int8-weights"))
     assert np.abs(found - wanted.numpy()).max() < 1e-4
     assert float((wanted - layer(sample)).abs().max()) > 1e-2
+
+
+def test_scales_are_of_output_channels_however_the_weight_lies(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 8, bias=False).requires_grad_(False)
+    layer.weight.data[2] *= 50
+    sample = torch.randn(1, 4, 4, 4)
+    wanted = sample.reshape(16, 4) @ fake.weight(layer, "int8-weights").T
+    for flipped in (1, 0):
+        weight = (layer.weight if flipped else layer.weight.T).contiguous().numpy()
+        nodes = (
+            helper.make_node("Flatten", ["sample"], ["flat"], axis=3),
+            helper.make_node("Gemm", ["flat", "w"], ["y"], name="product", transB=flipped),
+        )
+        found = stored(tmp_path, *nodes, sample=sample.numpy(), weight=weight, word="int8-weights")
+        assert np.abs(found - wanted.numpy()).max() < 1e-4
 
 
 def test_int8_rounds_what_goes_in_and_comes_out_too() -> None:
@@ -246,16 +265,21 @@ def test_words_follow_the_budget() -> None:
         planning.quantizing("torch", {})
 
 
+def measured(tried: Sequence[Tried], console: Any) -> None:
+    """In the place of processes that draw."""
+    told: dict[str, Any] = {"device": "cpu", "options": {}, "steps": 1, "guidance_scale": 1.0}
+    told |= {"height": 16, "width": 16, "cold_load_ms": 9.0, "warm_load_ms": 5.0}
+    told |= {"first_image_ms": 4.0, "runs_ms": (3.0, 2.0, 4.0), "stages_ms": {"unet": (2.0,)}}
+    for each in tried:
+        each.measured.append(Measured(**told, peak_rss_mib=None, images=()))
+
+
 @pytest.mark.usefixtures("replay")
 def test_a_plan_within_its_budget_is_searched_exported_and_told(
     one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from exported import QUIET
-
-    monkeypatch.setattr(planning, "measure_in_turn", lambda tried, console: None)
-    monkeypatch.setattr("edgeflash.planning._systems", lambda done: ())
-    monkeypatch.setattr("edgeflash.planning.write_html", lambda report, path: None)  # of no system
-    wish = Wish("onnx", {}, Budget(mib=0.31))
+    monkeypatch.setattr(planning, "measure_in_turn", measured)
+    wish = Wish("onnx", {}, Budget(mib=0.325))
     student, out = Student.open(one_step_student), tmp_path / "deep/plan.toml"
     made = planning.search(student, wish, out, tmp_path / "report", QUIET)
     plan = read_plan(out)
@@ -265,4 +289,8 @@ def test_a_plan_within_its_budget_is_searched_exported_and_told(
     assert sizes == sorted(sizes, reverse=True)
     assert re.match(r"kept: plan \d, 0\.3", str(made.notes[0]))
     assert out.read_text().startswith("# on onnx: 0.3")
-    assert isinstance(made.notes[1], str) and "each quantized alone: " in made.notes[1]
+    assert "each quantized alone: " in made.notes[1]
+    whole, *plans = made.systems
+    assert plans[-1].size_mib <= 0.325 < whole.size_mib, "the float one, then until it fits"
+    assert plans[-1].latency_ms_p50 == 3 and IMAGE_DB in plans[-1].extra
+    assert "Quality against size" in (tmp_path / "report/report.html").read_text()
