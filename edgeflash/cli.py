@@ -30,7 +30,7 @@ from edgeflash.arguments import (
     read_size,
     typed,
 )
-from edgeflash.cli_tell import distill_installed, telling
+from edgeflash.cli_tell import distill_installed, lint, telling
 from edgeflash.errors import EdgeflashError, in_one_line
 
 if TYPE_CHECKING:
@@ -99,16 +99,22 @@ def export(
     merge_tokens: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the denoiser's tokens, as in 0.5.")
     ] = 0.0,
+    device: Annotated[
+        str | None, typer.Option(help="As of edgeflash lint: set what suits it, and judge.")
+    ] = None,
     prompt: Prompts = None,
     floor: Floors = None,
     set_: Set = None,
 ) -> None:
     """Lower a student to a target and prove it: student folder -> bundle folder."""
+    from edgeflash.devices import Device
     from edgeflash.roles import Target
     from edgeflash.shelf import make
     from edgeflash.student import Student
 
     auto, options = precision == "auto", read_options(set_)
+    if device:
+        options = Device.of(device).suited(to) | options
     if prefer and not auto:
         raise EdgeflashError("--prefer: goes with --precision auto alone")
     target = make(Target, to, {"precision": "fp32" if auto else precision} | options)
@@ -138,6 +144,8 @@ def export(
     else:
         lower(target, out_dir)
     print(f"wrote {out_dir}")
+    if device:
+        lint(out_dir, [device])
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from edgeflash.bundle import Part
 from edgeflash.errors import EdgeflashError, unknown
@@ -51,6 +51,7 @@ class Device(Part):
     precision: str = ""  # of the figures, as the source
     source: str = ""
     published: tuple[Published, ...] = ()
+    options: Mapping[str, Mapping[str, Any]] = {}  # of targets, by name: what suits it
 
     @classmethod
     def of(cls, name: str) -> Device:
@@ -80,6 +81,17 @@ class Device(Part):
                 "whether a bundle fits it"
             )
         return device
+
+    def suited(self, target: str) -> dict[str, Any]:
+        """The options of the target that suit the device.
+
+        Raises:
+            EdgeflashError: the target's bundles do not run there.
+        """
+        if target not in self.runs:
+            known = " or ".join(f"--to {name}" for name in self.runs)
+            raise EdgeflashError(f"device {self.name}: does not run {target}: {known}")
+        return dict(self.options.get(target, {}))
 
     def estimate_ms(self, component: str, gflop: float) -> float:
         """Time of one call, at the rate of the component's published figure, or of the UNet's."""

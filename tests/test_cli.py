@@ -58,6 +58,10 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
             ["export", "shapes-student", "--to", "torch", "--merge-tokens", "0.9"],
             r"--merge-tokens 0\.9: give a share of at most 0\.75",
         ),
+        (
+            ["export", "nowhere", "--to", "onnx", "--device", "iphone-15"],
+            r"does not run onnx: --to c",
+        ),
         (["export", "nowhere", "--to", "onnx", "--precision", "int7"], r"precision = 'int7'"),
         (["export", "nowhere", "--to", "onnx", "--size", "axb"], r"--size axb: write"),
         (["run", "nowhere", "--prompt", "x"], r"nowhere: no bundle folder"),
@@ -131,6 +135,24 @@ def test_export_is_told_the_guidance(
     )
     say("export", one_step_student, "--to", "onnx", "--guidance", "3")
     assert asked["guidance"] == Guidance(kind="cfg", scale=3.0)
+
+
+def test_a_device_sets_what_the_person_does_not_and_is_judged(
+    say, one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets, judged = [], []
+    monkeypatch.setattr(
+        "edgeflash.export.line.export_student", lambda _, target, *__, **___: targets.append(target)
+    )
+    monkeypatch.setattr(cli, "lint", lambda *words: judged.append(words))
+    words = ("export", one_step_student, "--to", "coreml", "--device", "iphone-15", "--out")
+    say(*words, tmp_path / "b", "--set", "ios=17")
+    say(*words, tmp_path / "b", "--set", "attention=original")
+    assert [(target.attention, target.ios) for target in targets] == [
+        ("split_einsum", 17),
+        ("original", 16),
+    ]
+    assert judged == [(tmp_path / "b", ["iphone-15"])] * 2
 
 
 def test_two_prompts_make_two_pictures(say, tmp_path: Path) -> None:

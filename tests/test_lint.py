@@ -16,10 +16,12 @@ from onnx import TensorProto, helper
 from small_onnx import network
 from tiny_bundle import tiny
 
-from edgeflash import cli
+from edgeflash import cli, shelf
 from edgeflash.bundle import Bundle, Component, Engine, File, TensorSpec, describe_file
 from edgeflash.devices import DEVICES, Device
 from edgeflash.disk import MANIFEST
+from edgeflash.errors import EdgeflashError
+from edgeflash.roles import Target
 from edgeflash.runtimes import lint
 from edgeflash.runtimes.graph import Graph, Peak
 from edgeflash.runtimes.lint import Finding, Judgement, Seen, judge, look
@@ -267,6 +269,18 @@ def test_every_limit_names_its_source_and_what_its_rule_needs() -> None:
         assert limit.source, limit.name
         for field, rules in needs.items():
             assert (field in told["limit"][limit.name]) == (limit.rule in rules), limit.name
+
+
+def test_what_suits_a_device_is_an_option_of_a_target_that_runs_there() -> None:
+    devices = [Device.of(name) for name in tomllib.loads(DEVICES.read_text())["device"]]
+    for device in devices:
+        for target, options in device.options.items():
+            assert device.suited(target) == options
+            assert set(options) <= set(shelf.find(Target, target).model_fields), device.name
+    suited = Device.of("iphone-15").suited("coreml")
+    assert suited == {"attention": "split_einsum"} and Device.of("web").suited("onnx") == {}
+    with pytest.raises(EdgeflashError, match="iphone-15: does not run onnx: --to coreml"):
+        Device.of("iphone-15").suited("onnx")
 
 
 def test_the_command_tells_all_and_leaves_with_2(

@@ -21,7 +21,7 @@ import numpy as np
 
 from edgeflash import noise
 from edgeflash.bundle import Bundle
-from edgeflash.runtimes.measure import _peak_rss_mib
+from edgeflash.runtimes.measure import peak_rss_mib
 from edgeflash.runtimes.on_onnx import OnnxRuntime
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.tokenizer import read_tokenizer
@@ -104,7 +104,7 @@ def main() -> None:
             draw = WAYS[options.only](Bundle.open(folder), options.threads)
             for _ in range(3):
                 draw()
-            print(_peak_rss_mib())
+            print(peak_rss_mib())
         else:
             compare(folder, options.runs, options.threads)
 
