@@ -127,10 +127,10 @@ def test_export_is_told_the_guidance(
 ) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
-        "edgeflash.export.line.export_student", lambda *_, **options: asked.update(options)
+        "edgeflash.export.line.export_student", lambda *_, **told: asked.update(told)
     )
     say("export", one_step_student, "--to", "onnx", "--guidance", "3")
-    assert asked["guidance"] == Guidance(kind="cfg", scale=3.0)
+    assert asked["options"].guidance == Guidance(kind="cfg", scale=3.0)
 
 
 def test_two_prompts_make_two_pictures(say, tmp_path: Path) -> None:
