@@ -25,6 +25,7 @@ from edgeflash.bundle import Bundle
 from edgeflash.disk import write_atomic
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.export_options import ExportOptions
 from edgeflash.machine import Machine
 from edgeflash.recipe import Recipe, Sampling, find_recipe, read_recipe, recipe_of
 from edgeflash.roles import Runtime, Target
@@ -206,7 +207,8 @@ def _judge(name: str, folder: Path, out: Path, counts: Sequence[int]) -> dict[in
 
     bundle = out / "bundles" / _slug(name)
     target, student = make(Target, "onnx", {}), Student.open(folder)
-    export_student(student, target, bundle, steps=counts, prompts=_prompts()[:1], floors=LOW_FLOORS)
+    options = ExportOptions(steps=tuple(counts), prompts=_prompts()[:1], floors=LOW_FLOORS)
+    export_student(student, target, bundle, options)
     found = {}
     for count in counts:
         pictures = _draw(bundle, _prompts(), count)

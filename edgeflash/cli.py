@@ -108,6 +108,7 @@ def export(
 ) -> None:
     """Lower a student to a target and prove it: student folder -> bundle folder."""
     from edgeflash.devices import Device
+    from edgeflash.export_options import ExportOptions
     from edgeflash.roles import Target
     from edgeflash.shelf import make
     from edgeflash.student import Student
@@ -122,9 +123,7 @@ def export(
     from edgeflash.export.line import export_student
 
     opened = Student.open(student, read_loras(lora))
-    lower = partial(
-        export_student,
-        opened,
+    asked = ExportOptions(
         steps=counts,
         timesteps=timesteps,
         guidance=opened.guidance(guidance),
@@ -135,6 +134,7 @@ def export(
         merge_tokens=merge_tokens,
         floors=read_floors(floor),
     )
+    lower = partial(export_student, opened, options=asked)
     if auto:
         from edgeflash.choice import choice_table, export_best
 
@@ -165,19 +165,16 @@ def plan(
     set_: Set = None,
 ) -> None:
     """Search what to quantize, under a budget: student folder -> plan.toml and a report."""
+    from edgeflash.export_options import ExportOptions
     from edgeflash.planning import Budget, Wish, plans_table, search
     from edgeflash.student import Student
 
     budget = Budget(budget_mib, budget_ms)
-    wish = Wish(
-        to,
-        read_options(set_),
-        budget,
-        tuple(words.split(",")) if words else (),
-        steps=read_counts(steps),
-        size=read_size(size),
-        prompts=tuple(prompt or ()),
+    asked = ExportOptions(
+        steps=read_counts(steps), size=read_size(size), prompts=tuple(prompt or ())
     )
+    held = tuple(words.split(",")) if words else ()
+    wish = Wish(to, read_options(set_), budget, held, asked)
     found = search(Student.open(student), wish, out_toml, report_dir, err, command=typed())
     out.print(plans_table(found))
     print(f"wrote {out_toml}, {report_dir / 'report.json'} and {report_dir / 'report.html'}")

@@ -23,6 +23,7 @@ from edgeflash.bundle import Bundle, parse_manifest, read_manifest
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
+from edgeflash.export_options import ExportOptions
 from edgeflash.machine import Machine
 from edgeflash.recipe import find_recipe, read_recipe
 from edgeflash.report import REPORT, Report, System, SystemsTable
@@ -212,15 +213,8 @@ def _export(
 
     target = make(Target, "onnx", {"precision": precision})
     with _told(console, f"export {student.name} to ONNX {precision}, and verify"):
-        export_student(
-            Student.open(student),
-            target,
-            bundle,
-            steps=steps,
-            prompts=_prompts(recorded),
-            floors=floors,
-            console=console,
-        )
+        options = ExportOptions(steps=steps, prompts=_prompts(recorded), floors=dict(floors or {}))
+        export_student(Student.open(student), target, bundle, options, console=console)
     return bundle
 
 

@@ -21,6 +21,7 @@ from edgeflash.bundle import Bundle
 from edgeflash.choice import Candidate, Tried, job_of, measure_in_turn, try_out
 from edgeflash.disk import write_atomic
 from edgeflash.errors import EdgeflashError
+from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.machine import Machine
 from edgeflash.report import IMAGE_DB, REPORT, Predicted, Report, System, told
 from edgeflash.report_html import write_html
@@ -92,18 +93,14 @@ class Wish:
         options: of it.
         budget: of the bundle.
         words: that the plan may hold; none named: those that the budget wants.
-        steps: step counts to ship; None: the student's.
-        size: (height, width) in px; None: the student's.
-        prompts: to run; none: the student's.
+        asked: of the exports, and of the tape of one.
     """
 
     to: str
     options: Mapping[str, Any]
     budget: Budget
     words: tuple[str, ...] = ()
-    steps: tuple[int, ...] | None = None
-    size: tuple[int, int] | None = None
-    prompts: tuple[str, ...] = ()
+    asked: ExportOptions = AS_USUAL
 
 
 @dataclass(frozen=True)
@@ -116,15 +113,10 @@ class _Search:
     scratch: Path
     console: Console
 
-    @property
-    def asked(self) -> dict[str, Any]:
-        """Of an export, and of the tape of one."""
-        return {name: getattr(self.wish, name) for name in ("steps", "size", "prompts")}
-
     def lower(self, target: Target, folder: Path) -> Bundle:
         from edgeflash.export.line import export_student
 
-        return export_student(self.student, target, folder, console=self.console, **self.asked)
+        return export_student(self.student, target, folder, self.wish.asked, console=self.console)
 
     def target(self, point: Point | None, precision: str) -> Quantizing:
         """With a point's plan, or none."""
@@ -278,7 +270,7 @@ def _sensitivity(one: _Search) -> Sensitivity:
     from edgeflash.export.sensitivity import sensitivity
 
     target = one.target(None, one.words[0])
-    tape = rehearsal(one.student, target, **one.asked)
+    tape = rehearsal(one.student, target, one.wish.asked)
     components = one.student.family.components()
     with one.console.status("measuring sensitivities") as status:
         return sensitivity(tape, target, components, one.words, tell=status.update)
@@ -355,8 +347,9 @@ def _header(kept: Exported, one: _Search) -> str:
 def _asked(wish: Wish) -> str:
     """What else of the search an export has to repeat: other steps may fold other layers away."""
     words = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in wish.options.items()]
-    words += [f"--steps {','.join(map(str, wish.steps))}"] if wish.steps else []
-    words += [f"--size {wish.size[0]}x{wish.size[1]}"] if wish.size else []
+    steps, size = wish.asked.steps, wish.asked.size
+    words += [f"--steps {','.join(map(str, steps))}"] if steps else []
+    words += [f"--size {size[0]}x{size[1]}"] if size else []
     return "".join(f" {word}" for word in words)
 
 

@@ -19,6 +19,7 @@ from edgeflash.bundle import Bundle
 from edgeflash.devices import Device
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
+from edgeflash.export_options import ExportOptions
 from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Report, System, told
 from edgeflash.report_html import write_html
@@ -142,16 +143,13 @@ def _export(
     from edgeflash.runtimes.bench import PROMPT
 
     own = student.manifest.prompts if student.manifest else ()
-    return export_student(
-        student,
-        target,
-        out,
-        steps=steps,
+    options = ExportOptions(
+        steps=tuple(steps),
         size=size,
         prompts=own[:1] or (PROMPT,),  # calibration need not be good, only done
         floors=NO_FLOORS,  # random weights amplify rounding; nobody will look at the pictures
-        console=console,
     )
+    return export_student(student, target, out, options, console=console)
 
 
 def _bench(bundle: Bundle, way: Way, name: str, steps: int, runs: int, console: Console) -> System:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,10 +29,11 @@ from edgeflash.bundle import (
 )
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError, Stopped
+from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Sampler
 from edgeflash.roles import Target
-from edgeflash.schedule import Guidance, Schedule
+from edgeflash.schedule import Schedule
 from edgeflash.student import INSTEAD, Student, folder_sha256
 from edgeflash.tokenizer import read_tokenizer
 from edgeflash.verify import check_floors, refuse_below, verify
@@ -59,16 +60,8 @@ def export_student(
     student: Student,
     target: Target,
     out: Path,
+    options: ExportOptions = AS_USUAL,
     *,
-    steps: Sequence[int] | None = None,
-    timesteps: str | None = None,
-    guidance: Guidance | None = None,
-    prompts: Sequence[str] = (),
-    size: tuple[int, int] | None = None,
-    image_to_image: bool = False,
-    fold_timestep: bool = True,
-    merge_tokens: float = 0.0,
-    floors: Mapping[str, float] | None = None,
     console: Console | None = None,
 ) -> Bundle:
     """Writes a bundle, and puts it in its place when it has passed the parity ladder.
@@ -77,41 +70,20 @@ def export_student(
         student: what to export.
         target: what to lower it to.
         out: folder of the bundle; replaced when it exists.
-        steps: step counts to ship schedules for; None: those the student was made for.
-        timesteps: "align-your-steps"; None: as the student's sampler spaces them.
-        guidance: how the prompt steers; None: as the student says.
-        prompts: recorded for calibration and parity; the first ones ship as goldens. Empty: the
-            student's own, or some of all kinds.
-        size: (height, width) of the images in px; None: what the denoiser was made for.
-        image_to_image: also export the encoder.
-        fold_timestep: where all schedules have one and the same timestep, make it a constant; stock
-            pipelines of optimum and OpenVINO GenAI want it as an input.
-        merge_tokens: share of the denoiser's tokens to merge, up to 0.75. The ladder then holds
-            the bundle against the student with this merging in torch.
-        floors: of the ladder, instead of the defaults; see `edgeflash.verify`.
+        options: what else is asked for.
         console: where progress is told; None: the terminal's standard error.
 
     Raises:
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
     """
     console = console or Console(stderr=True)
-    _check_target(target, student, merge_tokens)
+    _check_target(target, student, options.merge_tokens)
     prover = target.prover()
     unproven = prover.unproven or None
-    check_floors(floors or {})
+    check_floors(options.floors)
     check_replaceable(out, student.folder, kind="bundle")
-    plan = _plan(
-        student,
-        target,
-        student.schedules(steps, timesteps),
-        guidance,
-        prompts,
-        size,
-        image_to_image=image_to_image,
-        fold_timestep=fold_timestep,
-        merge_tokens=merge_tokens,
-    )
-    _tell_changed(student, timesteps, prompts, console)
+    plan = _plan(student, target, options)
+    _tell_changed(student, options, console)
     try:
         with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
             student_sha256 = hashing.submit(folder_sha256, student.folder)
@@ -121,7 +93,7 @@ def export_student(
                 sha256 = student_sha256.result()
                 manifest = _pack(plan, target, pieces, sha256, draft, console)
             with _told(console, "verify on " + ("a stand-in" if unproven else target.runtime)):
-                figures = verify(Bundle(draft, manifest), prover, floors)
+                figures = verify(Bundle(draft, manifest), prover, options.floors)
                 told = {"parity": figures, "unproven": unproven}
                 pack.write_manifest(manifest.model_copy(update=told), draft)
             _refuse(figures, plan, target, draft, out)
@@ -178,28 +150,10 @@ class _Piece:
     files: Future[tuple[File, ...]]
 
 
-def rehearsal(
-    student: Student,
-    target: Target,
-    *,
-    steps: Sequence[int] | None = None,
-    guidance: Guidance | None = None,
-    prompts: Sequence[str] = (),
-    size: tuple[int, int] | None = None,
-) -> Tape:
+def rehearsal(student: Student, target: Target, options: ExportOptions = AS_USUAL) -> Tape:
     """The tape of such an export, with all prompts on it, and nothing recorded yet."""
-    plan = _plan(
-        student,
-        target,
-        student.schedules(steps),
-        guidance,
-        prompts,
-        size,
-        image_to_image=False,
-        fold_timestep=True,
-        merge_tokens=0.0,
-    )
-    return replace(plan.tape, prompts=_prompts(student, prompts))
+    plan = _plan(student, target, options)
+    return replace(plan.tape, prompts=_prompts(student, options.prompts))
 
 
 def _prompts(student: Student, given: Sequence[str]) -> tuple[str, ...]:
@@ -207,30 +161,20 @@ def _prompts(student: Student, given: Sequence[str]) -> tuple[str, ...]:
     return tuple(given) or own or PROMPTS
 
 
-def _plan(
-    student: Student,
-    target: Target,
-    schedules: dict[int, Schedule],
-    guidance: Guidance | None,
-    prompts: Sequence[str],
-    size: tuple[int, int] | None,
-    *,
-    image_to_image: bool,
-    fold_timestep: bool,
-    merge_tokens: float,
-) -> _Plan:
+def _plan(student: Student, target: Target, options: ExportOptions) -> _Plan:
     family = student.family
-    guidance = guidance or student.guidance()
+    schedules = student.schedules(options.steps, options.timesteps)
+    guidance = options.guidance or student.guidance()
     family.check_guidance(student, guidance)
     default_steps = student.default_steps(schedules)
-    height, width = size = size or family.size(student)
-    components = family.components(encoder=image_to_image)
+    height, width = size = options.size or family.size(student)
+    components = family.components(encoder=options.image_to_image)
     for name in components:
         family.signature(student, name, size)
     space = family.latent(student)
     shape = (1, space.channels, height // space.downsampling, width // space.downsampling)
     times = {step.t for schedule in schedules.values() for step in schedule.steps}
-    prompts = _prompts(student, prompts)
+    prompts = _prompts(student, options.prompts)
     whole = not any(t % 1 for t in times)
     big = sum(p.stat().st_size for p in student.weights("unet").files) > BIG_BYTES
     goldens = min(1 if big else GOLDENS, len(prompts))
@@ -241,20 +185,18 @@ def _plan(
         Sampler(schedules[default_steps], guidance, shape),
         prompts if calibrates else prompts[:goldens],
         size,
-        timestep=times.pop() if fold_timestep and len(times) == 1 else None,
+        timestep=times.pop() if options.fold_timestep and len(times) == 1 else None,
         whole=whole,
-        merge=merge_tokens,
+        merge=options.merge_tokens,
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
 
-def _tell_changed(
-    student: Student, timesteps: str | None, prompts: Sequence[str], console: Console
-) -> None:
+def _tell_changed(student: Student, options: ExportOptions, console: Console) -> None:
     """Says what becomes of the sampler and of prompts that no table or text encoder can hold."""
-    _tell_sampler(student, timesteps, console)
+    _tell_sampler(student, options.timesteps, console)
     tokenize = read_tokenizer(student.folder, student.family.tokenizer(student))
-    for prompt in prompts:
+    for prompt in options.prompts:
         if cut := tokenize(prompt).cut:
             console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
 

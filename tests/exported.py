@@ -13,6 +13,7 @@ from edgeflash.bundle import Bundle
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.capture import Captured, Tape
 from edgeflash.export.line import export_student
+from edgeflash.export_options import ExportOptions
 from edgeflash.golden import Tensors
 from edgeflash.roles import Target
 from edgeflash.student import Student
@@ -43,7 +44,9 @@ def export(
         return captured.setdefault(name, real(tape, name))
 
     patch.setattr(Tape, "capture", capture)
-    bundle = export_student(Student.open(student), target, out, console=QUIET, **options)
+    bundle = export_student(
+        Student.open(student), target, out, ExportOptions(**options), console=QUIET
+    )
     return Exported(bundle, captured, tapes[-1].goldens)
 
 
@@ -57,7 +60,7 @@ def attempt(student: Path, out: Path, target: Target, **options: Any) -> str:
     """An export that fails: what is said, in one line, after which nothing is left."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(EdgeflashError) as caught:
-        export_student(Student.open(student), target, out, console=QUIET, **options)
+        export_student(Student.open(student), target, out, ExportOptions(**options), console=QUIET)
     assert sorted(out.parent.iterdir()) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)

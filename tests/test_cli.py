@@ -131,10 +131,10 @@ def test_export_is_told_the_guidance(
 ) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
-        "edgeflash.export.line.export_student", lambda *_, **options: asked.update(options)
+        "edgeflash.export.line.export_student", lambda *_, **told: asked.update(told)
     )
     say("export", one_step_student, "--to", "onnx", "--guidance", "3")
-    assert asked["guidance"] == Guidance(kind="cfg", scale=3.0)
+    assert asked["options"].guidance == Guidance(kind="cfg", scale=3.0)
 
 
 def test_a_device_sets_what_the_person_does_not_and_is_judged(

@@ -19,6 +19,7 @@ from edgeflash.export import coreml_norms, coreml_resources
 from edgeflash.export.capture import Captured, Network, Sample, to_program
 from edgeflash.export.coreml_attention import split_einsum
 from edgeflash.export.line import export_student
+from edgeflash.export_options import ExportOptions
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
 from edgeflash.runtimes.mil_program import Program
@@ -181,9 +182,8 @@ def test_split_attention_passes_for_the_original(one_step_student: Path, tmp_pat
     options = {"attention": "split_einsum", "ios": 17, "smallest": 200, "chunk_mib": 0.042}
     target = to(precision="int8", **options)
     student = Student.open(one_step_student)
-    bundle = export_student(
-        student, target, tmp_path / "out", prompts=("a red star",), console=QUIET
-    )
+    options = ExportOptions(prompts=("a red star",))
+    bundle = export_student(student, target, tmp_path / "out", options, console=QUIET)
     assert all(f.passed for f in bundle.manifest.parity)
     assert bundle.component("unet").precision == "int8"
     chunks = [bundle.folder / f"UnetChunk{number}.mlpackage" for number in (1, 2)]

@@ -73,10 +73,12 @@ def diffusers_picture(folder: Path, steps: int, guidance: float) -> np.ndarray:
 )
 def test_diffusers_alone_draws_the_same_picture(tmp_path: Path, name: str, steps: int) -> None:
     from edgeflash.export.line import export_student
+    from edgeflash.export_options import ExportOptions
 
     folder = embedded(name)
     student = Student.open(folder)
-    bundle = export_student(student, make(Target, "torch", {}), tmp_path / "b", steps=[steps])
+    options = ExportOptions(steps=(steps,))
+    bundle = export_student(student, make(Target, "torch", {}), tmp_path / "b", options)
     with TextToImage(bundle, make(Runtime, "torch", {})) as pipeline:
         ours = pipeline.generate(Request(prompt=PROMPT, seed=5)).images[0]
     scale = student.guidance().scale if student.guidance().kind == "cfg" else 0.0

@@ -22,6 +22,7 @@ from edgeflash.export import onnx_graph
 from edgeflash.export.capture import Captured, Sample, to_program
 from edgeflash.export.line import export_student
 from edgeflash.export.merging import MergingBlock, merge_tokens, unmerged
+from edgeflash.export_options import ExportOptions
 from edgeflash.golden import load_tensors
 from edgeflash.noise import randn
 from edgeflash.parity import psnr_db
@@ -137,10 +138,7 @@ def test_an_export_proves_the_merged_student_and_tells_the_loss(
         Student.open(guided_student),
         shelf.make(Target, "torch", {}),
         tmp_path / "bundle",
-        steps=(2,),
-        guidance=Guidance(),
-        prompts=("a red star",),
-        merge_tokens=0.5,
+        ExportOptions(steps=(2,), guidance=Guidance(), prompts=("a red star",), merge_tokens=0.5),
         console=told,
     )
     figures = {(f.rung, f.component, f.metric): f.value for f in bundle.manifest.parity}

@@ -25,6 +25,7 @@ from edgeflash.export.line import rehearsal
 from edgeflash.export.plan import Plan, Quantizing, read_plan
 from edgeflash.export.quantize_weights import to_int4, to_int8
 from edgeflash.export.sensitivity import Layer, Sensitivity, sensitivity
+from edgeflash.export_options import ExportOptions
 from edgeflash.planning import Budget, Exported, Wish, best, words_for
 from edgeflash.report import IMAGE_DB, read_report
 from edgeflash.roles import Target
@@ -138,7 +139,9 @@ def test_one_way_back_tells_what_each_layer_does_to_the_picture(one_step_student
     def tape() -> Tape:
         guidance = Guidance(kind="cfg", scale=2.0)
         prompts = ("a red star", "blue ring")
-        return rehearsal(student, target, prompts=prompts, steps=(2,), guidance=guidance)
+        return rehearsal(
+            student, target, ExportOptions(prompts=prompts, steps=(2,), guidance=guidance)
+        )
 
     whole, words, amount = tape(), ("int8-weights", "int8", "int4-weights"), 0.1
     found = sensitivity(whole, target, student.family.components(), words, rounds=1)

@@ -25,11 +25,12 @@ def export(folder: Path, out: Path, target: str, precision: str) -> None:
     """What `edgeflash export` does, with the time of each stage."""
     from edgeflash import shelf
     from edgeflash.export.line import export_student
+    from edgeflash.export_options import ExportOptions
     from edgeflash.roles import Target
     from edgeflash.student import Student
 
     lowered = shelf.make(Target, target, {"precision": precision})
-    bundle = export_student(Student.open(folder), lowered, out, steps=(1,))
+    bundle = export_student(Student.open(folder), lowered, out, ExportOptions(steps=(1,)))
     for figure in bundle.manifest.parity:
         if figure.metric in ("psnr_db", "delta_ratio"):
             print(f"{figure.rung} {figure.component:<14} {figure.metric} {figure.value:.4g}")
