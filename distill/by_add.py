@@ -106,7 +106,7 @@ class ADD(Method):
         duel = Duel(
             options=self,
             teacher=shop.frozen(shop.teacher),
-            student=shop.load(shop.student, "unet").train(),
+            student=shop.load(shop.student, shop.denoiser).train(),
             heads=self.heads(sees, shop, nothing.shape[-1]),
             sees=sees,
             decode=lambda z: decoder.decode(z / decoder.config.scaling_factor).sample.float(),
@@ -127,10 +127,10 @@ class ADD(Method):
             players=players,
             batch=batch,
             results={
-                "unet": duel.student,
+                shop.denoiser: duel.student,
                 "scheduler": few_step_scheduler(shop.teacher, self.student_steps),
             },
-            averages={"unet": average(duel.student, self.ema)} if self.ema else {},
+            averages={shop.denoiser: average(duel.student, self.ema)} if self.ema else {},
         )
 
     def feature_network(self, shop: Workshop) -> Sees:

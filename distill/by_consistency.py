@@ -87,7 +87,7 @@ class Consistency(Method):
                 f"consistency.inference_steps: at most {process.timesteps} of this noise"
             )
         batch, nothing = cached_samples(shop)
-        student = shop.load(shop.student, "unet").train()
+        student = shop.load(shop.student, shop.denoiser).train()
         lesson = Lesson(
             options=self,
             teacher=shop.frozen(source) if distils else None,
@@ -99,10 +99,10 @@ class Consistency(Method):
             players={"student": Player(student, lesson.loss)},
             batch=batch,
             results={
-                "unet": student,
+                shop.denoiser: student,
                 "scheduler": few_step_scheduler(source, self.inference_steps),
             },
-            averages={"unet": average(student, self.ema)} if self.ema else {},
+            averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
             targets=[(lesson.target, student)],
         )
 

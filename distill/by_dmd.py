@@ -87,12 +87,12 @@ class DMD(Method):
                 f"dmd.denoising_timestep: at most {process.timesteps} of this teacher's"
             )
         batch, nothing = cached_samples(shop)
-        fake = shop.load(shop.teacher, "unet").train()
+        fake = shop.load(shop.teacher, shop.denoiser).train()
         duel = Duel(
             options=self,
             teacher=shop.frozen(shop.teacher),
             fake=UnetCritic(fake).to(shop.device) if self.gan_weight else fake,
-            student=shop.load(shop.student, "unet").train(),
+            student=shop.load(shop.student, shop.denoiser).train(),
             process=process,
             nothing=nothing,
         )
@@ -103,8 +103,8 @@ class DMD(Method):
                 "student": Player(duel.student, duel.student_loss, every=self.fake_updates),
             },
             batch=batch,
-            results={"unet": duel.student, "scheduler": self.scheduler(shop.teacher)},
-            averages={"unet": average(duel.student, self.ema)} if self.ema else {},
+            results={shop.denoiser: duel.student, "scheduler": self.scheduler(shop.teacher)},
+            averages={shop.denoiser: average(duel.student, self.ema)} if self.ema else {},
         )
 
     def timesteps(self) -> range:

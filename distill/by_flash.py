@@ -103,7 +103,7 @@ class Flash(Method):
         lesson = Lesson(
             options=self,
             teacher=teacher,
-            student=shop.load(shop.student, "unet").train(),
+            student=shop.load(shop.student, shop.denoiser).train(),
             critic=FrozenCritic(teacher).to(shop.device) if any(self.gan_weights) else None,
             process=process,
             nothing=nothing,
@@ -116,8 +116,8 @@ class Flash(Method):
         return Stage(
             players=players,
             batch=batch,
-            results={"unet": lesson.student, "scheduler": scheduler},
-            averages={"unet": average(lesson.student, self.ema)} if self.ema else {},
+            results={shop.denoiser: lesson.student, "scheduler": scheduler},
+            averages={shop.denoiser: average(lesson.student, self.ema)} if self.ema else {},
         )
 
     def solver(self, teacher: Path) -> DPMSolverMultistepScheduler:

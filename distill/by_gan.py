@@ -73,9 +73,9 @@ class Diffusion2GAN(Method):
         shape = latent_shape(shop, teacher)
         critic = None
         if self.adversarial_weight:
-            unet = shop.load(shop.teacher, "unet").train()
+            unet = shop.load(shop.teacher, shop.denoiser).train()
             critic = PairCritic(unet, self.head_width).to(shop.device)
-        student = shop.load(shop.student, "unet").train()
+        student = shop.load(shop.student, shop.denoiser).train()
         lesson = Lesson(self, student, critic, Sight(teacher, nothing), process)
 
         def batch(rows: np.ndarray) -> Batch:
@@ -85,8 +85,8 @@ class Diffusion2GAN(Method):
         return Stage(
             players=players | {"student": Player(student, lesson.student_loss)},
             batch=batch,
-            results={"unet": student, "scheduler": few_step_scheduler(shop.teacher, 1)},
-            averages={"unet": average(student, self.ema)} if self.ema else {},
+            results={shop.denoiser: student, "scheduler": few_step_scheduler(shop.teacher, 1)},
+            averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
         )
 
 

@@ -79,7 +79,7 @@ class Imagine(Method):
         lesson = Lesson(
             options=self,
             teacher=teacher,
-            student=shop.load(shop.student, "unet").train(),
+            student=shop.load(shop.student, shop.denoiser).train(),
             critic=FrozenCritic(teacher).to(shop.device) if self.gan_weight else None,
             process=process,
             nothing=nothing,
@@ -90,8 +90,8 @@ class Imagine(Method):
         return Stage(
             players=players,
             batch=batch,
-            results={"unet": lesson.student, "scheduler": self.scheduler(shop.teacher)},
-            averages={"unet": average(lesson.student, self.ema)} if self.ema else {},
+            results={shop.denoiser: lesson.student, "scheduler": self.scheduler(shop.teacher)},
+            averages={shop.denoiser: average(lesson.student, self.ema)} if self.ema else {},
         )
 
     def gamma(self, t: Tensor, timesteps: int) -> Tensor:

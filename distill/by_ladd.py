@@ -102,7 +102,7 @@ class LADD(Method):
             options=self,
             teacher=teacher,
             taps=Taps(seen),
-            student=shop.load(shop.student, "unet").train(),
+            student=shop.load(shop.student, shop.denoiser).train(),
             heads=Heads(heads).to(shop.device),
             process=process,
             times=times,
@@ -118,10 +118,10 @@ class LADD(Method):
             },
             batch=batch,
             results={
-                "unet": duel.student,
+                shop.denoiser: duel.student,
                 "scheduler": few_step_scheduler(shop.teacher, len(self.shares)),
             },
-            averages={"unet": average(duel.student, self.ema)} if self.ema else {},
+            averages={shop.denoiser: average(duel.student, self.ema)} if self.ema else {},
         )
 
     def shares_at(self, step: int) -> Tensor:

@@ -70,7 +70,7 @@ class LCM(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         teacher = shop.frozen(shop.teacher)
-        student = shop.load(shop.student, "unet").train()
+        student = shop.load(shop.student, shop.denoiser).train()
         target = average(student, self.target_ema) if self.target_ema else student
         process = shop.process()
         if self.ddim_steps > process.timesteps:
@@ -86,8 +86,8 @@ class LCM(Method):
         return Stage(
             players=players | {"student": Player(student, lesson.loss)},
             batch=batch,
-            results={"unet": student, "scheduler": scheduler},
-            averages={"unet": average(student, self.ema)} if self.ema else {},
+            results={shop.denoiser: student, "scheduler": scheduler},
+            averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
             targets=[(target, student)] if target is not student else [],
         )
 

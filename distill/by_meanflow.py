@@ -84,16 +84,19 @@ class MeanFlow(Method):
             )
         batch, nothing = cached_samples(shop)
         teacher = shop.frozen(source) if distils else None
-        student = shop.load(shop.student, "unet").train()
+        student = shop.load(shop.student, shop.denoiser).train()
         listen(student)
         if self.difference == 0:
             differentiable(student)
         return Stage(
             players={"student": Player(student, Lesson(self, teacher, process, nothing).loss)},
             batch=batch,
-            results={"unet": student, "scheduler": ddim_scheduler(source, self.denoising_steps)},
-            averages={"unet": average(student, self.ema)} if self.ema else {},
-            finish=lambda networks: fold(networks["unet"], 1 / self.denoising_steps),
+            results={
+                shop.denoiser: student,
+                "scheduler": ddim_scheduler(source, self.denoising_steps),
+            },
+            averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
+            finish=lambda networks: fold(networks[shop.denoiser], 1 / self.denoising_steps),
         )
 
     def times(

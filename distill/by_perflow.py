@@ -60,7 +60,7 @@ class PeRFlow(Method):
 
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
-        student = shop.load(shop.student, "unet").train()
+        student = shop.load(shop.student, shop.denoiser).train()
         process = shop.process()
         if process.timesteps % self.windows or process.timesteps < 2 * self.windows:
             raise EdgeflashError(
@@ -73,8 +73,8 @@ class PeRFlow(Method):
         return Stage(
             players={"student": Player(student, Lesson(self, teacher, process, nothing).loss)},
             batch=batch,
-            results={"unet": student, "scheduler": self.scheduler(shop.teacher)},
-            averages={"unet": average(student, self.ema)} if self.ema else {},
+            results={shop.denoiser: student, "scheduler": self.scheduler(shop.teacher)},
+            averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
         )
 
     def window(self, t: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:

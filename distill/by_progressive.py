@@ -89,17 +89,17 @@ class Progressive(Method):
                 "teacher's timesteps"
             )
         batch, nothing = cached_samples(shop)
-        student = shop.load(shop.student, "unet").train()
+        student = shop.load(shop.student, shop.denoiser).train()
         halved = shop.teacher if self.halves == "teacher" else shop.student
         teacher = shop.frozen(halved)
         return Stage(
             players={"student": Player(student, Lesson(self, teacher, process, nothing).loss)},
             batch=batch,
             results={
-                "unet": student,
+                shop.denoiser: student,
                 "scheduler": ddim_scheduler(shop.teacher, self.denoising_steps),
             },
-            averages={"unet": average(student, self.ema)} if self.ema else {},
+            averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
         )
 
     def times(self, n: Tensor, timesteps: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -76,17 +76,17 @@ class SCM(Method):
             raise EdgeflashError(f"scm.inference_steps: at most {process.timesteps} of this noise")
         batch, nothing = cached_samples(shop)
         teacher = shop.frozen(source) if distils else None
-        student = shop.load(shop.student, "unet").train()
+        student = shop.load(shop.student, shop.denoiser).train()
         if self.difference == 0:
             differentiable(student)
         return Stage(
             players={"student": Player(student, Lesson(self, teacher, process, nothing).loss)},
             batch=batch,
             results={
-                "unet": student,
+                shop.denoiser: student,
                 "scheduler": few_step_scheduler(source, self.inference_steps),
             },
-            averages={"unet": average(student, self.ema)} if self.ema else {},
+            averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
         )
 
     def times(self, process: Process, count: int, generator: torch.Generator) -> Tensor:

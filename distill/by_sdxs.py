@@ -105,8 +105,10 @@ class SDXS(Method):
         lesson = Lesson(
             options=self,
             teacher=teacher,
-            online=shop.load(shop.teacher, "unet").train() if self.feature_share < 1 else None,
-            student=shop.load(shop.student, "unet").train(),
+            online=shop.load(shop.teacher, shop.denoiser).train()
+            if self.feature_share < 1
+            else None,
+            student=shop.load(shop.student, shop.denoiser).train(),
             solve=self.solver(shop, teacher, process, nothing),
             sees=encoder_maps(teacher),
             process=process,
@@ -122,8 +124,11 @@ class SDXS(Method):
         return Stage(
             players=players | {"student": student},
             batch=batch,
-            results={"unet": lesson.student, "scheduler": few_step_scheduler(shop.teacher, 1)},
-            averages={"unet": average(lesson.student, self.ema)} if self.ema else {},
+            results={
+                shop.denoiser: lesson.student,
+                "scheduler": few_step_scheduler(shop.teacher, 1),
+            },
+            averages={shop.denoiser: average(lesson.student, self.ema)} if self.ema else {},
         )
 
     def solver(self, shop: Workshop, teacher: Any, process: Process, nothing: Tensor) -> Solves:

@@ -58,7 +58,7 @@ class TCD(Method):
 
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
-        student = shop.load(shop.student, "unet").train()
+        student = shop.load(shop.student, shop.denoiser).train()
         process = shop.process()
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"tcd.ddim_steps: at most {process.timesteps} of this teacher's")
@@ -74,8 +74,8 @@ class TCD(Method):
         return Stage(
             players={"student": Player(student, lesson.loss)},
             batch=batch,
-            results={"unet": student, "scheduler": self.scheduler(shop.teacher)},
-            averages={"unet": average(student, self.ema)} if self.ema else {},
+            results={shop.denoiser: student, "scheduler": self.scheduler(shop.teacher)},
+            averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
             targets=[(lesson.target, student)] if lesson.target is not student else [],
         )
 

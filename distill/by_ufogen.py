@@ -63,8 +63,8 @@ class UFOGen(Method):
         process = shop.process()
         ladder(process, self.segments, "ufogen.segments")  # where it will sample
         batch, _ = cached_samples(shop)
-        critic = EncoderCritic(shop.load(shop.teacher, "unet").train()).to(shop.device)
-        student = shop.load(shop.student, "unet").train()
+        critic = EncoderCritic(shop.load(shop.teacher, shop.denoiser).train()).to(shop.device)
+        student = shop.load(shop.student, shop.denoiser).train()
         duel = Duel(self, student, critic, process)
 
         return Stage(
@@ -76,10 +76,10 @@ class UFOGen(Method):
             },
             batch=batch,
             results={
-                "unet": student,
+                shop.denoiser: student,
                 "scheduler": few_step_scheduler(shop.teacher, self.segments),
             },
-            averages={"unet": average(student, self.ema)} if self.ema else {},
+            averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
         )
 
     def draws(self, process: Process, count: int, generator: torch.Generator) -> Tensor:

@@ -136,7 +136,7 @@ def _text_key(shop: Workshop) -> str:
 
 
 def latent_shape(shop: Workshop, unet: Any) -> tuple[int, int, int]:
-    """Of one of the store's pictures as a latent of the teacher's, whose UNet is given."""
+    """Of one of the store's pictures as a latent of the teacher's, whose denoiser is given."""
     assert shop.teacher
     teacher = Student.unfinished(shop.teacher)
     side = shop.store.size_px // teacher.family.latent(teacher).downsampling
@@ -185,7 +185,7 @@ def sampled_latents(
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
         return torch.cat([sample(part) for part in parts])
 
-    weights = [_weights_key(shop.teacher / "unet"), _text_key(shop)]
+    weights = [_weights_key(shop.teacher / shop.denoiser), _text_key(shop)]
     told = [guidance, steps, shape[-1], noise_config(shop.teacher), *weights]
     told += ["bf16"] * shop.half
     return shop.store.cached(f"samples {json.dumps(told)}", make)
@@ -197,7 +197,7 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
     By its own sampler, without guidance, row after row in 1 to ``most`` steps and from the noise of
     its own seed.
     """
-    unet = shop.load(shop.student, "unet")
+    unet = shop.load(shop.student, shop.denoiser)
     student = Student.unfinished(shop.student)
     tables = student.schedules(range(1, most + 1))
     conditioning, _ = cached_conditioning(shop)
@@ -227,7 +227,7 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
                 drawn[part] = draw(indices[part], table).cpu()
         return drawn
 
-    weights = [_weights_key(shop.student / "unet"), _text_key(shop)]
+    weights = [_weights_key(shop.student / shop.denoiser), _text_key(shop)]
     told = [[table.model_dump_json() for table in tables.values()], *weights]
     return shop.store.cached(f"drawings {json.dumps(told)}", make)
 

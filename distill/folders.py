@@ -25,7 +25,7 @@ def copy_folder(source: Path, target: Path, *, leave: Collection[str] = (), link
     """
     student = Student.unfinished(source)
     named = {INDEX} | {k for k, v in student.index.items() if isinstance(v, list)}
-    if "unet" not in leave:
+    if student.family.denoiser not in leave:
         named.add(FILE)
     there = [k for k in named.difference(leave) if (source / k).is_dir()]
     networks = {k: student.weights(k) for k in there if student.is_network(k)}

@@ -45,15 +45,16 @@ def add_lora(stage: Stage, method: Method, name: str, seed: int) -> None:
     Raises:
         EdgeflashError: a stage that trains no denoiser, or targets that it has no layer for.
     """
-    unet: Any = stage.results.get("unet")
+    name_of = stage.denoiser
+    unet: Any = stage.results.get(name_of)
     if not any(player.network is unet for player in stage.players.values()):
         raise EdgeflashError(f"{name}.lora_rank: method {name!r} trains no denoiser: leave it out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _add(unet, method, name)
     followers = [average for average, network in stage.targets if network is unet]
-    if "unet" in stage.averages:
-        followers.append(stage.averages["unet"])
+    if name_of in stage.averages:
+        followers.append(stage.averages[name_of])
     for follower in followers:
         _add(follower.module, method, name)
         follower.module.load_state_dict(unet.state_dict())

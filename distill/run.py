@@ -192,7 +192,7 @@ def _run_stage(
         with fresh_folder(shop.folder / "student") as draft:
             copy_folder(shop.student, draft, leave=stage.final(), link=True)
             if method.lora_rank:
-                save_and_fuse(stage.final()["unet"], draft)
+                save_and_fuse(stage.final()[stage.denoiser], draft)
             _save_components(stage, draft)
         write_atomic(shop.folder / "outcome.json", json.dumps(_told(outcome), indent=1))
         shutil.rmtree(shop.folder / "checkpoint", ignore_errors=True)
@@ -334,7 +334,7 @@ def _write_manifest(
 ) -> None:
     """Adds `edgeflash.json` to a finished student; folders that cannot sample get none."""
     index = json.loads((draft / INDEX).read_text())
-    if not {"unet", "scheduler", "vae", "text_encoder", "tokenizer"} <= index.keys():
+    if not set(Student.unfinished(draft).family.folders) <= index.keys():
         return
     steps, default_steps, guidance = _sampling(recipe, base, draft)
     lineage = StudentLineage(

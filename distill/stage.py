@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from edgeflash.bundle import DENOISERS
 from edgeflash.errors import EdgeflashError
 from edgeflash.networks_sd import load_network
 from edgeflash.student import Student
@@ -63,6 +64,11 @@ class Stage:
     targets: list[tuple[AveragedModel, nn.Module]] = field(default_factory=list)
     finish: Callable[[dict[str, Any]], dict[str, float]] = lambda _: {}
 
+    @property
+    def denoiser(self) -> str:
+        """What the denoiser is called among the results; "" where there is none."""
+        return next((name for name in DENOISERS if name in self.results), "")
+
     def final(self) -> dict[str, Any]:
         """What to save, everything with a ``save_pretrained``: averages where they are kept."""
         averaged = {name: average.module for name, average in self.averages.items()}
@@ -89,11 +95,16 @@ class Workshop:
     device: torch.device
     half: bool = False
 
+    @property
+    def denoiser(self) -> str:
+        """The component of teacher and student that denoises, as their family calls it."""
+        return Student.unfinished(self.student).family.denoiser
+
     def load(self, folder: Path, component: str) -> Any:
         """A network of a diffusers folder: float32, evaluating, on the device."""
         student = Student.unfinished(folder)
         network = load_network(student, component).eval()
-        if component == "unet":
+        if component == student.family.denoiser:
             network = student.family.listening(student, network)
         return network.to(self.device, memory_format=torch.channels_last)
 
@@ -102,11 +113,11 @@ class Workshop:
 
         Only the weights of products are: autocast would round the same ones at every call.
         """
-        unet = self.load(folder, "unet").requires_grad_(False)
-        for layer in unet.modules() if self.half else ():
+        denoiser = self.load(folder, self.denoiser).requires_grad_(False)
+        for layer in denoiser.modules() if self.half else ():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 layer.to(torch.bfloat16)
-        return unet
+        return denoiser
 
     def autocast(self) -> torch.autocast:
         """What the loop computes losses in, for what is computed beside it."""
@@ -129,19 +140,20 @@ class Workshop:
                     )
         return Process.of(self.teacher or self.student, self.device)
 
-    def listening(self, unet: Any) -> Any:
-        """A new UNet of the student's, to be called as those that are loaded are: unet(x, t, c)."""
+    def listening(self, denoiser: Any) -> Any:
+        """A new denoiser of the student's, to be called as loaded ones are: denoiser(x, t, c)."""
         student = Student.unfinished(self.student)
-        return student.family.listening(student, unet)
+        return student.family.listening(student, denoiser)
 
 
 def _kind(folder: Path) -> dict[str, Any]:
     """What must be the same of two denoisers, of which one learns from the other."""
-    unet = Student.unfinished(folder).config("unet")
-    width = unet["cross_attention_dim"]
+    student = Student.unfinished(folder)
+    denoiser = student.config(student.family.denoiser)
+    width = denoiser["cross_attention_dim"]
     return {
         "prediction_type": noise_config(folder).get("prediction_type", "epsilon"),
-        "in_channels": unet["in_channels"],
+        "in_channels": denoiser["in_channels"],
         "cross_attention_dim": str(width) if isinstance(width, int) else str(sorted({*width})),
     }
 

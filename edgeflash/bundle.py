@@ -24,10 +24,20 @@ FORMAT_VERSION = 1
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
     "text_encoder_2": "conditioning",
+    "text_encoder_3": "conditioning",
     "unet": "prediction",
+    "transformer": "prediction",
     "vae_decoder": "image",
     "vae_encoder": "latent",
 }
+DENOISERS = tuple(name for name, role in ANSWER.items() if role == "prediction")
+
+
+def kind_of(component: str) -> str:
+    """What a component is, by its name: text_encoder, denoiser, vae_decoder or vae_encoder."""
+    if component.startswith("text_encoder"):
+        return "text_encoder"
+    return "denoiser" if component in DENOISERS else component
 
 
 class Part(BaseModel):
@@ -99,7 +109,7 @@ class Tokenizer(Part):
 
 
 class Component(Part):
-    """A network of the bundle: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder.
+    """A network of the bundle, by a name in `ANSWER`; the denoiser has one of `DENOISERS`.
 
     Or ``pipeline``, which stands by itself: text_encoder, all steps and vae_decoder in one graph.
     """
@@ -254,6 +264,12 @@ class Bundle:
                 return component
         have = ", ".join(c.name for c in self.manifest.components)
         raise EdgeflashError(f"{self.folder}: bundle has no component {name!r} (has: {have})")
+
+    @property
+    def denoiser(self) -> Component:
+        """What every step of the sampler asks: a bundle has one, by either of two names."""
+        found = [c for c in self.manifest.components if c.name in DENOISERS]
+        return found[0] if found else self.component(DENOISERS[0])
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:

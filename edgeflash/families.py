@@ -24,6 +24,7 @@ class Family(ABC):
 
     Attributes:
         name: how manifests call it.
+        denoiser: its folder in students and bundles, by the ecosystem's convention.
         pipelines: diffusers pipeline classes that belong to it.
         folders: sub-folders that a folder of this family must have.
         single_files: the kinds of single-file checkpoints, as diffusers calls them, that are of
@@ -32,6 +33,7 @@ class Family(ABC):
     """
 
     name: ClassVar[str]
+    denoiser: ClassVar[str] = "unet"
     pipelines: ClassVar[tuple[str, ...]]
     folders: ClassVar[tuple[str, ...]]
     single_files: ClassVar[dict[str, str]] = {}

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from edgeflash.blueprints import UNETS, Blueprint
-from edgeflash.bundle import Bundle
+from edgeflash.bundle import DENOISERS, Bundle
 from edgeflash.devices import Device
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
@@ -103,7 +103,7 @@ def price(
         opened = Student.open(folder)
         work = gflops(opened, size)
         if opened.guidance().kind == "cfg":
-            work["unet"] *= 2
+            work[opened.family.denoiser] *= 2
         for way, target in zip(ways, targets, strict=True):
             bundle = _export(opened, target, Path(scratch) / "bundle", steps, size, console)
             for count in steps:
@@ -227,7 +227,7 @@ def _with_work(
     system: System, way: Way, work: dict[str, float], peak: float, devices: Sequence[Device]
 ) -> System:
     """The system with its GFLOP, the share of the machine's peak that it reached, and estimates."""
-    whole = sum(work[name] * (system.steps if name == "unet" else 1) for name in work)
+    whole = sum(work[name] * (system.steps if name in DENOISERS else 1) for name in work)
     share = whole / (system.latency_ms_p50 / 1000) / peak
     extra: dict[str, float | str] = {f"GFLOP of {name}": round(work[name], 3) for name in work}
     extra |= {"GFLOP": round(whole, 3), "share of fp32 peak": round(share, 4)}
@@ -258,7 +258,8 @@ def price_table(report: Report) -> Table:
     for system in report.systems:
         spent = {name: stage.p50_ms for name, stage in system.stages.items()}
         text = sum(ms for name, ms in spent.items() if name.startswith("text_encoder"))
-        stages = (text, spent["unet"], spent["vae_decoder"])
+        step = sum(spent.get(name, 0) for name in DENOISERS)
+        stages = (text, step, spent["vae_decoder"])
         out.add_row(
             f"{system.conditions.runtime} {system.extra['precision']}",
             str(system.steps),

@@ -87,10 +87,10 @@ class System(_Figures):
     """One way to make the pictures, and what it costs. None: not measured.
 
     ``latency_ms_*`` is from prompt to pixels for the whole batch, everything loaded. In ``stages``,
-    ``unet`` is one step and the others are the whole stage. ``manifest_sha256`` is that of the
-    bundle's `edgeflash.json`, which has those of its files. ``images`` are
-    PNG files, relative to the report, one for each of the report's prompts. ``extra`` takes figures
-    of one's own.
+    ``unet`` or ``transformer`` is one step and the others are the whole stage. ``manifest_sha256``
+    is that of the bundle's `edgeflash.json`, which has those of its files. ``images`` are PNG
+    files, relative to the report, one for each of the report's prompts. ``extra`` takes figures of
+    one's own.
     """
 
     name: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from edgeflash.bundle import DENOISERS
 from edgeflash.report import IMAGE_DB, Predicted, System, told
 from edgeflash.report_svg import COLOURS, Bar, Dot, Line, Part, bars, lines, scatter, shade
 
@@ -71,7 +72,7 @@ def _quality(systems: Sequence[System]) -> str:
 def _stages(systems: Sequence[System]) -> str:
     rows = []
     for i, system in enumerate(systems):
-        calls = {stage: system.steps if stage == "unet" else 1 for stage in system.stages}
+        calls = {stage: system.steps if stage in DENOISERS else 1 for stage in system.stages}
         times_ms = {stage: t.p50_ms * calls[stage] for stage, t in system.stages.items()}
         total = sum(times_ms.values())
         if not total:

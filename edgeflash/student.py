@@ -137,7 +137,7 @@ class Student:
         return cls(folder, index, find_family(folder, str(index["_class_name"])), None)
 
     def config(self, component: str) -> dict[str, Any]:
-        """The config of ``unet``, ``vae``, ``text_encoder`` or ``scheduler``."""
+        """The config of ``unet``, ``transformer``, ``vae``, ``text_encoder`` or ``scheduler``."""
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         path = self.folder / component / name
         return Config(path, read_json(path))
@@ -224,7 +224,7 @@ class Student:
             return Guidance() if scale == 1 else Guidance(kind="cfg", scale=scale)
         if self.manifest:
             return self.manifest.guidance
-        if channels := self.config("unet").get("time_cond_proj_dim"):
+        if channels := self.config(self.family.denoiser).get("time_cond_proj_dim"):
             return Guidance(kind="embedded", scale=LCM_SCALE, channels=channels)
         if self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS:
             return Guidance()

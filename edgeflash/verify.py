@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgeflash import parity, shelf
-from edgeflash.bundle import ANSWER, Bundle, Component, Figure, Golden
+from edgeflash.bundle import ANSWER, Bundle, Component, Figure, Golden, kind_of
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.golden import (
     Array,
@@ -168,7 +168,7 @@ def heard_by(bundle: Bundle, told: Tensors) -> tuple[Tensors, Tensors]:
     """What the denoiser hears of a golden: its prompt, and no prompt."""
     names = [component.name for component in bundle.text_encoders]
     image = bundle.manifest.image
-    return heard(told, names, bundle.component("unet").inputs, (image.height, image.width))
+    return heard(told, names, bundle.denoiser.inputs, (image.height, image.width))
 
 
 class _Effect:
@@ -212,8 +212,7 @@ class _Climb:
             part = Part(self._open(component), component)
             yield self._figure(component.name, "L0", "loads", 1.0)
             found: dict[tuple[str, str], list[float]] = {}
-            reads = component in self.bundle.text_encoders
-            climb = getattr(self, "_text_encoder" if reads else f"_{component.name}")
+            climb = getattr(self, f"_{kind_of(component.name)}")
             for rung, metric, value in climb(part):
                 found.setdefault((rung, metric), []).append(value)
             part.session.close()
@@ -261,7 +260,7 @@ class _Climb:
                         drawn[key] = answer
                         yield from _compare("L1", told[key], answer)
 
-    def _unet(self, part: Part) -> Found:
+    def _denoiser(self, part: Part) -> Found:
         effects = {name: _Effect() for name in RATIOS}
         for golden, drawn in zip(self.goldens, self.drawn, strict=True):
             sampler, told = self._sampler(golden), golden[1]

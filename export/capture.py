@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.export import Dim, ExportedProgram
 
-from edgeflash.bundle import ANSWER, Latent, TensorSpec
+from edgeflash.bundle import ANSWER, Latent, TensorSpec, kind_of
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Array, Sampler, Tensors, heard, rows_to_record, told_by
 from edgeflash.parity import psnr_db
@@ -141,15 +141,14 @@ class Tape:
         network = self.load(component)
         see(network)
         eager = Eager(network)
-        kind = "text_encoder" if component in self.student.family.text_encoders else component
-        getattr(self, f"_run_{kind}")(eager)
+        getattr(self, f"_run_{kind_of(component)}")(eager)
         return network, tuple(eager.samples)
 
     def load(self, component: str) -> Network:
         """A component as the target's ecosystem calls it."""
         family = self.student.family
         module = family.load(self.student, component, timestep=self.timestep)
-        if component == "unet" and self.merge:
+        if component == family.denoiser and self.merge:
             height, width = self.sampler.shape[2:]
             merge_tokens(module, self.merge, (height, width))
         inputs, outputs = family.signature(
@@ -167,7 +166,7 @@ class Tape:
     def _run_text_encoder(self, network: Eager) -> None:
         family, name = self.student.family, network.network.component
         folder = self.student.folder / tokenizer_of(name)
-        roles = {spec.role for spec in self._unet_inputs}
+        roles = {spec.role for spec in self._denoiser_inputs}
         texts = [*self.prompts] + [""] * (family.no_prompt(self.student) is None)
         told: list[Tensors] = []
         for ids in family.tokenize(folder, texts)[:, None]:
@@ -180,12 +179,13 @@ class Tape:
                 golden |= {told_by(name, k, empty=True): array for k, array in told[-1].items()}
 
     @property
-    def _unet_inputs(self) -> tuple[TensorSpec, ...]:
-        return self.student.family.signature(self.student, "unet", self.size)[0]
+    def _denoiser_inputs(self) -> tuple[TensorSpec, ...]:
+        family = self.student.family
+        return family.signature(self.student, family.denoiser, self.size)[0]
 
-    def _run_unet(self, network: Eager) -> None:
+    def _run_denoiser(self, network: Eager) -> None:
         rows = rows_to_record(len(self.sampler.schedule.steps))
-        text_encoders, inputs = self.student.family.text_encoders, self._unet_inputs
+        text_encoders, inputs = self.student.family.text_encoders, self._denoiser_inputs
         for number, golden in enumerate(self.goldens):
             both = heard(golden, text_encoders, inputs, self.size)
             golden |= self.sampler.record(network, *both, self.seed(number), rows)
@@ -196,7 +196,9 @@ class Tape:
         """What the denoiser makes of some goldens when it merges nothing; not among the samples."""
         self.unmerged.clear()
         for number, golden in enumerate(self.goldens[:MOST_UNMERGED]):
-            both = heard(golden, self.student.family.text_encoders, self._unet_inputs, self.size)
+            both = heard(
+                golden, self.student.family.text_encoders, self._denoiser_inputs, self.size
+            )
             with unmerged(network.module):
                 latent = self.sampler.loop(Eager(network), *both, self.seed(number))
             self.unmerged.append(latent)

@@ -231,16 +231,17 @@ def _predict(
     graph: _Graph, manifest: Manifest, step: Step, x: ir.Value, conditioning: ir.Value, rows: int
 ) -> ir.Value:
     """The denoiser's guided answer [n, c, h, w] at a step."""
-    guidance, spec = manifest.guidance, graph.bundle.component("unet").input("timestep")
+    denoiser = graph.bundle.denoiser
+    guidance, spec = manifest.guidance, denoiser.input("timestep")
     roles = {"sample": graph.op("Mul", x, step.in_scale), "conditioning": conditioning}
     if spec is not None:
         roles["timestep"] = graph.constant(np.array(step.t, spec.dtype))
     if guidance.kind == "embedded":
         roles["guidance"] = graph.constant(np.repeat(guidance.embedding(), rows, axis=0))
     if not _doubled(manifest):
-        return graph.call("unet", **roles)
+        return graph.call(denoiser.name, **roles)
     roles["sample"] = graph.op("Concat", roles["sample"], roles["sample"], axis=0)
-    both = graph.call("unet", **roles)
+    both = graph.call(denoiser.name, **roles)
     bare, told = graph.tape.op_multi_out(
         "Split", [both], {"axis": 0, "num_outputs": 2}, num_outputs=2
     )

@@ -176,7 +176,7 @@ def _plan(student: Student, target: Target, options: ExportOptions) -> _Plan:
     times = {step.t for schedule in schedules.values() for step in schedule.steps}
     prompts = _prompts(student, options.prompts)
     whole = not any(t % 1 for t in times)
-    big = sum(p.stat().st_size for p in student.weights("unet").files) > BIG_BYTES
+    big = sum(p.stat().st_size for p in student.weights(family.denoiser).files) > BIG_BYTES
     goldens = min(1 if big else GOLDENS, len(prompts))
     calibrates = any(target.calibrates(name) for name in components)
     tape = Tape(
@@ -305,7 +305,8 @@ def _refuse(
         refuse_below(figures, out)
     except EdgeflashError as error:
         figure = next(f for f in sorted(figures, key=lambda f: f.rung) if not f.passed)
-        name = figure.component if figure.component in plan.components else "unet"
+        family = plan.tape.student.family
+        name = figure.component if figure.component in plan.components else family.denoiser
         astray = target.diverged(plan.tape.capture(name), draft)
         hint = f"; first astray: {astray}" if astray else ""
         raise EdgeflashError(f"{error}{hint}; nothing was written") from None

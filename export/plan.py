@@ -33,7 +33,7 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from edgeflash.bundle import ANSWER
+from edgeflash.bundle import ANSWER, DENOISERS
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Target
 from edgeflash.verify import PRECISIONS
@@ -186,8 +186,8 @@ class Quantizing(Target):
     def usual(self) -> tuple[str, ...]:
         """Components that are quantized where nobody says which: those that gain."""
         if weights_alone([self.precision]):
-            return ("text_encoder", "text_encoder_2", "unet")
-        return ("unet", "vae_decoder", "vae_encoder")
+            return tuple(name for name in ANSWER if not name.startswith("vae_"))
+        return (*DENOISERS, "vae_decoder", "vae_encoder")
 
     def words_in(self, component: str) -> set[str]:
         """What operators of a component can get, but for "none"."""

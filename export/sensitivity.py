@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgeflash.bundle import kind_of
 from edgeflash.golden import heard, told_by
 from edgeflash.noise import randn
 from edgeflash.parity import BEST_DB
@@ -126,8 +127,7 @@ def sensitivity(
     back = _Back(tape, rounds)
     for name in reversed([*components]):
         tell(f"back through {name}")
-        kind = "text_encoder" if name in tape.student.family.text_encoders else name
-        getattr(back, kind)(_Drawing(tape.load(name), layers[name]))
+        getattr(back, kind_of(name))(_Drawing(tape.load(name), layers[name]))
     found = tuple(each for several in layers.values() for each in several.values() if each.words)
     return Sensitivity(found, numbers, int(tape.goldens[0]["image"].size))
 
@@ -248,7 +248,7 @@ class _Back:
             assert latent.grad is not None
             self.latents.append(latent.grad)
 
-    def unet(self, drawing: _Drawing) -> None:
+    def denoiser(self, drawing: _Drawing) -> None:
         tape = self.tape
         names, inputs = tape.student.family.text_encoders, drawing.network.inputs
         for number, (told, gradient) in enumerate(zip(self.told, self.latents, strict=True)):

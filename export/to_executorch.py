@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from edgeflash.bundle import TensorSpec
+from edgeflash.bundle import DENOISERS, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Target
 
@@ -36,7 +36,8 @@ class ExecuTorchTarget(Target):
 
     precision: Literal["fp32", "int8"] = Field("fp32", description="of weights and sums")
     quantized: tuple[str, ...] = Field(
-        ("unet", "vae_decoder", "vae_encoder"), description="components that int8 applies to"
+        (*DENOISERS, "vae_decoder", "vae_encoder"),
+        description="components that int8 applies to",
     )
 
     def precision_of(self, component: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from edgeflash.bundle import Component, Engine
+from edgeflash.bundle import DENOISERS, Component, Engine
 from edgeflash.engine import AHEAD, ENGINE, build, capability, load_vendor
 from edgeflash.errors import EdgeflashError
 from edgeflash.gpu import find_gpu
@@ -159,7 +159,7 @@ class TensorRtTarget(Quantizing):
         return frozenset() if operator_of(kind, rank) in self._unfit else super().can(kind, rank)
 
     def usual(self) -> tuple[str, ...]:
-        return ("unet",) if self._only_products else super().usual()
+        return DENOISERS if self._only_products else super().usual()
 
     def engine_of(self, component: str) -> Engine:
         most = self.most_rows or self.rows

@@ -6,7 +6,7 @@ What is measured, and how:
   included; the page cache is as it is, so a file read lately comes from memory;
 - *warm load*: closing and opening again in the same process, median of three;
 - *first image*: the first after the cold load; then the warm-up runs, not counted; then the runs;
-- *latency*: prompt to pixels of one batch; *stages*: the parts of it, for unet one step;
+- *latency*: prompt to pixels of one batch; *stages*: the parts of it, for the denoiser one step;
 - *drift*: after the runs, drawing without a pause for as long as is asked for: by how much the
   last twentieth of it is slower than the first;
 - *peak RSS*: of the measured process, interpreter and vendor's runtime included, before the
@@ -94,7 +94,7 @@ def _check(bundle: Bundle, job: Job, counts: Sequence[int]) -> list[str]:
 def _system(bundle: Bundle, job: Job, out: Path, images: str, tell: Tell) -> System:
     """One step count; its pictures go to the folder ``out / images``."""
     manifest = bundle.manifest
-    precision = bundle.component("unet").precision
+    precision = bundle.denoiser.precision
     name = f"{manifest.name} {precision}, {job.steps} step{'s' * (job.steps != 1)} on {job.runtime}"
     job = job.model_copy(update={"images": str(out / images)})
     found = run_apart(job, lambda done, of: tell(name, done, of))

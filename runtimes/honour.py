@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgeflash.bundle import ANSWER, Bundle, Component
+from edgeflash.bundle import ANSWER, DENOISERS, Bundle, Component
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 
+DENOISER = {"sample", "timestep", "conditioning", "pooled", "time_ids", "guidance"}
 FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     "text_encoder": {"tokens"},
     "text_encoder_2": {"tokens"},
-    "unet": {"sample", "timestep", "conditioning", "pooled", "time_ids", "guidance"},
+    "text_encoder_3": {"tokens"},
+    **dict.fromkeys(DENOISERS, DENOISER),
     "vae_decoder": {"latent"},
     "vae_encoder": {"image"},
 }
@@ -32,19 +34,18 @@ def refuse(bundle: Bundle, runtime: Runtime) -> None:
 def reasons(bundle: Bundle, runtime: Runtime) -> Iterator[str]:
     """Why not, field by field."""
     manifest = bundle.manifest
-    have = {component.name: component for component in manifest.components}
-    for name in ("text_encoder", "unet", "vae_decoder"):
-        if name not in have:
-            yield f"components: {name} is missing; export the student again"
+    have = {component.name for component in manifest.components}
+    for names in (("text_encoder",), DENOISERS, ("vae_decoder",)):
+        if not have.intersection(names):
+            yield f"components: {' or '.join(names)} is missing; export the student again"
             return
     for component in manifest.components:
         if component.name not in FED:
             yield f"components: {component.name!r} is not known here: pip install -U edgeflash"
         else:
             yield from _about_component(component, runtime)
-    yield from _about_prompts(bundle, have["unet"])
-    yield from _about_timesteps(bundle, have["unet"])
-    yield from _about_guidance(bundle, have["unet"])
+    for about in (_about_prompts, _about_timesteps, _about_guidance):
+        yield from about(bundle, bundle.denoiser)
 
 
 def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
@@ -69,49 +70,49 @@ def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
             yield f"{where}.{spec.name}.layout: {spec.layout!r} is not NCHW; export it as NCHW"
 
 
-def _about_prompts(bundle: Bundle, unet: Component) -> Iterator[str]:
+def _about_prompts(bundle: Bundle, denoiser: Component) -> Iterator[str]:
     """Whether the text encoders tell the denoiser as much as it takes."""
     told = [spec for component in bundle.text_encoders for spec in component.outputs]
     for role in ("conditioning", "pooled"):
-        spec = unet.input(role)
+        spec = denoiser.input(role)
         given = [each.shape[-1] for each in told if each.role == role]
         if spec is None or any(isinstance(width, str) for width in given):
             continue
         takes = spec.shape[1 if spec.layout == "NC1S" else -1]
         if takes != (gives := sum(map(int, given))):
             yield (
-                f"components.unet.{spec.name}: takes {takes} numbers of role {role!r}, but the "
-                f"text encoders give {gives}; export it again"
+                f"components.{denoiser.name}.{spec.name}: takes {takes} numbers of role {role!r}, "
+                f"but the text encoders give {gives}; export it again"
             )
 
 
-def _about_timesteps(bundle: Bundle, unet: Component) -> Iterator[str]:
+def _about_timesteps(bundle: Bundle, denoiser: Component) -> Iterator[str]:
     times = {step.t for table in bundle.manifest.schedules.values() for step in table.steps}
-    spec = unet.input("timestep")
+    spec = denoiser.input("timestep")
     if spec is None and len(times) > 1:
         yield (
-            f"schedules: they use {len(times)} timesteps, but components.unet has its timestep "
-            "folded in; export it again, for one step or with a timestep input"
+            f"schedules: they use {len(times)} timesteps, but components.{denoiser.name} has its "
+            "timestep folded in; export it again, for one step or with a timestep input"
         )
     if spec is not None and spec.dtype.startswith("int") and any(t % 1 for t in times):
         odd = next(t for t in sorted(times) if t % 1)
         yield (
-            f"components.unet.{spec.name}.dtype: {spec.dtype} cannot hold the timestep {odd:g} of "
-            "the schedules; export it with a float timestep"
+            f"components.{denoiser.name}.{spec.name}.dtype: {spec.dtype} cannot hold the timestep "
+            f"{odd:g} of the schedules; export it with a float timestep"
         )
 
 
-def _about_guidance(bundle: Bundle, unet: Component) -> Iterator[str]:
+def _about_guidance(bundle: Bundle, denoiser: Component) -> Iterator[str]:
     guidance = bundle.manifest.guidance
-    spec = unet.input("guidance")
+    spec = denoiser.input("guidance")
     if (guidance.kind == "embedded") != (spec is not None):
         takes = "no input" if spec is None else "an input"
         yield (
-            f"guidance.kind: is {guidance.kind!r}, but components.unet has {takes} of role "
-            "'guidance'; export it again"
+            f"guidance.kind: is {guidance.kind!r}, but components.{denoiser.name} has {takes} "
+            "of role 'guidance'; export it again"
         )
     elif spec is not None and spec.shape[-1] != guidance.channels:
         yield (
-            f"guidance.channels: is {guidance.channels}, but components.unet.{spec.name} takes "
-            f"{spec.shape[-1]}; export it again"
+            f"guidance.channels: is {guidance.channels}, but components.{denoiser.name}."
+            f"{spec.name} takes {spec.shape[-1]}; export it again"
         )

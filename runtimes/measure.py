@@ -51,7 +51,7 @@ class Job(_Json):
 
 
 class Measured(_Json):
-    """What was found; times in ms. ``stages_ms``: samples of each stage, unet's by step."""
+    """What was found; times in ms. ``stages_ms``: samples of each stage, the denoiser's by step."""
 
     device: str
     options: dict[str, Any]

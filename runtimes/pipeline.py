@@ -131,13 +131,14 @@ class TextToImage:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.low_memory = low_memory
+        self.denoiser = bundle.denoiser.name
         self.prompts = Prompts(bundle)
         self.tokenizer = self.prompts.tokenizers["text_encoder"]
         self.parts = {c.name: Part(bundle, runtime, c.name) for c in self.manifest.components}
 
     def load(self) -> None:
         """Loads every component that a text-to-image request needs."""
-        for name in (*self.prompts.tokenizers, "unet", "vae_decoder"):
+        for name in (*self.prompts.tokenizers, self.denoiser, "vae_decoder"):
             self.parts[name].open()
 
     def close(self) -> None:
@@ -148,7 +149,7 @@ class TextToImage:
     @property
     def device(self) -> str:
         """What the denoiser runs on, in its vendor's words; loads it if need be."""
-        return self.parts["unet"].open().device
+        return self.parts[self.denoiser].open().device
 
     def __enter__(self) -> Self:
         return self
@@ -194,7 +195,7 @@ class TextToImage:
             yield Event("vae_encoder", 0, steps, told)
 
         x, previous = plan.schedule.begin(fresh, latent, plan.entry), None
-        with self._stage("unet") as (part, clock):
+        with self._stage(self.denoiser) as (part, clock):
             for i, step in enumerate(rows):
                 clock.start()
                 output = self._predict(part, step.in_scale * x, step.t, conditioning, plan)
@@ -203,8 +204,9 @@ class TextToImage:
                 following = advance(step, x, output, noise=fresh, previous=previous)
                 if request.edit and i + 1 < steps:
                     following = self._edited(request.edit, following, plan.schedule, i, fresh)
-                x, previous = _finite(following, "unet", f"at step {i + 1} of {steps}"), (x, output)
-                yield Event("unet", i + 1, steps, clock.ms(), x)
+                when = f"at step {i + 1} of {steps}"
+                x, previous = _finite(following, self.denoiser, when), (x, output)
+                yield Event(self.denoiser, i + 1, steps, clock.ms(), x)
 
         with self._stage("vae_decoder") as (part, clock):
             images = self._decode(part, x, request.edit)
@@ -277,7 +279,7 @@ class TextToImage:
         if min(height, width) < unit or height % unit or width % unit:
             raise self._cannot(f"draw {height}x{width} px", f"sides must be multiples of {unit}")
         shape = (len(request.prompts), latent.channels, height // unit, width // unit)
-        sample = self.parts["unet"].component.input("sample")
+        sample = self.parts[self.denoiser].component.input("sample")
         assert sample is not None
         fixed = zip(sample.shape[1:], shape[1:], strict=True)
         if any(isinstance(a, int) and a != b for a, b in fixed):

@@ -26,7 +26,7 @@ class Prompts:
             )
             for component in bundle.text_encoders
         }
-        self._inputs = bundle.component("unet").inputs
+        self._inputs = bundle.denoiser.inputs
         self._zeros = bundle.manifest.no_prompt == "zeros"
 
     def read(self, part: Part, prompts: Sequence[str], negative: str | None) -> Conditioning:
