@@ -348,8 +348,9 @@ def _shard_caption(sample: dict[str, Any]) -> str | None:
 
 
 def _decoded(text: bytes) -> str | None:
+    """The caption; None of what is empty, as an interrupted captioner leaves it, or no UTF-8."""
     try:
-        return text.decode("utf-8").strip()
+        return text.decode("utf-8").strip() or None
     except UnicodeDecodeError:
         return None
 

@@ -190,6 +190,7 @@ def _step(
     Of its parts, as many as ``accumulate`` says or more where processes are, each process has some.
     """
     told: dict[str, float] = {}
+    moved: set[torch.nn.Parameter] = set()
     at = {"step": torch.tensor(step)}
     count = parts(options, accelerator.num_processes)
     cut = np.split(indices, count)
@@ -217,12 +218,13 @@ def _step(
         turn.optimizer.step()
         turn.course.scheduler.step()  # accelerate's own takes a step for each process
         turn.optimizer.zero_grad()
+        moved.update(turn.weights)
     for turn in turns.values():
         turn.learns(True)
-    for component, average in stage.averages.items():
-        average.update_parameters(stage.results[component])
-    for average, network in stage.targets:
-        average.update_parameters(network)
+    followed = [(average, stage.results[name]) for name, average in stage.averages.items()]
+    for average, network in (*followed, *stage.targets):
+        if not moved.isdisjoint(network.parameters()):  # decays are a turn's, not a step's
+            average.update_parameters(network)
     return _over_processes(told, accelerator)
 
 

@@ -11,7 +11,7 @@ from test_distill import Toy
 from torch import nn
 
 from edgeflash.distill.loop import _Turn, train
-from edgeflash.distill.stage import Player, Stage
+from edgeflash.distill.stage import Player, Stage, average
 from edgeflash.errors import EdgeflashError
 
 
@@ -29,6 +29,20 @@ def test_a_turn_costs_no_gradients_of_other_players_weights(tmp_path: Path) -> N
     train(stage, toy, tmp_path, Accelerator(cpu=True), samples=4, seed=0, label="")
     assert turns == ["critic", "student", "critic", "critic", "student"]
     assert student.weight.requires_grad and critic.weight.requires_grad
+
+
+def test_an_average_follows_its_network_in_the_turns_of_that_alone(tmp_path: Path) -> None:
+    student, critic = nn.Linear(1, 1), nn.Linear(1, 1)
+    players = {
+        "critic": Player(critic, lambda n, b, g: {"x": n(b["x"]).mean()}),
+        "student": Player(student, lambda n, b, g: {"x": n(b["x"]).mean()}, every=2),
+    }
+    averages, target = {"student": average(student, 0.5)}, average(critic, 0.5)
+    batch = lambda i: {"x": torch.ones(len(i), 1)}  # noqa: E731
+    stage = Stage(players, batch, {"student": student}, averages, [(target, critic)])
+    toy = Toy(steps=5, batch_size=2)
+    train(stage, toy, tmp_path, Accelerator(cpu=True), samples=4, seed=0, label="")
+    assert (averages["student"].n_averaged, target.n_averaged) == (3, 5)
 
 
 def test_a_player_of_rare_turns_is_warm_as_soon_as_the_others(tmp_path: Path) -> None:
