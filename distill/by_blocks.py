@@ -35,6 +35,7 @@ class Blocks(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
 
     rule: Rule = Field(
         "base",

@@ -48,6 +48,7 @@ class Diffusion2GAN(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
     solver_steps: int = Field(50, ge=1, description="DDIM steps of the teacher to a picture")

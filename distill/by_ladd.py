@@ -50,6 +50,7 @@ class LADD(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of the student")
     critic_learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of the heads")

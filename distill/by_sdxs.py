@@ -61,6 +61,7 @@ class SDXS(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
     straight_teacher: str | None = Field(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from edgeflash.errors import EdgeflashError
+
 
 class PatchCritic(nn.Module):
     """Strided convolutions over patches of some 30 px, one score per patch (arXiv 1611.07004).
@@ -108,6 +110,7 @@ class FrozenCritic(nn.Module):
 
 def encoder_half(unet: Any) -> Any:
     """A UNet on the same weights that puts out its innermost features, and computes no more."""
+    _refuse_others(unet)
     half = copy(unet)
     half._modules = unet._modules | {
         "up_blocks": nn.ModuleList(),
@@ -117,8 +120,17 @@ def encoder_half(unet: Any) -> Any:
     return half
 
 
+def _refuse_others(denoiser: Any) -> None:
+    if not hasattr(denoiser, "down_blocks"):
+        raise EdgeflashError(
+            f"critics judge by a UNet's innermost features, and the teacher is a "
+            f"{type(denoiser).__name__}: set gan_weight (of flash: gan_weights) to 0"
+        )
+
+
 def _inner_head(unet: Any) -> nn.Sequential:
     """One logit of a UNet's innermost features, of any size."""
+    _refuse_others(unet)
     width = unet.config.block_out_channels[-1]
     return nn.Sequential(
         nn.Conv2d(width, width, 3, 2, 1),

@@ -18,6 +18,7 @@ from torch import Tensor
 from edgeflash.families import tokenizer_of
 from edgeflash.schedule import Schedule, advance
 from edgeflash.student import Student
+from edgeflash.tokenizer import read_tokenizer
 
 from .process import Process, noise_config
 from .rollout import denoised
@@ -39,18 +40,19 @@ def token_ids(tokenizer: Any, captions: list[str]) -> Tensor:
     lengths = [len(ids) for ids in tokenizer(distinct, verbose=False).input_ids]
     told = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt")
     most = told.input_ids.shape[1]
-    if cut := sum(length > most for length in lengths):
-        count = len(distinct) - ("" in distinct)  # "" stands for no caption
-        _tell(f"{cut:,} of {count:,} captions are longer than {most} tokens: cut")
+    cut = sum(length > most for length in lengths)
+    _tell_cut(cut, len(distinct) - ("" in distinct), most)  # "" stands for no caption
     row = {caption: i for i, caption in enumerate(distinct)}
     ids: Tensor = told.input_ids[[row[c] for c in captions]]
     return ids
 
 
 @cache
-def _tell(line: str) -> None:
+def _tell_cut(cut: int, count: int, most: int) -> None:
     """Tells a line once, though every stage reads the captions anew."""
-    print(line, file=sys.stderr)
+    if cut:
+        line = f"{cut:,} of {count:,} captions are longer than {most} tokens: cut"
+        print(line, file=sys.stderr)
 
 
 def cached_latents(shop: Workshop) -> Rows:
@@ -110,7 +112,7 @@ def _text_encoders(shop: Workshop) -> Callable[[list[str]], Rows]:
     zeros = student.family.no_prompt(student) == "zeros"
 
     def encoded(texts: list[str]) -> Rows:
-        ids = [token_ids(_tokenizer(student, tokenizer_of(name)), texts) for name in names]
+        ids = [_ids(student, name, texts) for name in names]
         empty = torch.tensor([zeros and not text for text in texts])
 
         @torch.no_grad()
@@ -124,9 +126,16 @@ def _text_encoders(shop: Workshop) -> Callable[[list[str]], Rows]:
     return encoded
 
 
-def _tokenizer(student: Student, name: str) -> Any:
+def _ids(student: Student, text_encoder: str, texts: list[str]) -> Tensor:
+    """Token ids int64 [n, s] of a text encoder."""
+    spec = student.family.tokenizer(student, text_encoder)
+    if spec.kind != "clip":  # how long they are, and of which letters, is their family's affair
+        read = [read_tokenizer(student.folder, spec)(text) for text in texts]
+        _tell_cut(sum(bool(tokens.cut) for tokens in read), len(read), spec.max_length)
+        return torch.tensor([tokens.ids for tokens in read])
+    name = tokenizer_of(text_encoder)
     kind = getattr(transformers, student.class_of(name)[1])
-    return kind.from_pretrained(str(student.folder / name))
+    return token_ids(kind.from_pretrained(str(student.folder / name)), texts)
 
 
 def _text_key(shop: Workshop) -> str:

@@ -46,6 +46,10 @@ def add_lora(stage: Stage, method: Method, name: str, seed: int) -> None:
         EdgeflashError: a stage that trains no denoiser, or targets that it has no layer for.
     """
     name_of = stage.denoiser
+    if name_of == "transformer":
+        raise EdgeflashError(
+            f"{name}.lora_rank: no LoRA is put on transformers so far: leave it out, to train all"
+        )
     unet: Any = stage.results.get(name_of)
     if not any(player.network is unet for player in stage.players.values()):
         raise EdgeflashError(f"{name}.lora_rank: method {name!r} trains no denoiser: leave it out")

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 
+from edgeflash import shelf
 from edgeflash.disk import check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded, located
 from edgeflash.errors import EdgeflashError
@@ -118,7 +119,7 @@ def _accelerator() -> Accelerator:
 def _check(student: Student, recipe: Recipe, out: Path) -> None:
     """Says what is wrong with a folder and what is asked of it before any work is done."""
     check_replaceable(out, student.folder, kind="student")
-    unit, side = student.family.latent(student).downsampling, recipe.data.size_px
+    unit, side = student.family.unit(student), recipe.data.size_px
     if side % unit:
         raise EdgeflashError(
             f"[data] size_px = {side}: {student.folder} wants a multiple of {unit} px"
@@ -137,8 +138,14 @@ def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
         if method.families and not set(names) <= set(method.families):
             raise EdgeflashError(
                 f"method {spec.by!r} makes parts of {', '.join(method.families)} alone, not of "
-                f"{names[0]}: leave it out"
+                f"{names[0]}: leave it out; {names[0]} is taken by {', '.join(_takers(names[0]))}"
             )
+
+
+def _takers(family: str) -> list[str]:
+    """The methods that make parts of a family."""
+    methods = {name: shelf.find(Method, name, check=False) for name in shelf.names(Method)}
+    return [n for n, m in methods.items() if not m.families or family in m.families]
 
 
 def _check_wants(name: str, method: Method, recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from .data import Store
 from .process import Process, noise_config
 
 Batch = dict[str, Tensor]
+CONTEXT = ("caption_channels", "cross_attention_dim")  # how a config calls the width of c
 Terms = dict[str, Tensor]  # the loss is their sum
 Loss = Callable[[Any, Batch, torch.Generator], Terms]
 
@@ -150,11 +151,12 @@ def _kind(folder: Path) -> dict[str, Any]:
     """What must be the same of two denoisers, of which one learns from the other."""
     student = Student.unfinished(folder)
     denoiser = student.config(student.family.denoiser)
-    width = denoiser["cross_attention_dim"]
+    hears = next(key for key in CONTEXT if denoiser.get(key))
+    width = denoiser[hears]
     return {
         "prediction_type": noise_config(folder).get("prediction_type", "epsilon"),
         "in_channels": denoiser["in_channels"],
-        "cross_attention_dim": str(width) if isinstance(width, int) else str(sorted({*width})),
+        hears: str(width) if isinstance(width, int) else str(sorted({*width})),
     }
 
 

@@ -50,10 +50,11 @@ class TensorSpec(Part):
     """One input or output of a component.
 
     ``role`` says what a runtime must feed or may read, whatever it is called: tokens [n, s],
-    conditioning [n, s, d], pooled (a prompt in one vector) [n, d], time_ids [n, 6], sample
-    [n, c, h, w], timestep (rank 0 or [n]), guidance (the w-embedding) [n, d], prediction
-    [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W], or unused; of a fused graph noise
-    [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is [n, d, 1, s]. A
+    conditioning [n, s, d], mask (1 where conditioning is of a token, 0 of padding) [n, s], pooled
+    (a prompt in one vector) [n, d], time_ids [n, 6], resolution [n, 2] and aspect_ratio [n, 1] (of
+    the picture), sample [n, c, h, w], timestep (rank 0 or [n]), guidance (the w-embedding) [n, d],
+    prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W], or unused; of a fused graph
+    noise [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is [n, d, 1, s]. A
     dimension that is a string is free. `edgeflash.conditioning` says how the denoiser's
     conditioning comes from the text encoders'.
     """
@@ -100,12 +101,13 @@ class Engine(Part):
 
 
 class Tokenizer(Part):
-    kind: Literal["clip"]
-    folder: str  # holds vocab.json and merges.txt, and tokenizer.json
+    kind: Literal["clip", "t5"]
+    folder: str  # holds tokenizer.json, or vocab.json and merges.txt; of CLIP mostly both
     max_length: int
-    start_id: int
+    start_id: int | None = None  # None: nothing goes before the prompt
     end_id: int
     pad_id: int
+    lower: bool | None = None  # true: letters are made small, and outer blanks taken off, before
 
 
 class Component(Part):

@@ -1,7 +1,7 @@
 """What a denoiser hears beside latent and time: arrays by role, one row a picture.
 
 Arrays of one role are those of all text encoders that give it, side by side along the last axis and
-in the order of the components. ``time_ids`` follows from the size of the picture alone.
+in the order of the components. What `FROM_SIZE` has follows from the size of the picture alone.
 """
 
 from __future__ import annotations
@@ -34,12 +34,25 @@ def joined(
         parts = [answer[role] for answer in answers if role in answer]
         if parts:
             found[role] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-        elif role == "time_ids":
+        elif role in FROM_SIZE:
             rows = len(next(iter(answers[0].values())))
-            found[role] = np.repeat(time_ids(*size), rows, axis=0)
+            found[role] = np.repeat(FROM_SIZE[role](*size), rows, axis=0)
     return found
 
 
 def time_ids(height: int, width: int) -> NDArray[np.float32]:
     """Original size, top left corner of the crop, and size, each as (y, x) in px: [1, 6]."""
     return np.array([[height, width, 0, 0, height, width]], np.float32)
+
+
+def resolution(height: int, width: int) -> NDArray[np.float32]:
+    """(height, width) in px: [1, 2]."""
+    return np.array([[height, width]], np.float32)
+
+
+def aspect_ratio(height: int, width: int) -> NDArray[np.float32]:
+    """height / width: [1, 1]."""
+    return np.array([[height / width]], np.float32)
+
+
+FROM_SIZE = {"time_ids": time_ids, "resolution": resolution, "aspect_ratio": aspect_ratio}

@@ -81,6 +81,10 @@ class Family(ABC):
         """
 
     @abstractmethod
+    def unit(self, student: Student) -> int:
+        """Sides of pictures are multiples of so many px."""
+
+    @abstractmethod
     def size(self, student: Student) -> tuple[int, int]:
         """(height, width) in px of the images the denoiser was made for."""
 

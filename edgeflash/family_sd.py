@@ -13,27 +13,33 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeflash.bundle import Latent, TensorSpec, Tokenizer
+from edgeflash.bundle import Tokenizer
 from edgeflash.errors import EdgeflashError
-from edgeflash.families import Family, tokenizer_of
-from edgeflash.schedule import Guidance
+from edgeflash.families import tokenizer_of
+from edgeflash.latent_diffusion import (
+    AUTOENCODERS,
+    BATCH,
+    LatentDiffusion,
+    Specs,
+    floats,
+    image,
+    token_ids,
+)
 from edgeflash.student import Student, read_json
 from edgeflash.tokenizer import END, START, read_tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-Specs = tuple[TensorSpec, ...]
-BATCH = "batch_size"
 CLASSES = {
     "text_encoder": ("CLIPTextModel",),
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "vae": AUTOENCODERS,
 }
 ADDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of a UNet
 
 
-class StableDiffusion(Family):
+class StableDiffusion(LatentDiffusion):
     """SD 1.x, SD 2.x, BK-SDM, SDXS, LCM: see the module."""
 
     name = "sd"
@@ -50,21 +56,8 @@ class StableDiffusion(Family):
     }
 
     def check(self, student: Student) -> None:
-        for component, classes in self.classes.items():
-            if (found := student.class_of(component)[1]) not in classes:
-                raise EdgeflashError(
-                    f"{student.folder}: {component} is a {found}, where this family has "
-                    f"{' or '.join(classes)}"
-                )
-        unet = student.config("unet")
-        width = self.width(student)
-        channels = self.latent(student).channels
-        if unet["in_channels"] != channels or unet["out_channels"] != channels:
-            raise EdgeflashError(
-                f"{student.folder}: unet takes {unet['in_channels']} and gives "
-                f"{unet['out_channels']} channels, but the vae's latents have {channels}: the two "
-                "do not belong together (inpainting networks are not supported)"
-            )
+        super().check(student)
+        unet, width = student.config("unet"), self.width(student)
         context = unet["cross_attention_dim"]
         if any(c != width for c in (context if isinstance(context, list) else [context])):
             raise EdgeflashError(
@@ -81,15 +74,6 @@ class StableDiffusion(Family):
         """Of the conditioning, [n, s, width]."""
         return int(student.config("text_encoder")["hidden_size"])
 
-    def check_guidance(self, student: Student, guidance: Guidance) -> None:
-        channels = student.config("unet").get("time_cond_proj_dim") or 0
-        if guidance.channels != channels:
-            takes = f"of width {channels}" if channels else "nowhere"
-            raise EdgeflashError(
-                f"{student.folder}: guidance is {guidance.kind!r}, but the unet takes an embedded "
-                f"scale {takes}: ask for guidance {'embedded' if channels else 'none or cfg'}"
-            )
-
     def scheduler_config(self, student: Student) -> dict[str, Any]:
         config = student.config("scheduler")
         if student.index["_class_name"] == "StableDiffusionPipeline":
@@ -98,81 +82,26 @@ class StableDiffusion(Family):
             config |= {"clip_sample": False} if "clip_sample" in config else {}
         return config
 
-    def components(self, *, encoder: bool = False) -> tuple[str, ...]:
-        return ("text_encoder", "unet", "vae_decoder") + ("vae_encoder",) * encoder
-
-    def load(self, student: Student, component: str, *, timestep: float | None = None) -> nn.Module:
-        from edgeflash.networks_sd import load_network
-
-        folder = component if component in self.classes else "vae"
-        network = load_network(student, folder).eval().requires_grad_(False)
-        return self.wrap(network, component, timestep)
-
-    def wrap(self, network: Any, component: str, timestep: float | None = None) -> nn.Module:
-        from edgeflash.networks_sd import wrap
-
-        return wrap(network, component, timestep)
-
-    def signature(
-        self, student: Student, component: str, size: tuple[int, int], *, folded: bool = False
-    ) -> tuple[Specs, Specs]:
-        latent = self.latent(student)
-        height, width = size
-        unit = latent.downsampling
-        if height % unit or width % unit or min(size) < unit:
-            raise EdgeflashError(
-                f"size {height}x{width}: both sides must be multiples of {unit} px"
-            )
-        z = (BATCH, latent.channels, height // unit, width // unit)
-        pixels = (BATCH, 3, height, width)
-        if component in self.text_encoders:
-            return self._text_encoder(student, component)
-        if component == "unet":
-            inputs, outputs = self._unet(student, z)
-            return tuple(s for s in inputs if not (folded and s.role == "timestep")), outputs
-        if component == "vae_decoder":
-            return (_image("latent_sample", "latent", z),), (_pixels("sample", pixels),)
-        tiny = student.class_of("vae")[1] == "AutoencoderTiny"
-        name = "latent_sample" if tiny else "latent_parameters"
-        moments = (BATCH, latent.channels * (1 if tiny else 2), *z[2:])
-        return (_pixels("sample", pixels),), (_image(name, "latent", moments),)
-
     def _text_encoder(self, student: Student, name: str) -> tuple[Specs, Specs]:
         width = student.config(name)["hidden_size"]
         tokens = (BATCH, self.tokenizer(student, name).max_length)
-        ids = TensorSpec(name="input_ids", role="tokens", shape=tokens, dtype="int64", layout="NS")
-        return (ids,), (
+        return (token_ids(tokens),), (
             floats("last_hidden_state", "conditioning", (*tokens, width), "NSC"),
             floats("pooler_output", "pooled", (BATCH, width), "NC"),
         )
 
-    def _unet(self, student: Student, z: tuple[int | str, ...]) -> tuple[Specs, Specs]:
+    def _denoiser(self, student: Student, z: tuple[int | str, ...]) -> tuple[Specs, Specs]:
         config = student.config("unet")
         width = self.width(student)
         tokens = self.tokenizer(student).max_length
         inputs = [
-            _image("sample", "sample", z),
+            image("sample", "sample", z),
             floats("timestep", "timestep", (), ""),
             floats("encoder_hidden_states", "conditioning", (BATCH, tokens, width), "NSC"),
         ]
         if channels := config.get("time_cond_proj_dim"):
             inputs.append(floats("timestep_cond", "guidance", (BATCH, channels), "NC"))
-        return tuple(inputs), (_image("out_sample", "prediction", z),)
-
-    def size(self, student: Student) -> tuple[int, int]:
-        sides = student.config("unet").get("sample_size") or 64
-        height, width = sides if isinstance(sides, list) else (sides, sides)
-        unit = self.latent(student).downsampling
-        return height * unit, width * unit
-
-    def latent(self, student: Student) -> Latent:
-        config = student.config("vae")
-        return Latent(
-            channels=config["latent_channels"],
-            downsampling=2 ** (len(_widths(config)) - 1),
-            scale=config.get("scaling_factor", 0.18215 if "down_block_types" in config else 1.0),
-            shift=config.get("shift_factor") or 0.0,
-        )
+        return tuple(inputs), (image("out_sample", "prediction", z),)
 
     def tokenizer(self, student: Student, text_encoder: str = "text_encoder") -> Tokenizer:
         spec = tokenizer_spec(student.folder / tokenizer_of(text_encoder))
@@ -220,22 +149,3 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     whole = read_json(folder / "tokenizer.json")
     added = {token["content"]: token["id"] for token in whole.get("added_tokens", ())}
     return {**whole["model"]["vocab"], **added}
-
-
-def _widths(config: dict[str, Any]) -> list[int]:
-    """Channels per resolution of an autoencoder."""
-    widths: list[int] = config.get("block_out_channels") or config["decoder_block_out_channels"]
-    return widths
-
-
-def floats(name: str, role: str, shape: tuple[int | str, ...], layout: str) -> TensorSpec:
-    return TensorSpec(name=name, role=role, shape=shape, dtype="float32", layout=layout)
-
-
-def _image(name: str, role: str, shape: tuple[int | str, ...]) -> TensorSpec:
-    return floats(name, role, shape, "NCHW")
-
-
-def _pixels(name: str, shape: tuple[int | str, ...]) -> TensorSpec:
-    spec = _image(name, "image", shape)
-    return spec.model_copy(update={"low": -1.0, "high": 1.0})

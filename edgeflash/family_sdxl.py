@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from edgeflash.conditioning import SIZES, time_ids
 from edgeflash.errors import EdgeflashError
-from edgeflash.family_sd import BATCH, CLASSES, Specs, StableDiffusion, floats
+from edgeflash.family_sd import StableDiffusion
+from edgeflash.latent_diffusion import AUTOENCODERS, BATCH, Specs, as_rows, floats, of_rows
 from edgeflash.student import Student
 
 if TYPE_CHECKING:
@@ -29,8 +30,11 @@ class StableDiffusionXL(StableDiffusion):
     folders = (*StableDiffusion.folders, "tokenizer_2", SECOND)
     single_files: ClassVar[dict[str, str]] = {}
     cfg_scale = 5.0
-    classes: ClassVar[dict[str, tuple[str, ...]]] = CLASSES | {
-        SECOND: ("CLIPTextModelWithProjection",)
+    classes: ClassVar[dict[str, tuple[str, ...]]] = {
+        FIRST: ("CLIPTextModel",),
+        SECOND: ("CLIPTextModelWithProjection",),
+        "unet": ("UNet2DConditionModel",),
+        "vae": AUTOENCODERS,
     }
     fed: ClassVar[dict[str, str]] = {"addition_embed_type": "text_time"}
 
@@ -55,9 +59,6 @@ class StableDiffusionXL(StableDiffusion):
 
     def scheduler_config(self, student: Student) -> dict[str, Any]:
         return student.config("scheduler")  # this pipeline changes nothing of it
-
-    def components(self, *, encoder: bool = False) -> tuple[str, ...]:
-        return (FIRST, SECOND, "unet", "vae_decoder") + ("vae_encoder",) * encoder
 
     def wrap(self, network: Any, component: str, timestep: float | None = None) -> nn.Module:
         from edgeflash.networks_sdxl import FoldedUnet, TextEncoder, Unet
@@ -88,8 +89,8 @@ class StableDiffusionXL(StableDiffusion):
         )
         return inputs, (*ends, *before)
 
-    def _unet(self, student: Student, z: tuple[int | str, ...]) -> tuple[Specs, Specs]:
-        (sample, timestep, text, *guidance), outputs = super()._unet(student, z)
+    def _denoiser(self, student: Student, z: tuple[int | str, ...]) -> tuple[Specs, Specs]:
+        (sample, timestep, text, *guidance), outputs = super()._denoiser(student, z)
         pooled = floats("text_embeds", "pooled", (BATCH, self._pooled(student)), "NC")
         sizes = floats("time_ids", "time_ids", (BATCH, SIZES), "NC")
         return (sample, timestep, text, pooled, sizes, *guidance), outputs
@@ -103,21 +104,15 @@ class StableDiffusionXL(StableDiffusion):
         return "zeros" if student.index.get("force_zeros_for_empty_prompt", True) else None
 
     def encode_prompt(self, text_encoders: Sequence[Any], ids: Sequence[Tensor]) -> Tensor:
-        """c [n, s + k, d]: the conditioning, and behind it the pooled state in k rows of width d.
-
-        That way methods mix, drop and repeat prompts without knowing what one consists of.
-        """
+        """c [n, s + k, d]: the conditioning, and behind it the pooled state in k rows of d."""
         import torch
-        from torch.nn.functional import pad
 
         told = [
             encoder(given, output_hidden_states=True)
             for encoder, given in zip(text_encoders, ids, strict=True)
         ]
         text = torch.cat([each.hidden_states[-2] for each in told], -1)
-        pooled, width = told[1].text_embeds, text.shape[-1]
-        rows = pad(pooled, (0, -pooled.shape[-1] % width)).view(len(pooled), -1, width)
-        return torch.cat([text, rows], 1)
+        return torch.cat([text, as_rows(told[1].text_embeds, text.shape[-1])], 1)
 
     def listening(self, student: Student, denoiser: Any) -> Any:
         """Takes c apart, and tells of pictures as large as the latent means, uncropped."""
@@ -127,13 +122,13 @@ class StableDiffusionXL(StableDiffusion):
 
         def apart(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
             x, t, c = given
-            rows = -(-wide // c.shape[-1])
+            text, pooled = of_rows(c, wide)
             height, width = (unit * side for side in x.shape[-2:])
             added = {
-                "text_embeds": c[:, -rows:].flatten(1)[:, :wide],
+                "text_embeds": pooled,
                 "time_ids": torch.from_numpy(time_ids(height, width)).to(c).expand(len(c), -1),
             }
-            return (x, t, c[:, :-rows]), named | {"added_cond_kwargs": added}
+            return (x, t, text), named | {"added_cond_kwargs": added}
 
         denoiser.register_forward_pre_hook(apart, with_kwargs=True)
         return denoiser

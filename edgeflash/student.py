@@ -126,6 +126,11 @@ class Student:
         for name in student.family.folders:
             student._check_component(name)
         student.family.check(student)
+        if loras and student.family.denoiser != "unet":
+            raise EdgeflashError(
+                f"{folder}: has a {student.family.denoiser}, and LoRAs are fused into UNets alone "
+                "so far: leave --lora out"
+            )
         return student
 
     @classmethod

@@ -258,6 +258,9 @@ def _tidy(program: ExportedProgram) -> None:
         name = str(node.target)
         if name == "aten._assert_tensor_metadata.default":
             graph.erase_node(node)
+        elif name == "aten.squeeze.dim" and node.meta["val"].ndim == node.args[0].meta["val"].ndim:
+            node.replace_all_uses_with(node.args[0])  # ONNX's Squeeze wants a side of 1
+            graph.erase_node(node)
         elif name in NOTHING_TO_DO or name.startswith("aten.to."):
             source, dtype = node.args[0], node.meta["val"].dtype
             if source.meta["val"].dtype == dtype:

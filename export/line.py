@@ -110,6 +110,11 @@ def _check_target(target: Target, student: Student, merge_tokens: float) -> None
     target.check()
     if not 0 <= merge_tokens <= MOST:
         raise EdgeflashError(f"--merge-tokens {merge_tokens:g}: give a share of at most {MOST}")
+    if merge_tokens and student.family.denoiser != "unet":
+        raise EdgeflashError(
+            f"--merge-tokens: merges those of UNets alone so far, and {student.folder} has a "
+            f"{student.family.denoiser}: leave it out"
+        )
     if merge_tokens and not target.picks:
         raise EdgeflashError(
             f"--merge-tokens: --to {_name(target)} cannot lower it so far: leave one of them out"

@@ -22,6 +22,7 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript.optimizer import constant_folding
 
+from edgeflash.conditioning import FROM_SIZE
 from edgeflash.errors import EdgeflashError
 from edgeflash.golden import Array
 
@@ -32,7 +33,7 @@ OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
 EXTERNAL_SUFFIX = "_data"  # never .bin, which hub downloads for ONNX leave out
 HALF, BF16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 BF16_OPSET = 22  # the first in which convolutions take bfloat16; nothing else has changed
-ANGLES = ("timestep", "time_ids")  # inputs that become sinusoids
+ANGLES = ("timestep", *FROM_SIZE)  # inputs that become sinusoids
 SCOPES = "pkg.torch.onnx.name_scopes"  # modules around an operator, and its own name in torch
 LAYER = "layer"  # what becomes of that in the metadata of nodes
 KEEPS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs that stay float32 by definition: roi, scales
@@ -235,7 +236,7 @@ def _sinusoids(graph: ir.Graph) -> set[ir.Node]:
     for node in graph:
         if any(value in reached for value in node.inputs):
             found.add(node)
-            if node.op_type not in ("Sin", "Cos"):
+            if node.op_type not in ("Sin", "Cos", "Shape"):
                 reached |= set(node.outputs)
     return found
 

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from edgeflash.bundle import TensorSpec
 from edgeflash.errors import EdgeflashError
-from edgeflash.families import tokenizer_of
 from edgeflash.shelf import absent
 from edgeflash.student import INDEX, Student
 
@@ -90,8 +89,9 @@ class OpenVinoTarget(Quantizing):
         index = write_configs(student, out)
         index["vae"] = ["diffusers", "AutoencoderKL"]  # which `write_configs` makes of a tiny one
         write_json(out / INDEX, index)
-        tokenizers = map(tokenizer_of, student.family.text_encoders)
-        told = [_write_tokenizer_models(out / name) for name in tokenizers]
+        family = student.family
+        specs = [family.tokenizer(student, name) for name in family.text_encoders]
+        told = [_write_tokenizer_models(out / spec.folder, spec.kind) for spec in specs]
         return next(filter(None, told), "")
 
 
@@ -110,11 +110,13 @@ def _converted(path: Path, component: str) -> Any:
         raise EdgeflashError(f"{component}: OpenVINO does not convert it: {said}") from error
 
 
-def _write_tokenizer_models(folder: Path) -> str:
+def _write_tokenizer_models(folder: Path, kind: str) -> str:
     """The tokenizer in ``folder`` as the models that GenAI runs in its place.
 
     Returns why there are none; "" when they are written. edgeflash itself does without.
     """
+    if kind != "clip":
+        return f"no {TOKENIZERS[0]} in {folder.name}: {NO_TOKENIZER}"
     if absent(["openvino_tokenizers"]):
         return f"no {TOKENIZERS[0]}: {NO_TOKENIZER}: pip install openvino-tokenizers, export again"
     import openvino

@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgeflash.bundle import ANSWER, DENOISERS, Bundle, Component
+from edgeflash.conditioning import FROM_SIZE
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 
-DENOISER = {"sample", "timestep", "conditioning", "pooled", "time_ids", "guidance"}
+OPTIONAL = {"timestep", "mask", "pooled", "guidance", *FROM_SIZE}
 FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     "text_encoder": {"tokens"},
     "text_encoder_2": {"tokens"},
     "text_encoder_3": {"tokens"},
-    **dict.fromkeys(DENOISERS, DENOISER),
+    **dict.fromkeys(DENOISERS, {"sample", "conditioning"} | OPTIONAL),
     "vae_decoder": {"latent"},
     "vae_encoder": {"image"},
 }
-OPTIONAL = {"timestep", "pooled", "time_ids", "guidance"}
 DTYPES = {"float16", "float32", "float64", "int32", "int64"}
 LAYOUTS = {"", "NCHW", "NSC", "NC1S", "NS", "NC", "N"}
 
@@ -73,7 +73,7 @@ def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
 def _about_prompts(bundle: Bundle, denoiser: Component) -> Iterator[str]:
     """Whether the text encoders tell the denoiser as much as it takes."""
     told = [spec for component in bundle.text_encoders for spec in component.outputs]
-    for role in ("conditioning", "pooled"):
+    for role in ("conditioning", "mask", "pooled"):
         spec = denoiser.input(role)
         given = [each.shape[-1] for each in told if each.role == role]
         if spec is None or any(isinstance(width, str) for width in given):

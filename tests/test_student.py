@@ -225,7 +225,7 @@ def test_a_folded_timestep_changes_nothing_but_the_size(one_step_student: Path) 
 
 def test_every_family_says_what_it_is(one_step_student: Path) -> None:
     for family in families():
-        assert family.name and family.pipelines and "unet" in family.folders
+        assert family.name and family.pipelines and family.denoiser in family.folders
     student = Student.open(one_step_student)
     with pytest.raises(EdgeflashError, match="multiples of 2 px"):
         student.family.signature(student, "unet", (16, 15))

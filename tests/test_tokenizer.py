@@ -14,7 +14,7 @@ from tokenizers.trainers import BpeTrainer
 
 from edgeflash.bundle import Tokenizer as Spec
 from edgeflash.errors import EdgeflashError
-from edgeflash.tokenizer import ClipTokenizer, read_tokenizer
+from edgeflash.tokenizer import PromptTokenizer, read_tokenizer
 
 LENGTH = 24
 CORPUS = """a small red star left of a large blue ring on a beige background
@@ -76,7 +76,7 @@ def spec_of(folder: Path, **changes: Any) -> Spec:
 
 
 @pytest.fixture(scope="module", params=["pair", "json"])
-def ours(request: Any, folder: Path, reference: Any, tmp_path_factory: Any) -> ClipTokenizer:
+def ours(request: Any, folder: Path, reference: Any, tmp_path_factory: Any) -> PromptTokenizer:
     """Read from vocab.json and merges.txt, and from the tokenizer.json that transformers saves."""
     if request.param == "json":
         whole = tmp_path_factory.mktemp("json") / "tokenizer"
@@ -94,7 +94,7 @@ def ids(reference: Any, text: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("text", TRICKY, ids=range(len(TRICKY)))
-def test_tricky_strings(ours: ClipTokenizer, reference: Any, text: str) -> None:
+def test_tricky_strings(ours: PromptTokenizer, reference: Any, text: str) -> None:
     assert ours(text).ids == ids(reference, text)
 
 
@@ -102,11 +102,11 @@ def test_tricky_strings(ours: ClipTokenizer, reference: Any, text: str) -> None:
 @given(
     text=st.text(st.characters(codec="utf-8"), max_size=40) | st.text("aA's tr<|>9é\n", max_size=40)
 )
-def test_any_string(ours: ClipTokenizer, reference: Any, text: str) -> None:
+def test_any_string(ours: PromptTokenizer, reference: Any, text: str) -> None:
     assert ours(text).ids == ids(reference, text)
 
 
-def test_what_is_cut_is_told_in_the_writer_s_own_letters(ours: ClipTokenizer) -> None:
+def test_what_is_cut_is_told_in_the_writer_s_own_letters(ours: PromptTokenizer) -> None:
     room = LENGTH - 2
     whole = ours("star " * room)
     assert whole.cut == "" and whole.used == LENGTH

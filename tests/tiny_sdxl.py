@@ -51,7 +51,7 @@ def write_sdxl(
         if name.endswith(("attn2.to_out.0.weight", "time_emb_proj.weight", "linear_1.weight")):
             parameter.data.mul_(6)
     unet.save_pretrained(folder / "unet")
-    _vae().save_pretrained(folder / "vae")
+    small_vae().save_pretrained(folder / "vae")
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     leading = {"timestep_spacing": "leading", "steps_offset": 1}
     getattr(diffusers, scheduler)(**betas, **leading).save_pretrained(folder / "scheduler")
@@ -94,7 +94,8 @@ def _text_encoders() -> tuple[Any, Any]:
     return CLIPTextModel(first), CLIPTextModelWithProjection(second)
 
 
-def _vae() -> Any:
+def small_vae(channels: int = 4, **options: Any) -> Any:
+    """2x, of two resolutions."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -103,5 +104,6 @@ def _vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
         norm_num_groups=8,
-        scaling_factor=0.13025,
+        latent_channels=channels,
+        **({"scaling_factor": 0.13025} | options),
     )
