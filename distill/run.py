@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from rich.console import Console
 
 from edgeflash import shelf
-from edgeflash.disk import check_replaceable, fresh_folder, write_atomic
+from edgeflash.disk import TRAINING, check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded, located
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
@@ -280,7 +280,7 @@ def _same_recipe(
     failed stage can be mended.
     """
     sources = {"teacher": teacher, "base": base}
-    path = work / "recipe.json"
+    path = work / TRAINING
     now = recipe.resolved() | {k: folder_sha256(v) for k, v in sources.items() if v}
     if path.exists():
         before = json.loads(path.read_text())

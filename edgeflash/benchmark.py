@@ -26,7 +26,7 @@ from edgeflash.disk import write_atomic
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.export_options import ExportOptions
-from edgeflash.machine import Machine
+from edgeflash.machine import Machine, peak_rss_mib
 from edgeflash.recipe import Recipe, Sampling, find_recipe, read_recipe, recipe_of
 from edgeflash.roles import Runtime, Target
 from edgeflash.score import draw
@@ -194,7 +194,6 @@ def _train(recipe: Recipe, student: Path, out: Path) -> float:
 
 def _train_here(recipe: Recipe, student: Path, cache: Path) -> float | None:
     from edgeflash.distill.run import distill
-    from edgeflash.runtimes.measure import peak_rss_mib
 
     distill(recipe, student, cache=cache)
     return peak_rss_mib()

@@ -15,6 +15,7 @@ from typing import Any
 from edgeflash.errors import EdgeflashError, Stopped
 
 MANIFEST = "edgeflash.json"
+TRAINING = "recipe.json"  # in the scratch folder of a training
 
 
 def write_atomic(path: Path, content: Any) -> None:
@@ -53,7 +54,7 @@ def check_replaceable(out: Path, *sources: Path, kind: str = "") -> None:
     if out.resolve() == Path.cwd() or os.path.ismount(out):
         raise EdgeflashError(f"{out}: cannot be replaced as a whole; name a folder inside it")
     held = os.listdir(out) if out.is_dir() else ["a file"] * out.exists()
-    begun = (out.parent / f"{out.name}.run").is_dir()  # a training's scratch folder beside it
+    begun = (out.parent / f"{out.name}.run" / TRAINING).is_file()  # by what is trained there
     if held and MANIFEST not in held and not begun:
         raise EdgeflashError(f"{out}: holds something else; choose another --out")
     for source in sources:
@@ -72,8 +73,10 @@ def _kind_of(folder: Path) -> str:
 
 
 @contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that takes its place only when the block succeeds.
+def fresh_folder(out: Path, draft: Path | None = None) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``out`` only when the block succeeds.
+
+    It lies beside ``out``, or is ``draft``, on the same disk, whose earlier content goes.
 
     Files are flushed to disk before the rename, and an older ``out`` gives way at the end, so that
     nothing half-written can be mistaken for finished.
@@ -83,7 +86,11 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     """
     check_replaceable(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    if draft is None:
+        draft = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    else:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
     try:
         yield draft
         for path in draft.rglob("*"):

@@ -152,7 +152,7 @@ def save_tensors(path: Path, tensors: Tensors) -> None:
     """Writes a golden's arrays as safetensors."""
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, str(path))
+    save_file({name: np.asarray(array, order="C") for name, array in tensors.items()}, str(path))
 
 
 def load_tensors(path: Path) -> Tensors:

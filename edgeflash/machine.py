@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -87,6 +89,56 @@ def _ram_mib() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
     except (AttributeError, ValueError, OSError):
         return 0
+
+
+def peak_rss_mib() -> float | None:
+    """Largest resident memory of this process so far; None where the system does not tell."""
+    # getrusage would do, but on Linux it also counts the process that started this one
+    for line in _lines(Path("/proc/self/status")):
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Memory that this process may still take, swap included; None where the system does not tell.
+
+    The least of what the machine has and what its control groups leave; page cache counts as free.
+    ``root``: of the file system that tells.
+    """
+    told = dict(line.split(":", 1) for line in _lines(root / "proc/meminfo"))
+    if "MemAvailable" not in told:
+        return None
+    kib = [told.get(name, "0").split()[0] for name in ("MemAvailable", "SwapFree")]
+    return min([sum(map(int, kib)) * 1024, *_left_by_groups(root)])
+
+
+def _left_by_groups(root: Path) -> Iterator[int]:
+    """What each control group above this process has left: version 2, and memory's of version 1."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        names = names if controllers else ("memory.max", "memory.current")
+        home = root / "sys/fs/cgroup" / controllers
+        # A container may see its own group as the root of them all.
+        for group in (home / path.strip("/"), *(home / path.strip("/")).parents):
+            limit, used = (_read(str(group / name)) or "" for name in names)
+            if limit.isdigit() and used.isdigit():
+                cached = dict(pair.split()[:2] for pair in _lines(group / "memory.stat"))
+                yield int(limit) - int(used) + int(cached.get("inactive_file", 0))
+            if group == home:
+                break
+
+
+def _lines(path: Path) -> list[str]:
+    return (_read(str(path)) or "").splitlines()
 
 
 def _gpu() -> str | None:

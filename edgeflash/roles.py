@@ -98,6 +98,7 @@ class Target(Plugin, ABC):
 
     runtime: ClassVar[str]  # the runtime that opens what this writes, for the parity ladder
     picks: ClassVar[bool] = True  # lowers what picks tokens by what they are, as merging does
+    learns: ClassVar[bool] = False  # notes in a network, as it runs, what lowering needs
 
     precision: Literal[  # each takes some of them
         "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp8"
@@ -121,6 +122,10 @@ class Target(Plugin, ABC):
     def calibrates(self, component: str) -> bool:
         """Whether ranges of its tensors come from what is recorded, from all prompts."""
         return False
+
+    def shaped_by(self, component: str) -> dict[str, Any]:
+        """The options that shape what it lowers a component to: others may change without that."""
+        return self.model_dump(mode="json")
 
     def engine_of(self, component: str) -> Engine | None:
         """How engines are built of what it lowers, where the vendor's runtime runs no other."""

@@ -303,16 +303,29 @@ def write_manifest(
 
 
 def folder_sha256(folder: Path) -> str:
-    """Identity of a folder: the hash of the sorted names and hashes of its files.
+    """Identity of a folder: the hash of the sorted names and hashes of its files."""
+    return sha256_of_all(hashes_in(folder))
+
+
+def hashes_in(folder: Path) -> dict[str, str]:
+    """Path below the folder -> sha256 of each of its files, sorted.
 
     Neither hidden files and folders count, nor the card, which may be written later.
     """
-    total = hashlib.sha256()
+    found = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_file() and not hidden and relative.as_posix() != "README.md":
-            total.update(f"{relative.as_posix()}\0{sha256_of(path)}\n".encode())
+            found[relative.as_posix()] = sha256_of(path)
+    return found
+
+
+def sha256_of_all(hashes: dict[str, str]) -> str:
+    """One hash of what `hashes_in` gives."""
+    total = hashlib.sha256()
+    for path, sha256 in hashes.items():
+        total.update(f"{path}\0{sha256}\n".encode())
     return total.hexdigest()
 
 

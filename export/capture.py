@@ -64,6 +64,9 @@ class Captured:
     samples: tuple[Sample, ...]
 
 
+Keep = Callable[[tuple[Sample, ...]], object]
+
+
 class Eager:
     """A network called by role, as the exported component will be; remembers every call."""
 
@@ -124,12 +127,20 @@ class Tape:
         """Seed of a golden: they are drawn from different noise."""
         return number
 
-    def capture(self, component: str) -> Captured:
-        """Loads a component, runs its part of every prompt, and captures it as a program."""
+    def capture(self, component: str, keep: Keep = lambda samples: None) -> Captured:
+        """Loads a component, runs its part of every prompt, and captures it as a program.
+
+        ``keep`` is given the recorded calls before the program is made.
+        """
         network, samples = self.record(component)
+        keep(samples)
+        return self.captured(network, samples)
+
+    def captured(self, network: Network, samples: tuple[Sample, ...]) -> Captured:
+        """A loaded component as a program, with calls that were recorded of it."""
         module = self.target.rewrite(network).module
         program = to_program(module, network.inputs, samples[0])
-        return Captured(component, program, network.inputs, network.outputs, samples)
+        return Captured(network.component, program, network.inputs, network.outputs, samples)
 
     def record(
         self, component: str, see: Callable[[Network], object] = lambda network: None
@@ -151,12 +162,15 @@ class Tape:
         if component == family.denoiser and self.merge:
             height, width = self.sampler.shape[2:]
             merge_tokens(module, self.merge, (height, width))
-        inputs, outputs = family.signature(
+        network = Network(component, module, *self.signature(component))
+        return self.target.adapt(network, family.latent(self.student))
+
+    def signature(self, component: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """What a component takes and gives, before the target adapts it."""
+        inputs, outputs = self.student.family.signature(
             self.student, component, self.size, folded=self.timestep is not None
         )
-        inputs = tuple(self.target.takes(spec, whole=self.whole) for spec in inputs)
-        network = Network(component, module, inputs, outputs)
-        return self.target.adapt(network, family.latent(self.student))
+        return tuple(self.target.takes(spec, whole=self.whole) for spec in inputs), outputs
 
     @property
     def latent(self) -> Latent:
@@ -182,6 +196,11 @@ class Tape:
     def _denoiser_inputs(self) -> tuple[TensorSpec, ...]:
         family = self.student.family
         return family.signature(self.student, family.denoiser, self.size)[0]
+
+    @property
+    def heard(self) -> set[str]:
+        """The roles of what the denoiser takes."""
+        return {spec.role for spec in self._denoiser_inputs}
 
     def _run_denoiser(self, network: Eager) -> None:
         rows = rows_to_record(len(self.sampler.schedule.steps))

@@ -1,46 +1,40 @@
 """The whole way from a student folder to a bundle: capture, lower, pack, verify.
 
-One network is in memory at a time. The bundle takes its place only when it has passed the ladder.
+Finished stages are kept beside the bundle in the making (`journal.py`), for the same command to go
+on with. The bundle takes its place only when it has passed the ladder.
 """
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from edgeflash import align_your_steps
-from edgeflash.bundle import (
-    Bundle,
-    Component,
-    Figure,
-    File,
-    Image,
-    Manifest,
-    Merging,
-    Tokenizer,
-    describe_file,
-)
+from edgeflash.bundle import Bundle, Figure, Image, Manifest, Merging
 from edgeflash.disk import check_replaceable, fresh_folder
-from edgeflash.errors import EdgeflashError, Stopped
+from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Sampler
-from edgeflash.roles import Target
+from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
-from edgeflash.student import INSTEAD, Student, folder_sha256
+from edgeflash.student import INSTEAD, Student, hashes_in, sha256_of_all
 from edgeflash.tokenizer import read_tokenizer
 from edgeflash.verify import check_floors, refuse_below, verify
 
-from . import pack
-from .capture import Captured, Tape
+from . import memory, pack
+from .apart import request_of
+from .capture import Tape
+from .components import make_all, told
+from .journal import Outcome, Stage, run_folder
 from .merging import MOST
+from .stages import Run, component_of, target_name
 
 PROMPTS = (  # for students that bring none of their own
     "a photo of a red car on a mountain road",
@@ -82,23 +76,25 @@ def export_student(
     unproven = prover.unproven or None
     check_floors(options.floors)
     check_replaceable(out, student.folder, kind="bundle")
-    plan = _plan(student, target, options)
+    plan = planned(student, target, options)
+    at_once = memory.check(student, target, plan.components)
     _tell_changed(student, options, console)
-    try:
-        with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
-            student_sha256 = hashing.submit(folder_sha256, student.folder)
-            pieces = [*_lowered(plan, target, draft, hashing, console)]
-            _tell_merging(plan.tape, console)
-            with _told(console, "pack"):
-                sha256 = student_sha256.result()
-                manifest = _pack(plan, target, pieces, sha256, draft, console)
-            with _told(console, "verify on " + ("a stand-in" if unproven else target.runtime)):
-                figures = verify(Bundle(draft, manifest), prover, options.floors)
-                told = {"parity": figures, "unproven": unproven}
-                pack.write_manifest(manifest.model_copy(update=told), draft)
+    with run_folder(out) as folder, ThreadPoolExecutor(1) as hashing:
+        hashes = hashing.submit(hashes_in, student.folder)
+        run = Run(folder, hashes, student.lora_scales(), pack.tools(target.needs))
+        request = request_of(student, target, options, folder)
+        large = memory.large(student, plan.components)
+        lowered = make_all(plan.tape, plan.components, run, request, large, at_once, console)
+        _tell_merging(plan.tape, console)
+        with fresh_folder(out, folder / "bundle") as draft:
+            with told(console, "pack"):
+                manifest = _pack(plan, target, lowered, run, draft, console)
+            on = "a stand-in" if unproven else target.runtime
+            with told(console, f"verify on {on}"):
+                figures = _proved(Bundle(draft, manifest), prover, options, run)
+            proof = {"parity": figures, "unproven": unproven}
+            pack.write_manifest(manifest.model_copy(update=proof), draft)
             _refuse(figures, plan, target, draft, out)
-    except KeyboardInterrupt:
-        raise Stopped(f"interrupted: {out} was not written; run the same command again") from None
     if unproven:
         console.print(unproven, markup=False, highlight=False)
     return Bundle.open(out)
@@ -117,7 +113,8 @@ def _check_target(target: Target, student: Student, merge_tokens: float) -> None
         )
     if merge_tokens and not target.picks:
         raise EdgeflashError(
-            f"--merge-tokens: --to {_name(target)} cannot lower it so far: leave one of them out"
+            f"--merge-tokens: --to {target_name(target)} cannot lower it so far: "
+            "leave one of them out"
         )
 
 
@@ -126,13 +123,9 @@ def _check_family(student: Student, target: Target) -> None:
     can = target.families()
     if can and name not in can:
         raise EdgeflashError(
-            f"{student.folder}: is of the family {name!r}, but --to {_name(target)} as "
+            f"{student.folder}: is of the family {name!r}, but --to {target_name(target)} as "
             f"asked takes {', '.join(can)} alone so far: choose another target, or other options"
         )
-
-
-def _name(target: Target) -> str:
-    return type(target).__module__.rpartition(".to_")[2]
 
 
 @dataclass(frozen=True)
@@ -147,17 +140,9 @@ class _Plan:
     goldens: int
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A lowered component, its files being hashed."""
-
-    captured_as: Component
-    files: Future[tuple[File, ...]]
-
-
 def rehearsal(student: Student, target: Target, options: ExportOptions = AS_USUAL) -> Tape:
     """The tape of such an export, with all prompts on it, and nothing recorded yet."""
-    plan = _plan(student, target, options)
+    plan = planned(student, target, options)
     return replace(plan.tape, prompts=_prompts(student, options.prompts))
 
 
@@ -166,7 +151,12 @@ def _prompts(student: Student, given: Sequence[str]) -> tuple[str, ...]:
     return tuple(given) or own or PROMPTS
 
 
-def _plan(student: Student, target: Target, options: ExportOptions) -> _Plan:
+def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
+    """What an export of these will make, its tape at the beginning.
+
+    Raises:
+        EdgeflashError: options that do not fit the student.
+    """
     family = student.family
     schedules = student.schedules(options.steps, options.timesteps)
     guidance = options.guidance or student.guidance()
@@ -225,62 +215,18 @@ def _tell_merging(tape: Tape, console: Console) -> None:
         )
 
 
-def _lowered(
-    plan: _Plan, target: Target, draft: Path, hashing: ThreadPoolExecutor, console: Console
-) -> Iterator[_Piece]:
-    """Every component in turn, captured and lowered."""
-    for name in plan.components:
-        with _told(console, f"capture {name}"):
-            captured = plan.tape.capture(name)
-        with _told(console, f"lower {name} to {target.precision_of(name)}"):
-            piece = _lower(captured, target, plan.student, draft, hashing)
-        del captured
-        gc.collect()
-        yield piece
-
-
-def _lower(
-    captured: Captured, target: Target, student: Student, draft: Path, hashing: ThreadPoolExecutor
-) -> _Piece:
-    files = target.lower(captured, draft)
-    paths = [path.relative_to(draft).as_posix() for path in files]
-    described = hashing.submit(lambda: tuple(describe_file(draft, path) for path in paths))
-    component = Component(
-        name=captured.component,
-        target=_name(target),
-        precision=target.precision_of(captured.component),
-        files=(),
-        inputs=captured.inputs,
-        outputs=captured.outputs,
-        engine=target.engine_of(captured.component),
-        tokenizer=_own_tokenizer(student, captured.component),
-    )
-    return _Piece(component, described)
-
-
-def _own_tokenizer(student: Student, component: str) -> Tokenizer | None:
-    """Of a text encoder that does not share the first one's."""
-    _, *others = student.family.text_encoders
-    return student.family.tokenizer(student, component) if component in others else None
-
-
 def _pack(
-    plan: _Plan,
-    target: Target,
-    pieces: list[_Piece],
-    student_sha256: str,
-    draft: Path,
-    console: Console,
+    plan: _Plan, target: Target, lowered: list[Outcome], run: Run, draft: Path, console: Console
 ) -> Manifest:
     student, family, tape = plan.student, plan.student.family, plan.tape
-    components = tuple(
-        piece.captured_as.model_copy(update={"files": piece.files.result()}) for piece in pieces
-    )
+    components = tuple(map(component_of, lowered))
+    pack.gather([run.folder / f"lower-{name}" for name in plan.components], lowered, draft)
     for name in map(tokenizer_of, family.text_encoders):
         pack.copy_tokenizer(student.folder / name, draft / name)
-    if told := target.furnish(student, draft):
-        console.print(told, markup=False)
+    if remark := target.furnish(student, draft):
+        console.print(remark, markup=False)
     goldens = pack.write_goldens(tape, plan.goldens, draft)
+    sha256 = sha256_of_all(run.hashes.result())
     manifest = Manifest(
         family=family.name,
         name=student.folder.resolve().name,
@@ -294,12 +240,32 @@ def _pack(
         no_prompt=family.no_prompt(student),
         goldens=goldens,
         files=pack.other_files(draft, [f for c in components for f in c.files]),
-        lineage=pack.lineage(student, student_sha256, target.needs),
+        lineage=pack.lineage(student, sha256, target.needs),
         merging=Merging(share=tape.merge, image_psnr_db=round(min(tape.merging_db), 2))
         if tape.merge
         else None,
     )
     return manifest.model_copy(update={"fused": target.fuse(Bundle(draft, manifest))})
+
+
+def _proved(
+    bundle: Bundle, prover: Runtime, options: ExportOptions, run: Run
+) -> tuple[Figure, ...]:
+    """The ladder's figures; what was proved of the same files is not proved again."""
+
+    def inputs() -> dict[str, Any]:
+        manifest = hashlib.sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
+        on = [type(prover).__name__, prover.model_dump(mode="json")]
+        return {"manifest": manifest, "on": on, "floors": options.floors}
+
+    stage = Stage(run.folder, "verify", inputs)
+    if found := stage.outcome():
+        return tuple(map(Figure.model_validate, found.told["figures"]))
+    figures = verify(bundle, prover, options.floors)
+    if all(figure.passed for figure in figures):
+        stage.begin()
+        stage.finish(figures=[figure.model_dump(mode="json") for figure in figures])
+    return figures
 
 
 def _refuse(
@@ -315,12 +281,3 @@ def _refuse(
         astray = target.diverged(plan.tape.capture(name), draft)
         hint = f"; first astray: {astray}" if astray else ""
         raise EdgeflashError(f"{error}{hint}; nothing was written") from None
-
-
-@contextmanager
-def _told(console: Console, stage: str) -> Iterator[None]:
-    """Shows a stage while it runs, and how long it took when it is done."""
-    start = time.perf_counter()
-    with console.status(stage):
-        yield
-    console.print(f"{stage:<36} {time.perf_counter() - start:7.1f} s", highlight=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ from edgeflash.golden import Tensors, noise_sha256, save_tensors
 from edgeflash.student import Student
 from edgeflash.tokenizer import write_vocabulary
 
+from . import plan
 from .capture import Tape
+from .journal import Outcome, link
 
 TOKENIZER_FILES = (
     "vocab.json",
@@ -26,6 +28,15 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 THUMBNAIL_PX = 64
+
+
+def gather(folders: Sequence[Path], lowered: Sequence[Outcome], out: Path) -> None:
+    """Gives the components' files their place in a bundle; plans that they left are joined."""
+    for folder, outcome in zip(folders, lowered, strict=True):
+        for file in outcome.files:
+            if file.path != plan.FILE:
+                link(folder / file.path, out / file.path)
+    plan.join([folder / plan.FILE for folder in folders], out / plan.FILE)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -85,17 +96,21 @@ def _paths(folder: Path) -> Iterator[str]:
 def lineage(student: Student, student_sha256: str, packages: Iterable[str]) -> Lineage:
     """Where a bundle comes from, and what made it."""
     told = student.manifest.lineage if student.manifest else None
-    brought_by = importlib.metadata.packages_distributions()  # onnxruntime: perhaps by -gpu
-    names = {"edgeflash": "edgeflash"} | {p: brought_by.get(p, [p])[0] for p in packages}
-    tools = {package: importlib.metadata.version(name) for package, name in names.items()}
     return Lineage(
         teacher=told.teacher if told else None,
         recipe_sha256=told.recipe_sha256 if told else None,
         student_sha256=student_sha256,
         loras=student.lora_scales(),
-        tools=tools,
+        tools=tools(packages),
         weights_licence=told.weights_licence if told else None,
     )
+
+
+def tools(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of edgeflash and of these packages."""
+    brought_by = importlib.metadata.packages_distributions()  # onnxruntime: perhaps by -gpu
+    names = {"edgeflash": "edgeflash"} | {p: brought_by.get(p, [p])[0] for p in packages}
+    return {package: importlib.metadata.version(name) for package, name in names.items()}
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:

@@ -136,6 +136,15 @@ Ranges = Annotated[
 ]
 
 
+def join(parts: Iterable[Path], out: Path) -> None:
+    """One plan of those that components left, if any did; each speaks of its own operators."""
+    plans = [read_plan(path) for path in parts if path.is_file()]
+    names = {name: word for plan in plans for name, word in plan.names.items()}
+    if plans:
+        joined = Plan.model_validate({"default": NONE, "names": names})
+        out.write_text(joined.toml(), encoding="utf-8")
+
+
 class Quantizing(Target):
     """The options of targets that quantize by a plan."""
 
@@ -212,6 +221,14 @@ class Quantizing(Target):
 
     def calibrates(self, component: str) -> bool:
         return self.precision not in FLOATS and not self.words_in(component).isdisjoint(CALIBRATED)
+
+    def shaped_by(self, component: str) -> dict[str, Any]:
+        told = super().shaped_by(component)
+        if not self.words_in(component):
+            for name in ("precision", *Quantizing.__annotations__):
+                told.pop(name, None)
+            told["floats"] = self.precision_of(component), self.halves(component)
+        return told
 
     def _chosen(self) -> tuple[str, ...]:
         return self.usual() if self.quantized is None else self.quantized

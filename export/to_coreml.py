@@ -53,6 +53,7 @@ class CoreMlTarget(Target):
     )
     runtime: ClassVar[str] = "coreml"
     picks: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
 
     precision: Precision = Field(  # type: ignore[assignment]
         "fp32", description="of weights and sums"
@@ -105,6 +106,10 @@ class CoreMlTarget(Target):
     def precision_of(self, component: str) -> str:
         skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized
         return self.rest if skipped else self.precision
+
+    def shaped_by(self, component: str) -> dict[str, Any]:
+        others = [Bundle.open(folder).manifest.model_dump(mode="json") for folder in self.join]
+        return super().shaped_by(component) | {"joined": others}
 
     def calibrates(self, component: str) -> bool:
         return self.precision_of(component) == "w8a8"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -66,6 +66,9 @@ class OnnxTarget(Quantizing):
 
     def families(self) -> tuple[str, ...]:
         return ("sd",) if self.fused else ()  # the fused graph has one text encoder
+
+    def shaped_by(self, component: str) -> dict[str, Any]:
+        return {k: v for k, v in super().shaped_by(component).items() if k != "fused"}
 
     @property
     def honours(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from edgeflash import shelf
 from edgeflash.bundle import Bundle
 from edgeflash.errors import EdgeflashError
+from edgeflash.machine import peak_rss_mib
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.pipeline import Request, TextToImage
 
@@ -158,22 +159,6 @@ def _warm_load_ms(pipeline: TextToImage) -> float:
 
 def _since(start: float) -> float:
     return (time.perf_counter() - start) * 1000
-
-
-def peak_rss_mib() -> float | None:
-    """Largest resident memory of this process so far; None where the system does not tell."""
-    try:  # getrusage would do, but on Linux it also counts the process that started this one
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
 
 
 def _say(message: dict[str, Any]) -> None:

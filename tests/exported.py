@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from edgeflash.bundle import Bundle
 from edgeflash.errors import EdgeflashError
-from edgeflash.export.capture import Captured, Tape
+from edgeflash.export.capture import Captured, Keep, Tape
 from edgeflash.export.line import export_student
 from edgeflash.export_options import ExportOptions
 from edgeflash.golden import Tensors
@@ -39,9 +40,9 @@ def export(
     tapes: list[Tape] = []
     real = Tape.capture
 
-    def capture(tape: Tape, name: str) -> Captured:
+    def capture(tape: Tape, name: str, keep: Keep) -> Captured:
         tapes.append(tape)
-        return captured.setdefault(name, real(tape, name))
+        return captured.setdefault(name, real(tape, name, keep))
 
     patch.setattr(Tape, "capture", capture)
     bundle = export_student(
@@ -57,10 +58,18 @@ def figure(bundle: Bundle, rung: str, component: str, metric: str, **floors: flo
 
 
 def attempt(student: Path, out: Path, target: Target, **options: Any) -> str:
-    """An export that fails: what is said, in one line, after which nothing is left."""
+    """An export that fails: what is said, in one line, after which finished stages alone are left.
+
+    These go too, for the next attempt to start afresh.
+    """
     before = sorted(out.parent.iterdir())
+    run = out.with_name(f"{out.name}.run")
     with pytest.raises(EdgeflashError) as caught:
         export_student(Student.open(student), target, out, ExportOptions(**options), console=QUIET)
+    if run.exists():
+        left = {path.name.partition("-")[0] for path in run.iterdir()}
+        assert left <= {"record", "lower"} and any(run.glob("*.json"))
+        shutil.rmtree(run)
     assert sorted(out.parent.iterdir()) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -16,7 +16,7 @@ from edgeflash import shelf
 from edgeflash.bundle import Bundle
 from edgeflash.disk import MANIFEST, check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
-from edgeflash.export.capture import Captured, Tape
+from edgeflash.export.capture import Captured, Keep, Tape
 from edgeflash.export.line import export_student
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Guidance
@@ -156,7 +156,7 @@ def test_the_timestep_is_kept_where_asked(
 ) -> None:
     seen: list[float | None] = []
 
-    def capture(tape: Tape, name: str) -> Captured:
+    def capture(tape: Tape, name: str, keep: Keep) -> Captured:
         seen.append(tape.timestep)
         raise KeyboardInterrupt
 

@@ -1,0 +1,234 @@
+"""A component's stages in a process of its own, whose memory goes back to the system at its end.
+
+The parent writes a request, then the hashes of the student's files, a line of JSON each; the child
+says in lines of JSON what it does. It ends when its parent does, however that ends.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from edgeflash.bundle import Part
+from edgeflash.disk import is_disk_full
+from edgeflash.errors import INTERRUPTED, EdgeflashError, Stopped
+from edgeflash.export_options import ExportOptions
+from edgeflash.lora import Lora
+from edgeflash.machine import peak_rss_mib
+from edgeflash.roles import Target
+from edgeflash.shelf import find, make, names
+from edgeflash.student import Student
+
+from . import recorded
+from .pack import tools
+from .stages import Run, make_component, target_name
+
+COMMAND = [sys.executable, "-m", "edgeflash.export.apart"]
+KILLED, BY_CTRL_C = -9, (-2, INTERRUPTED)
+NO_MEMORY = ("can't allocate memory", "bad_alloc", "bad allocation")  # torch's, C++'s, ONNX Runtime
+Message = dict[str, Any]
+
+
+class Request(Part):
+    """What a child is to do.
+
+    ``after``: the component whose recorded calls it goes on from, with their hash; "" for none.
+    """
+
+    student: str
+    loras: tuple[tuple[str, float], ...]
+    to: str
+    target: dict[str, Any]
+    options: ExportOptions
+    run: str
+    component: str = ""
+    after: str = ""
+    before: str = ""
+
+
+def request_of(
+    student: Student, target: Target, options: ExportOptions, run: Path
+) -> Request | None:
+    """Without a component so far; None where a child could not make that target anew."""
+    to = target_name(target)
+    if to not in names(Target) or find(Target, to, check=False) is not type(target):
+        return None
+    return Request(
+        student=str(student.folder.resolve()),
+        loras=tuple((str(lora.file.resolve()), lora.scale) for lora in student.loras),
+        to=to,
+        target=target.model_dump(mode="json"),
+        options=options,
+        run=str(run.resolve()),
+    )
+
+
+class Child:
+    """One component being made by a process.
+
+    Attributes:
+        recorded: its calls are written; or it has ended.
+    """
+
+    def __init__(
+        self, request: Request, hashes: Future[dict[str, str]], tell: Callable[[Message], object]
+    ) -> None:
+        self.component = request.component
+        self.recorded = threading.Event()
+        self._tell, self._error = tell, EdgeflashError("")
+        self._complaint = tempfile.TemporaryFile("w+")
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            COMMAND, stdin=pipe, stdout=pipe, stderr=self._complaint, text=True
+        )
+        self._say(request.model_dump_json())
+        hashes.add_done_callback(lambda done: self._say(json.dumps(done.result())))
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            pass  # it has ended, and `result` says why
+
+    def _listen(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            if not line.startswith("{"):  # a vendor's library may print to the same place
+                continue
+            message = json.loads(line)
+            if "error" in message:
+                self._error = (Stopped if message["stopped"] else EdgeflashError)(message["error"])
+            elif "recorded" in message:
+                self.recorded.set()
+            else:
+                self._tell(message)
+        self.recorded.set()
+
+    def result(self) -> None:
+        """Waits for the end.
+
+        Raises:
+            EdgeflashError: what went wrong there, or that it was killed.
+            KeyboardInterrupt: it was interrupted.
+        """
+        code = self._process.wait()
+        self._listener.join()
+        if str(self._error):
+            raise self._error
+        if code == KILLED:
+            raise out_of_memory(self.component, "its process was killed")
+        if code in BY_CTRL_C:
+            raise KeyboardInterrupt
+        if code:
+            self._complaint.seek(0)
+            raise RuntimeError(f"{self.component}: ended with {code}: {self._complaint.read()}")
+
+    def end(self) -> None:
+        """Whether or not it is done."""
+        self._process.kill()
+        self._process.wait()
+        self._listener.join()
+        for stream in (self._process.stdin, self._process.stdout, self._complaint):
+            with suppress(BrokenPipeError):  # of words that it did not hear any more
+                assert stream
+                stream.close()
+
+
+def out_of_memory(component: str, how: str) -> EdgeflashError:
+    """What is said when the system, or an allocator, puts an end to a component."""
+    return EdgeflashError(
+        f"{component}: out of memory, most likely: {how}: close other programs, or choose a "
+        "precision that takes less, such as fp16; run the same command again to go on"
+    )
+
+
+@contextmanager
+def memory_named(component: str) -> Iterator[None]:
+    """Says so where memory does not suffice."""
+    try:
+        yield
+    except MemoryError:
+        raise out_of_memory(component, "none was left") from None
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if isinstance(error, EdgeflashError) or not any(sign in said for sign in NO_MEMORY):
+            raise
+        raise out_of_memory(component, said[:200]) from None
+
+
+def main() -> None:
+    """The child."""
+    heard = io.FileIO(0, closefd=False)  # a thread in a buffered read would block the exit
+    request = Request.model_validate_json(heard.readline())
+    hashes: Future[dict[str, str]] = Future()
+    threading.Thread(target=_hear, args=(heard, hashes), daemon=True).start()
+    try:
+        with memory_named(request.component):
+            _work(request, hashes)
+    except EdgeflashError as error:
+        _say({"error": str(error), "stopped": isinstance(error, Stopped)})
+        sys.exit(2)
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
+    except Exception as error:
+        if is_disk_full(error, Path(request.run)):
+            said = f"{request.run}: disk full; free some space and run again"
+            _say({"error": said, "stopped": True})
+            sys.exit(2)
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _hear(heard: io.FileIO, hashes: Future[dict[str, str]]) -> None:
+    """Takes what the parent says, and ends with it."""
+    if line := heard.readline():
+        hashes.set_result(json.loads(line))
+        heard.read()
+    os._exit(1)
+
+
+def _work(request: Request, hashes: Future[dict[str, str]]) -> None:
+    from .line import planned  # which starts children, and so imports this file
+
+    loras = [Lora(Path(file), scale) for file, scale in request.loras]
+    student = Student.open(request.student, loras)
+    target = make(Target, request.to, request.target)
+    tape = planned(student, target, request.options).tape
+    run = Run(Path(request.run), hashes, student.lora_scales(), tools(target.needs))
+    if request.after:
+        recorded.take_up(tape, run.folder / f"record-{request.after}")
+    make_component(
+        tape, request.component, run, request.before, _told, lambda _: _say({"recorded": True})
+    )
+
+
+@contextmanager
+def _told(stage: str) -> Iterator[None]:
+    _say({"begin": stage})
+    start = time.perf_counter()
+    yield
+    _say({"end": stage, "seconds": time.perf_counter() - start, "mib": peak_rss_mib()})
+
+
+def _say(message: Message) -> None:
+    print(json.dumps(message), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""All components of an export: small ones here and in turn, large ones in processes of their own.
+
+A component's calls are needed by the next one, its files are not: while a large component is being
+lowered, the next one may be recorded, where memory suffices for both.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.status import Status
+
+from . import recorded
+from .apart import Child, Message, Request, memory_named
+from .capture import Tape
+from .journal import Outcome, Stage
+from .stages import Run, lower_stage, make_component, record_stage
+
+
+@contextmanager
+def told(console: Console, stage: str) -> Iterator[None]:
+    """Shows a stage while it runs, and how long it took when it is done."""
+    start = time.perf_counter()
+    with console.status(stage):
+        yield
+    tell_end(console, stage, time.perf_counter() - start)
+
+
+def tell_end(console: Console, stage: str, seconds: float, mib: float | None = None) -> None:
+    """Says how long a stage took, and what memory the process it ran in had taken by then."""
+    peak = f"  {mib / 1024:6.2f} GiB" if mib else ""
+    console.print(f"{stage:<36} {seconds:7.1f} s{peak}", highlight=False)
+
+
+def make_all(
+    tape: Tape,
+    components: Collection[str],
+    run: Run,
+    apart: Request | None,
+    large: Collection[str],
+    at_once: int,
+    console: Console,
+) -> list[Outcome]:
+    """Every component's files, as far as they are not there yet; winds the tape to its end.
+
+    Args:
+        tape: at its beginning.
+        components: in the order a prompt passes them.
+        run: where the stages lie.
+        apart: what children are told; None: there are none.
+        large: components for children.
+        at_once: so many children, at most.
+        console: where progress is told.
+    """
+    crew, made = _Crew(run, at_once, console), list[tuple[Stage, Outcome | None]]()
+    after = before = ""
+    try:
+        for name in components:
+            record = record_stage(tape, name, run, before)
+            if apart and name in large and not _is_there(tape, record, name, run):
+                told = {"component": name, "after": after, "before": before}
+                calls = crew.recorded(tape, record, apart.model_copy(update=told))
+                made.append((lower_stage(tape, name, run, calls), None))
+            else:
+                with memory_named(name):
+                    calls, lowered = make_component(tape, name, run, before, crew.told)
+                gc.collect()
+                made.append((lower_stage(tape, name, run, calls), lowered))
+            after, before = name, calls.sha256
+        crew.finish()
+    finally:
+        crew.end()
+    return [lowered or _read(stage) for stage, lowered in made]
+
+
+def _is_there(tape: Tape, record: Stage, name: str, run: Run) -> bool:
+    """Whether nothing is left to do; looks at marks alone."""
+    calls = record.read() if record.mark.exists() else None
+    return calls is not None and lower_stage(tape, name, run, calls).read() is not None
+
+
+def _read(stage: Stage) -> Outcome:
+    found = stage.read()
+    assert found is not None, stage.name
+    return found
+
+
+@dataclass
+class _Crew:
+    """The children at work, and what is told of them."""
+
+    run: Run
+    at_once: int
+    console: Console
+    children: list[Child] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)
+    status: Status | None = None
+
+    def told(self, stage: str) -> AbstractContextManager[None]:
+        """Of what is done here."""
+        return told(self.console, stage)
+
+    def recorded(self, tape: Tape, record: Stage, request: Request) -> Outcome:
+        """Sets a child to work, and goes on as soon as its calls are written."""
+        while len(self.children) >= self.at_once:
+            self._wait(self.children[0])
+        child = Child(request, self.run.hashes, self._tell)
+        self.children.append(child)
+        with self._showing():
+            child.recorded.wait()
+        if (calls := record.read()) is None:
+            self._wait(child)
+            raise AssertionError(f"{record.name}: was not written")
+        recorded.take_up(tape, record.folder)
+        return calls
+
+    def finish(self) -> None:
+        """Waits for all, and raises what went wrong."""
+        while self.children:
+            self._wait(self.children[0])
+
+    def end(self) -> None:
+        for child in self.children:
+            child.end()
+
+    def _wait(self, child: Child) -> None:
+        with self._showing():
+            child.result()
+        self.children.remove(child)
+        child.end()
+
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        with self.console.status(", ".join(self.begun)) as self.status:
+            yield
+        self.status = None
+
+    def _tell(self, message: Message) -> None:
+        """Of a child's listener."""
+        if stage := message.get("begin"):
+            self.begun.append(stage)
+        else:
+            self.begun.remove(message["end"])
+            tell_end(self.console, message["end"], message["seconds"], message["mib"])
+        if self.status:
+            self.status.update(", ".join(self.begun))

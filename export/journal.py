@@ -1,0 +1,143 @@
+"""What of an export is done, for the same command to go on with after any end of the first one.
+
+`<out>.run/` lies beside the bundle in the making and holds, for each finished stage, a folder with
+its files and a mark, `<stage>.json`, which is written last: what the stage was made from, and the
+hashes of what it made. A stage is taken up when both still hold. A changed option redoes what it
+shapes, and what follows from that, alone. The folder stays, as a training's does: files of the
+bundle are in it by hard links, which take no space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from edgeflash.bundle import File, Part, describe_file
+from edgeflash.disk import TRAINING, is_disk_full, write_atomic
+from edgeflash.errors import EdgeflashError, Stopped
+
+Inputs = dict[str, Any]
+
+
+class Outcome(Part):
+    """The mark of a finished stage."""
+
+    inputs: Inputs
+    files: tuple[File, ...]  # below the stage's folder
+    told: Inputs = Field({}, description="what else it found")
+
+    @property
+    def sha256(self) -> str:
+        """Of what it made, whatever from."""
+        made = self.model_dump_json(exclude={"inputs"})
+        return hashlib.sha256(made.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of an export.
+
+    Attributes:
+        run: folder of all stages.
+        name: of this one.
+        inputs: what it is made from, as JSON has it; asked for when it matters.
+    """
+
+    run: Path
+    name: str
+    inputs: Callable[[], Inputs]
+
+    @property
+    def folder(self) -> Path:
+        return self.run / self.name
+
+    @property
+    def mark(self) -> Path:
+        return self.run / f"{self.name}.json"
+
+    def outcome(self) -> Outcome | None:
+        """What it made from these inputs; None where that is not there as it was left."""
+        found = self.read()
+        return found if found and all(map(self._is_whole, found.files)) else None
+
+    def read(self) -> Outcome | None:
+        """The same of a stage that has just been finished: its files are not looked at."""
+        try:
+            found = Outcome.model_validate_json(self.mark.read_bytes())
+        except (OSError, ValidationError):
+            return None
+        return found if found.inputs == _plain(self.inputs()) else None
+
+    def _is_whole(self, file: File) -> bool:
+        path = self.folder / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            return False
+        return describe_file(self.folder, file.path) == file
+
+    def begin(self) -> Path:
+        """An empty folder to work in."""
+        self.mark.unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        return self.folder
+
+    def finish(self, **told: Any) -> Outcome:
+        """Marks it as done, with all that lies in its folder."""
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        names = [path.relative_to(self.folder).as_posix() for path in paths]
+        files = tuple(describe_file(self.folder, name) for name in names)
+        made = Outcome(inputs=_plain(self.inputs()), files=files, told=_plain(told))
+        write_atomic(self.mark, made.model_dump_json(indent=1))
+        return made
+
+
+def _plain(table: Inputs) -> Inputs:
+    """As it comes back from a file."""
+    plain: Inputs = json.loads(json.dumps(table))
+    return plain
+
+
+@contextmanager
+def run_folder(out: Path) -> Iterator[Path]:
+    """The folder of the stages of ``out``; it goes when none of them was finished.
+
+    Raises:
+        EdgeflashError: a training has it.
+        Stopped: Ctrl-C, or a full disk.
+    """
+    run = out.parent / f"{out.name}.run"
+    if (run / TRAINING).exists():
+        raise EdgeflashError(f"{run}: holds a training; choose another --out for the bundle")
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        yield run
+    except KeyboardInterrupt:
+        said = f"interrupted: {out} was not written; run the same command again to go on"
+        raise Stopped(said) from None
+    except Exception as error:
+        if is_disk_full(error, run):
+            raise Stopped(f"{out}: disk full; free some space and run again") from None
+        raise
+    finally:
+        if not any(run.glob("*.json")):
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a finished file, or a copy where the disk knows no such names."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,182 @@
+"""The two stages of a component: what it does in the student's own loop, and its lowered files.
+
+Each is made from what it depends on alone, so that a changed option redoes no more than it shapes:
+what was recorded does not depend on a precision, nor the lowered text encoder on the sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeflash.bundle import Component, File, Tokenizer
+from edgeflash.families import tokenizer_of
+from edgeflash.roles import Target
+from edgeflash.student import Student
+
+from . import recorded
+from .capture import Captured, Sample, Tape
+from .journal import Inputs, Outcome, Stage
+
+Tell = Callable[[str], AbstractContextManager[None]]  # shows a stage while it runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where the stages of an export lie, and what all of them are made from.
+
+    Attributes:
+        folder: of the stages.
+        hashes: of the student's files, by path; being computed.
+        loras: sha256 of each fused LoRA -> its scale.
+        tools: package -> version.
+    """
+
+    folder: Path
+    hashes: Future[dict[str, str]]
+    loras: dict[str, float]
+    tools: dict[str, str]
+
+
+def target_name(target: Target) -> str:
+    return type(target).__module__.rpartition(".to_")[2]
+
+
+def home_of(student: Student, component: str) -> str:
+    """The folder of a component's weights."""
+    return component if component in student.index else "vae"
+
+
+def record_stage(tape: Tape, name: str, run: Run, before: str) -> Stage:
+    """What a component does in every prompt; ``before``: hash of what was recorded before it."""
+
+    def inputs() -> Inputs:
+        asked: Inputs = {"before": before, "prompts": [*tape.prompts]} | _made_from(tape, name, run)
+        if name in tape.student.family.text_encoders:
+            none = tape.student.family.no_prompt(tape.student)
+            asked |= {"heard": sorted(tape.heard), "none": none}
+        elif _is_denoiser(name):
+            sampler = tape.sampler
+            asked |= {
+                "schedule": sampler.schedule.model_dump(mode="json"),
+                "guidance": sampler.guidance.model_dump(mode="json"),
+                "shape": [*sampler.shape],
+                "size": [*tape.size],
+            }
+        elif name == "vae_decoder":
+            asked |= {"latent": tape.latent.model_dump(mode="json")}
+        if tape.target.learns:
+            asked |= {"target": _asked_of(tape.target, name)}
+        return asked
+
+    return Stage(run.folder, f"record-{name}", inputs)
+
+
+def lower_stage(tape: Tape, name: str, run: Run, calls: Outcome) -> Stage:
+    """A component's files; ``calls``: what was recorded of it."""
+
+    def inputs() -> Inputs:
+        asked = _made_from(tape, name, run) | {"target": _asked_of(tape.target, name)}
+        if tape.target.calibrates(name) or tape.target.learns:
+            asked |= {"calls": calls.sha256}
+        return asked
+
+    return Stage(run.folder, f"lower-{name}", inputs)
+
+
+def _asked_of(target: Target, name: str) -> Inputs:
+    return {"to": target_name(target)} | target.shaped_by(name)
+
+
+def _made_from(tape: Tape, name: str, run: Run) -> Inputs:
+    """What a component is as torch runs it."""
+    student, (takes, gives) = tape.student, tape.signature(name)
+    homes = [home_of(student, name)]
+    homes += [tokenizer_of(name)] * (name in student.family.text_encoders)
+    files = run.hashes.result().items()
+    found: Inputs = {
+        "files": {path: told for path, told in files if path.partition("/")[0] in homes},
+        "class": student.class_of(homes[0]),
+        "loras": run.loras,
+        "takes": [spec.model_dump(mode="json") for spec in takes],
+        "gives": [spec.model_dump(mode="json") for spec in gives],
+        "tools": run.tools,
+    }
+    if _is_denoiser(name):
+        found |= {"timestep": tape.timestep, "merge": tape.merge}
+    return found
+
+
+def _is_denoiser(name: str) -> bool:
+    return not name.startswith(("text_encoder", "vae_"))
+
+
+def make_component(
+    tape: Tape,
+    name: str,
+    run: Run,
+    before: str,
+    tell: Tell,
+    done: Callable[[Outcome], object] = lambda calls: None,
+) -> tuple[Outcome, Outcome]:
+    """Both stages of a component, as far as they are not there yet; winds the tape on.
+
+    Returns what was recorded, of which ``done`` is told at once, and the lowered files.
+    """
+    record = record_stage(tape, name, run, before)
+    samples: tuple[Sample, ...] = ()
+    if calls := record.outcome():
+        samples = recorded.take_up(tape, record.folder)
+        done(calls)
+        if lowered := lower_stage(tape, name, run, calls).outcome():
+            with tell(f"{name} taken up"):
+                return calls, lowered
+    kept = [calls] if calls and not tape.target.learns else []
+
+    def keep(samples: tuple[Sample, ...]) -> None:
+        recorded.save(tape, samples, record.begin())
+        kept.append(record.finish())
+        done(kept[0])
+
+    with tell(f"capture {name}"):
+        if kept:
+            captured = tape.captured(tape.load(name), samples)
+        else:
+            captured = tape.capture(name, keep)
+    stage = lower_stage(tape, name, run, kept[0])
+    with tell(f"lower {name} to {tape.target.precision_of(name)}"):
+        return kept[0], _lower(captured, tape, stage)
+
+
+def _lower(captured: Captured, tape: Tape, stage: Stage) -> Outcome:
+    target, folder = tape.target, stage.begin()
+    files = [path.relative_to(folder).as_posix() for path in target.lower(captured, folder)]
+    component = Component(
+        name=captured.component,
+        target=target_name(target),
+        precision=target.precision_of(captured.component),
+        files=(),
+        inputs=captured.inputs,
+        outputs=captured.outputs,
+        engine=target.engine_of(captured.component),
+        tokenizer=_own_tokenizer(tape.student, captured.component),
+    )
+    return stage.finish(component=component.model_dump(mode="json"), files=files)
+
+
+def component_of(lowered: Outcome) -> Component:
+    """What the manifest says of it."""
+    files: dict[str, File] = {file.path: file for file in lowered.files}
+    told: dict[str, Any] = lowered.told["component"]
+    listed = tuple(files[path] for path in lowered.told["files"])
+    return Component.model_validate(told).model_copy(update={"files": listed})
+
+
+def _own_tokenizer(student: Student, component: str) -> Tokenizer | None:
+    """Of a text encoder that does not share the first one's."""
+    _, *others = student.family.text_encoders
+    return student.family.tokenizer(student, component) if component in others else None
