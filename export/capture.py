@@ -14,6 +14,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from edgeflash.bundle import ANSWER, Latent, TensorSpec, kind_of
+from edgeflash.conditioning import told_of
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Array, Sampler, Tensors, heard, rows_to_record, told_by
 from edgeflash.parity import psnr_db
@@ -166,7 +167,7 @@ class Tape:
     def _run_text_encoder(self, network: Eager) -> None:
         family, name = self.student.family, network.network.component
         folder = self.student.folder / tokenizer_of(name)
-        roles = {spec.role for spec in self._denoiser_inputs}
+        roles = told_of(self._denoiser_inputs)
         texts = [*self.prompts] + [""] * (family.no_prompt(self.student) is None)
         told: list[Tensors] = []
         for ids in family.tokenize(folder, texts)[:, None]:
