@@ -47,7 +47,7 @@ class StableDiffusion(LatentDiffusion):
         "StableDiffusionPipeline",
         "LatentConsistencyModelPipeline",
     )
-    folders = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+    folders: tuple[str, ...] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
     classes = CLASSES
     fed: ClassVar[dict[str, str]] = {"addition_embed_type": "text"}  # additions that are served
     single_files: ClassVar[dict[str, str]] = {

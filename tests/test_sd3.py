@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from exported import Exported, export
 from PIL import Image
 from tiny_sd3 import CHANNELS, JOINT, POOLED, WIDTHS, write_sd3
@@ -17,6 +17,7 @@ from tiny_student import LENGTH
 
 from edgeflash import shelf
 from edgeflash.distill.by_perflow import PeRFlow, line
+from edgeflash.distill.encoded import _encoder
 from edgeflash.distill.process import Flow, Process
 from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
@@ -101,8 +102,8 @@ def test_tensors_are_named_as_optimum_names_them(onnx: Exported) -> None:
         for component in onnx.bundle.manifest.components
     }
     first, second, third, transformer, _ = names.values()
-    before = [f"hidden_states.{i}" for i in range(2)]
-    assert first == second == (["input_ids"], ["text_embeds", "last_hidden_state", *before])
+    before = "hidden_states.0"
+    assert first == second == (["input_ids"], ["text_embeds", "last_hidden_state", before])
     assert third == (["input_ids"], ["last_hidden_state"])
     told = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"]
     assert transformer == (told, ["out_hidden_states"])
@@ -165,6 +166,13 @@ def test_flow_is_read_forth_and_back(folder: Path) -> None:
     s = torch.tensor([-1, 100, 600])  # Euler's step is along the flow
     moved = x_t + (s.clamp(min=0) - t.clamp(min=0))[:, None, None, None] / 1000 * output
     torch.testing.assert_close(it.ddim(x_0, eps, s), moved)
+
+
+def test_latents_are_scaled_as_the_pipeline_unscales_them(folder: Path) -> None:
+    vae, pictures = AutoencoderKL.from_pretrained(folder / "vae"), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        told, mean = _encoder(vae)(pictures), vae.encode(pictures).latent_dist.mean
+    torch.testing.assert_close(told / 1.5305 + 0.0609, mean)
 
 
 def test_perflow_s_windows_of_a_flow_are_those_its_sampler_walks(folder: Path) -> None:

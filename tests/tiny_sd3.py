@@ -38,7 +38,7 @@ def write_sd3(folder: Path, *, t5: bool = True) -> Path:
         told = json.loads((folder / "tokenizer_2" / name).read_text()) | {"pad_token": "!"}
         (folder / "tokenizer_2" / name).write_text(json.dumps(told))
     for name, width, pooled in zip(("text_encoder", "text_encoder_2"), WIDTHS, POOLED, strict=True):
-        encoder = transformers.CLIPTextModelWithProjection(clip_config(width, pooled))
+        encoder = transformers.CLIPTextModelWithProjection(clip_config(width, pooled, layers=1))
         encoder.save_pretrained(folder / name)
     if t5:
         write_t5_tokenizer(folder / "tokenizer_3")

@@ -80,7 +80,7 @@ def _text_encoders() -> tuple[Any, Any]:
     return CLIPTextModel(first), CLIPTextModelWithProjection(second)
 
 
-def clip_config(width: int, pooled: int) -> Any:
+def clip_config(width: int, pooled: int, layers: int = 2) -> Any:
     """Of a text encoder that reads `write_tokenizer`'s tokens."""
     from transformers import CLIPTextConfig
 
@@ -88,7 +88,7 @@ def clip_config(width: int, pooled: int) -> Any:
         vocab_size=2 * 94 + len(PAIRS) + 2,
         hidden_size=width,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
         projection_dim=pooled,
