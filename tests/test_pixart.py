@@ -240,7 +240,6 @@ def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: P
         {"by": "progressive"},
         {"by": "consistency"},
         {"by": "scm"},
-        {"by": "meanflow"},
         {"by": "imagine", "gan_weight": 0},
         {"by": "flash", "gan_weights": [0, 0, 0, 0]},
     ],
