@@ -40,6 +40,7 @@ class Decoder(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl", "pixart")  # latents without a shift
 
     target: Literal["decodings", "pictures"] = Field(
         "decodings", description="what a latent should become"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +17,7 @@ from edgeflash.roles import Method
 
 from .draws import rand, randint
 from .encoded import cached_samples
-from .process import Process, noise_config, noise_like
+from .process import FLOW, Flow, Process, noise_config, noise_like, predicts
 from .rollout import ddim
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked
@@ -35,6 +35,9 @@ class PeRFlow(Method):
     z_s + (z_e - z_s) (t_s - t) / (t_s - t_e); here it is scaled to the norm that networks of this
     noise know at t, alpha_t x_0 + sigma_t eps. The flow is the same, and a DDIM step is then a step
     along the line: a plain `DDIMScheduler` samples the student, in multiples of ``windows`` steps.
+
+    Of a flow (SD 3) the line needs no such scaling. Time is real there, 0 to T without a shift, and
+    a first-order DPM-Solver++, which on a flow is Euler's, samples the student.
 
     With ``guidance`` 1 the student is sampled with the teacher's own guidance; a greater one is
     folded in. A step asks the teacher ``solver_steps`` times. Published for SD 1.5 at 4 steps: FID
@@ -61,7 +64,7 @@ class PeRFlow(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         student = shop.load(shop.student, shop.denoiser).train()
-        process = shop.process()
+        process = shop.process(flow=True)
         if process.timesteps % self.windows or process.timesteps < 2 * self.windows:
             raise EdgeflashError(
                 f"perflow.windows: {self.windows} do not divide this teacher's {process.timesteps} "
@@ -80,16 +83,28 @@ class PeRFlow(Method):
     def window(self, t: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
         """Start and end of the windows that timesteps t lie in; an end is the next one's start."""
         length = timesteps // self.windows
+        if t.is_floating_point():  # of a flow
+            end = (t / length).floor() * length
+            return end + length, end
         end = t // length * length - 1
         return end + length, end.clamp(min=0)
 
     def times(self, start: Tensor, end: Tensor) -> list[Tensor]:
         """The timesteps at which the teacher's solver stops, from start to end."""
         parts = [i / self.solver_steps for i in range(self.solver_steps + 1)]
-        return [torch.lerp(start.float(), end.float(), part).round().long() for part in parts]
+        between = [torch.lerp(start.float(), end.float(), part) for part in parts]
+        return between if start.is_floating_point() else [t.round().long() for t in between]
 
-    def scheduler(self, teacher: Path) -> DDIMScheduler:
-        """DDIM that begins at each window's start, as the windows' ends are counted here."""
+    def scheduler(self, teacher: Path) -> DDIMScheduler | DPMSolverMultistepScheduler:
+        """DDIM, or Euler, that begins at each window's start, as their ends are counted here."""
+        if predicts(teacher) == FLOW:
+            return DPMSolverMultistepScheduler(
+                num_train_timesteps=noise_config(teacher)["num_train_timesteps"],
+                prediction_type="flow_prediction",
+                use_flow_sigmas=True,
+                flow_shift=1.0,
+                solver_order=1,
+            )
         return DDIMScheduler(
             **noise_config(teacher),
             clip_sample=False,
@@ -110,7 +125,7 @@ class Lesson:
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, count, process, options = batch["x_0"], len(batch["x_0"]), self.process, self.options
         eps = noise_like(x_0, generator)
-        t = randint(0, process.timesteps, count, generator).to(x_0.device)
+        t = self.times(count, generator).to(x_0.device)
         empty = rand(count, generator) < options.caption_dropout
         c = torch.where(empty[:, None, None].to(x_0.device), self.nothing, batch["c"])
         start, end = options.window(t, process.timesteps)
@@ -120,6 +135,12 @@ class Lesson:
         x_0, eps = line(process, z_s, z_e, start, end)
         output = network(process.noised(x_0, eps, t), t, c).sample.float()
         return {"flow": F.mse_loss(output, process.target(x_0, eps, t))}
+
+    def times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps to learn at, [count]: whole ones, but of a flow any."""
+        if isinstance(self.process, Flow):
+            return rand(count, generator) * self.process.timesteps
+        return randint(0, self.process.timesteps, count, generator)
 
 
 def line(

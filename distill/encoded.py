@@ -84,7 +84,8 @@ def _encoder(vae: Any) -> Callable[[Tensor], Tensor]:
     """Pictures -> scaled latents, by an autoencoder of either class."""
     if isinstance(vae, AutoencoderTiny):
         return lambda x: vae.encode(x).latents * vae.config.scaling_factor
-    return lambda x: vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+    shift = vae.config.get("shift_factor") or 0.0
+    return lambda x: (vae.encode(x).latent_dist.mean - shift) * vae.config.scaling_factor
 
 
 def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:

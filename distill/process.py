@@ -1,7 +1,8 @@
 """The noising process: q(x_t | x_0) and the conversions between what networks predict.
 
-x_t = alpha_t x_0 + sigma_t eps, with alpha_t = sqrt(abar_t) and alpha_t^2 + sigma_t^2 = 1. None of
-this goes through a scheduler, whose state depends on timesteps set earlier.
+x_t = alpha_t x_0 + sigma_t eps, with alpha_t = sqrt(abar_t) and alpha_t^2 + sigma_t^2 = 1; of a
+`Flow` alpha_t + sigma_t = 1. None of this goes through a scheduler, whose state depends on
+timesteps set earlier.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +31,22 @@ NOISE = (  # what of a scheduler's config describes the noise, and not the sampl
 
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+FLOW: Final = "flow"
+
+
+def is_flow(config: dict[str, Any]) -> bool:
+    """Whether a scheduler's config is that of a flow from picture to noise."""
+    flows = str(config.get("_class_name")).startswith("FlowMatch")
+    return flows or bool(config.get("use_flow_sigmas"))
+
+
+def predicts(folder: Path) -> str:
+    """What the denoiser of a diffusers folder predicts, as its scheduler says."""
+    from diffusers import DDPMScheduler
+
+    if is_flow(DDPMScheduler.load_config(str(folder / "scheduler"))):
+        return FLOW
+    return str(noise_config(folder).get("prediction_type", "epsilon"))
 
 
 def noise_config(folder: Path) -> dict[str, Any]:
@@ -50,7 +67,7 @@ class Process:
     """
 
     abar: Tensor
-    predicts: Prediction
+    predicts: Prediction | Literal["flow"]
 
     @classmethod
     def of(cls, folder: Path, device: torch.device) -> Process:
@@ -64,6 +81,8 @@ class Process:
         from diffusers import DDPMScheduler
 
         config = DDPMScheduler.load_config(str(folder / "scheduler"))
+        if is_flow(config):
+            return Flow.until(config["num_train_timesteps"], device)
         if "beta_schedule" not in config:
             name = config.get("_class_name")
             raise EdgeflashError(f"{folder / 'scheduler'}: {name} has no variance-preserving noise")
@@ -164,6 +183,40 @@ class Process:
     def ddim(self, x_0: Tensor, eps: Tensor, s: Tensor) -> Tensor:
         """x_s on the straight line through x_0 and eps: one DDIM step to timestep s."""
         return self.alpha(s) * x_0 + self.sigma(s) * eps
+
+
+@dataclass(frozen=True)
+class Flow(Process):
+    """x_t = (1 - sigma) x_0 + sigma eps with sigma = t / T (arXiv 2403.03206, eq. 13).
+
+    Networks predict eps - x_0. Timesteps are those they are given, real numbers: 0, and what is
+    below, is the clean sample, and T noise alone. ``abar`` is that of the variance-preserving
+    process that has the same noise at whole timesteps.
+    """
+
+    @classmethod
+    def until(cls, timesteps: int, device: torch.device) -> Flow:
+        sigma = torch.arange(timesteps, device=device) / timesteps
+        signal = (1 - sigma).square()
+        return cls(signal / (signal + sigma.square()), FLOW)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - self.sigma(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (t.clamp(min=0) / self.timesteps)[:, None, None, None]
+
+    def as_sampled(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return self.noised(x_0, eps, t)
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return eps - x_0
+
+    def x_0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t - self.sigma(t) * output
+
+    def eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return x_t + self.alpha(t) * output
 
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -18,10 +18,14 @@ from edgeflash.networks_sd import load_network
 from edgeflash.student import Student
 
 from .data import Store
-from .process import Process, noise_config
+from .process import Flow, Process, predicts
 
 Batch = dict[str, Tensor]
-CONTEXT = ("caption_channels", "cross_attention_dim")  # how a config calls the width of c
+CONTEXT = (  # how a denoiser's config calls the width of c
+    "caption_channels",
+    "joint_attention_dim",
+    "cross_attention_dim",
+)
 Terms = dict[str, Tensor]  # the loss is their sum
 Loss = Callable[[Any, Batch, torch.Generator], Terms]
 
@@ -124,12 +128,14 @@ class Workshop:
         """What the loop computes losses in, for what is computed beside it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-    def process(self) -> Process:
+    def process(self, *, flow: bool = False) -> Process:
         """The teacher's noise, which the student so far must know; without a teacher its own.
+
+        ``flow``: the method also learns a `Flow`.
 
         Raises:
             EdgeflashError: the student predicts something else than the teacher, of the same x_t
-                and c, or is made for other latents or texts.
+                and c, or is made for other latents or texts; or a flow, where none is learnt.
         """
         if self.teacher:
             theirs, ours = _kind(self.teacher), _kind(self.student)
@@ -139,7 +145,13 @@ class Workshop:
                         f"{self.student}: {what} is {ours[what]}, but the teacher's is {wanted}, "
                         "and neither is converted: name a base, or a teacher, of the same kind"
                     )
-        return Process.of(self.teacher or self.student, self.device)
+        found = Process.of(self.teacher or self.student, self.device)
+        if isinstance(found, Flow) and not flow:
+            raise EdgeflashError(
+                f"{self.teacher or self.student}: is a flow from picture to noise, which this "
+                "method does not learn so far: choose perflow"
+            )
+        return found
 
     def listening(self, denoiser: Any) -> Any:
         """A new denoiser of the student's, to be called as loaded ones are: denoiser(x, t, c)."""
@@ -154,7 +166,7 @@ def _kind(folder: Path) -> dict[str, Any]:
     hears = next(key for key in CONTEXT if denoiser.get(key))
     width = denoiser[hears]
     return {
-        "prediction_type": noise_config(folder).get("prediction_type", "epsilon"),
+        "prediction_type": predicts(folder),
         "in_channels": denoiser["in_channels"],
         hears: str(width) if isinstance(width, int) else str(sorted({*width})),
     }

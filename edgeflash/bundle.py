@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
     "text_encoder_2": "conditioning",
-    "text_encoder_3": "conditioning",
+    "text_encoder_3": "below",
     "unet": "prediction",
     "transformer": "prediction",
     "vae_decoder": "image",
@@ -50,11 +50,12 @@ class TensorSpec(Part):
     """One input or output of a component.
 
     ``role`` says what a runtime must feed or may read, whatever it is called: tokens [n, s],
-    conditioning [n, s, d], mask (1 where conditioning is of a token, 0 of padding) [n, s], pooled
-    (a prompt in one vector) [n, d], time_ids [n, 6], resolution [n, 2] and aspect_ratio [n, 1] (of
-    the picture), sample [n, c, h, w], timestep (rank 0 or [n]), guidance (the w-embedding) [n, d],
-    prediction [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W], or unused; of a fused graph
-    noise [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is [n, d, 1, s]. A
+    conditioning [n, s, d], below (more of it, in further rows) [n, s, d], joint (both) [n, s, d],
+    mask (1 where conditioning is of a token, 0 of padding) [n, s], pooled (a prompt in one vector)
+    [n, d], time_ids [n, 6], resolution [n, 2] and aspect_ratio [n, 1] (of the picture), sample
+    [n, c, h, w], timestep (rank 0 or [n]), guidance (the w-embedding) [n, d], prediction
+    [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W], or unused; of a fused graph noise
+    [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is [n, d, 1, s]. A
     dimension that is a string is free. `edgeflash.conditioning` says how the denoiser's
     conditioning comes from the text encoders'.
     """

@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from edgeflash.bundle import Latent, TensorSpec, Tokenizer
 from edgeflash.errors import unknown
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class Family(ABC):
-    """Which components a family has, and how they play together. Has no state.
+    """Which components a family has, and how they play together.
+
+    It knows no folder; at most, by `of`, which optional components one has.
 
     Attributes:
         name: how manifests call it.
@@ -35,9 +37,13 @@ class Family(ABC):
     name: ClassVar[str]
     denoiser: ClassVar[str] = "unet"
     pipelines: ClassVar[tuple[str, ...]]
-    folders: ClassVar[tuple[str, ...]]
+    folders: tuple[str, ...]
     single_files: ClassVar[dict[str, str]] = {}
     cfg_scale: ClassVar[float] = 7.5
+
+    def of(self, index: dict[str, Any]) -> Self:
+        """The family as a folder with that `model_index.json` has it."""
+        return self
 
     @abstractmethod
     def check(self, student: Student) -> None:

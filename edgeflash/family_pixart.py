@@ -36,6 +36,11 @@ from edgeflash.tokenizer import read_tokenizer, t5_tokenizer
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+CLASSES = {
+    "text_encoder": ("T5EncoderModel",),
+    "transformer": ("PixArtTransformer2DModel", "Transformer2DModel"),  # as it was called
+    "vae": AUTOENCODERS,
+}
 LENGTH = 120  # tokens of a prompt (arXiv 2310.00426, sec. 3.1), whatever its tokenizer could do
 ADALN_SINGLE = "ada_norm_single"
 SIZED = 128  # cells along a side from which on the transformer is told sizes, if it does not say
@@ -47,19 +52,9 @@ class PixArt(LatentDiffusion):
     name = "pixart"
     denoiser = "transformer"
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline",)
-    folders: ClassVar[tuple[str, ...]] = (
-        "tokenizer",
-        "text_encoder",
-        "transformer",
-        "vae",
-        "scheduler",
-    )
+    folders = ("tokenizer", "text_encoder", "transformer", "vae", "scheduler")
     cfg_scale = 4.5
-    classes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text_encoder": ("T5EncoderModel",),
-        "transformer": ("PixArtTransformer2DModel", "Transformer2DModel"),  # as it was called
-        "vae": AUTOENCODERS,
-    }
+    classes = CLASSES
 
     def check(self, student: Student) -> None:
         super().check(student)
@@ -164,8 +159,8 @@ class PixArt(LatentDiffusion):
             if sized:
                 size = [unit * side for side in x.shape[-2:]]
                 told["added_cond_kwargs"] = {
-                    "resolution": torch.from_numpy(resolution(*size)).to(x).expand(len(x), -1),
-                    "aspect_ratio": torch.from_numpy(aspect_ratio(*size)).to(x).expand(len(x), -1),
+                    fact.__name__: torch.from_numpy(fact(*size)).to(x.device).expand(len(x), -1)
+                    for fact in (resolution, aspect_ratio)
                 }
             return (x,), named | told
 

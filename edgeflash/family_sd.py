@@ -47,8 +47,8 @@ class StableDiffusion(LatentDiffusion):
         "StableDiffusionPipeline",
         "LatentConsistencyModelPipeline",
     )
-    folders: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
-    classes: ClassVar[dict[str, tuple[str, ...]]] = CLASSES
+    folders: tuple[str, ...] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+    classes = CLASSES
     fed: ClassVar[dict[str, str]] = {"addition_embed_type": "text"}  # additions that are served
     single_files: ClassVar[dict[str, str]] = {
         "v1": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -104,9 +104,7 @@ class StableDiffusion(LatentDiffusion):
         return tuple(inputs), (image("out_sample", "prediction", z),)
 
     def tokenizer(self, student: Student, text_encoder: str = "text_encoder") -> Tokenizer:
-        spec = tokenizer_spec(student.folder / tokenizer_of(text_encoder))
-        longest = student.config(text_encoder).get("max_position_embeddings", 77)
-        return spec.model_copy(update={"max_length": min(spec.max_length, longest)})
+        return clip_tokenizer(student, text_encoder)
 
     def tokenize(self, tokenizer: Path, texts: Sequence[str]) -> NDArray[np.int64]:
         encode = read_tokenizer(tokenizer.parent, tokenizer_spec(tokenizer))
@@ -115,6 +113,13 @@ class StableDiffusion(LatentDiffusion):
     def encode_prompt(self, text_encoders: Sequence[Any], ids: Sequence[Tensor]) -> Tensor:
         hidden: Tensor = text_encoders[0](ids[0]).last_hidden_state
         return hidden
+
+
+def clip_tokenizer(student: Student, text_encoder: str) -> Tokenizer:
+    """How a prompt becomes a CLIP text encoder's ids; ``folder`` as it lies in the student."""
+    spec = tokenizer_spec(student.folder / tokenizer_of(text_encoder))
+    longest = student.config(text_encoder).get("max_position_embeddings", 77)
+    return spec.model_copy(update={"max_length": min(spec.max_length, longest)})
 
 
 def tokenizer_spec(folder: Path) -> Tokenizer:

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FIRST, SECOND = "text_encoder", "text_encoder_2"
+CLASSES = {
+    FIRST: ("CLIPTextModel",),
+    SECOND: ("CLIPTextModelWithProjection",),
+    "unet": ("UNet2DConditionModel",),
+    "vae": AUTOENCODERS,
+}
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -30,12 +36,7 @@ class StableDiffusionXL(StableDiffusion):
     folders = (*StableDiffusion.folders, "tokenizer_2", SECOND)
     single_files: ClassVar[dict[str, str]] = {}
     cfg_scale = 5.0
-    classes: ClassVar[dict[str, tuple[str, ...]]] = {
-        FIRST: ("CLIPTextModel",),
-        SECOND: ("CLIPTextModelWithProjection",),
-        "unet": ("UNet2DConditionModel",),
-        "vae": AUTOENCODERS,
-    }
+    classes = CLASSES
     fed: ClassVar[dict[str, str]] = {"addition_embed_type": "text_time"}
 
     def check(self, student: Student) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeflash.bundle import TensorSpec
-from edgeflash.conditioning import Conditioning, joined
+from edgeflash.conditioning import Conditioning, joined, told_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.noise import randn
 from edgeflash.schedule import Guidance, Schedule, advance
@@ -131,7 +131,7 @@ def heard(
     without: list[Tensors] = []
     for name in text_encoders:
         for answers, empty in ((with_prompt, False), (without, True)):
-            names = {spec.role: told_by(name, spec.role, empty=empty) for spec in inputs}
+            names = {role: told_by(name, role, empty=empty) for role in told_of(inputs)}
             answers.append({role: told[key] for role, key in names.items() if key in told})
     if not any(without):
         without = [{k: np.zeros_like(v) for k, v in answer.items()} for answer in with_prompt]

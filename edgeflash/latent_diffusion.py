@@ -7,7 +7,8 @@ A denoiser is a UNet or a transformer; the autoencoder is an `AutoencoderKL` or 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from edgeflash.bundle import Latent, TensorSpec
 from edgeflash.errors import EdgeflashError
@@ -30,7 +31,7 @@ class LatentDiffusion(Family):
         classes: of its networks, by folder; one of them each.
     """
 
-    classes: ClassVar[dict[str, tuple[str, ...]]]
+    classes: Mapping[str, tuple[str, ...]]
 
     def check(self, student: Student) -> None:
         for component, classes in self.classes.items():

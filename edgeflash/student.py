@@ -121,7 +121,8 @@ class Student:
         manifest = None
         if (folder / MANIFEST).is_file():
             manifest = parse_manifest(StudentManifest, read_manifest(folder, "student"), folder)
-        student = cls(folder, index, find_family(folder, str(index["_class_name"])), manifest)
+        family = find_family(folder, str(index["_class_name"])).of(index)
+        student = cls(folder, index, family, manifest)
         student.loras = tuple(loras)
         for name in student.family.folders:
             student._check_component(name)
@@ -139,7 +140,8 @@ class Student:
         from edgeflash.families import find_family
 
         index = _read_index(folder)
-        return cls(folder, index, find_family(folder, str(index["_class_name"])), None)
+        family = find_family(folder, str(index["_class_name"])).of(index)
+        return cls(folder, index, family, None)
 
     def config(self, component: str) -> dict[str, Any]:
         """The config of ``unet``, ``transformer``, ``vae``, ``text_encoder`` or ``scheduler``."""

@@ -14,6 +14,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from edgeflash.bundle import ANSWER, Latent, TensorSpec, kind_of
+from edgeflash.conditioning import told_of
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Array, Sampler, Tensors, heard, rows_to_record, told_by
 from edgeflash.parity import psnr_db
@@ -180,7 +181,7 @@ class Tape:
     def _run_text_encoder(self, network: Eager) -> None:
         family, name = self.student.family, network.network.component
         folder = self.student.folder / tokenizer_of(name)
-        roles = {spec.role for spec in self._denoiser_inputs}
+        roles = told_of(self._denoiser_inputs)
         texts = [*self.prompts] + [""] * (family.no_prompt(self.student) is None)
         told: list[Tensors] = []
         for ids in family.tokenize(folder, texts)[:, None]:
@@ -277,16 +278,21 @@ def _tidy(program: ExportedProgram) -> None:
         name = str(node.target)
         if name == "aten._assert_tensor_metadata.default":
             graph.erase_node(node)
-        elif name == "aten.squeeze.dim" and node.meta["val"].ndim == node.args[0].meta["val"].ndim:
-            node.replace_all_uses_with(node.args[0])  # ONNX's Squeeze wants a side of 1
+        elif _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])
+            program.graph_signature.replace_all_uses(node.name, node.args[0].name)
             graph.erase_node(node)
-        elif name in NOTHING_TO_DO or name.startswith("aten.to."):
-            source, dtype = node.args[0], node.meta["val"].dtype
-            if source.meta["val"].dtype == dtype:
-                node.replace_all_uses_with(source)
-                graph.erase_node(node)
-            else:
-                node.target = torch.ops.aten._to_copy.default
-                node.args, node.kwargs = (source,), {"dtype": dtype}
+        elif name.startswith("aten.to."):
+            node.target = torch.ops.aten._to_copy.default
+            node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
     graph.eliminate_dead_code()
     program.graph_module.recompile()
+
+
+def _does_nothing(node: torch.fx.Node) -> bool:
+    """Of an operator that may give back what it is given, whether it does."""
+    name = str(node.target)
+    if name in NOTHING_TO_DO or name.startswith("aten.to.") or name == "aten.squeeze.dim":
+        given, made = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+        return bool(given.dtype == made.dtype and given.ndim == made.ndim)
+    return False

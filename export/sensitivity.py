@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeflash.bundle import kind_of
+from edgeflash.errors import EdgeflashError
 from edgeflash.golden import heard, told_by
 from edgeflash.noise import randn
 from edgeflash.parity import BEST_DB
@@ -311,9 +312,14 @@ class _Back:
         made = drawing.call({"tokens": torch.from_numpy(told[ids])})
         ends, seeds = [], []
         for spec, tensor in zip(drawing.network.outputs, made, strict=True):
-            if spec.role in gradient:
+            if spec.role in gradient and tensor.requires_grad:
                 ends.append(tensor)
                 seeds.append(self._share(told, name, spec.role, gradient[spec.role]))
+        if not ends:
+            raise EdgeflashError(
+                f"{name}: no plan is searched for text encoders that are heard below each other: "
+                "give a plan of your own"
+            )
         torch.autograd.backward(ends, seeds)
 
     def _share(self, told: Mapping[str, Any], name: str, role: str, gradient: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgeflash.bundle import ANSWER, DENOISERS, Bundle, Component
-from edgeflash.conditioning import FROM_SIZE
+from edgeflash.conditioning import FROM_SIZE, JOINT
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 
-OPTIONAL = {"timestep", "mask", "pooled", "guidance", *FROM_SIZE}
+OPTIONAL = {JOINT, "timestep", "mask", "pooled", "guidance", *FROM_SIZE}
 FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     "text_encoder": {"tokens"},
     "text_encoder_2": {"tokens"},
@@ -60,7 +60,8 @@ def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
     roles = {spec.role for spec in component.inputs}
     for role in sorted(roles - FED[component.name]):
         yield f"{where}.inputs: role {role!r} is not known here: pip install -U edgeflash"
-    for role in sorted(FED[component.name] - OPTIONAL - roles):
+    heard = {"conditioning"} if JOINT in roles else set()
+    for role in sorted(FED[component.name] - OPTIONAL - roles - heard):
         yield f"{where}.inputs: none has the role {role!r}; export it again"
     for spec in (*component.inputs, *component.outputs):
         if spec.dtype not in DTYPES:

@@ -311,6 +311,29 @@ def test_programs_that_need_decomposing_are_translated_too(tmp_path: Path) -> No
     np.testing.assert_array_equal(found, 2 * x)
 
 
+def test_what_does_nothing_is_taken_out_even_at_the_end(tmp_path: Path) -> None:
+    """A squeeze of a side that is longer is none; ONNX's would fail."""
+    import torch
+
+    from edgeflash.export.capture import Sample, to_program
+
+    class Ends(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = (x + 1).squeeze(1)
+            return torch.nn.functional.dropout(y, training=False), (y * 2).to(torch.float32)
+
+    spec = TensorSpec(name="x", role="sample", shape=("batch_size", 3), dtype="float32")
+    x = np.ones((1, 3), np.float32)
+    program = to_program(Ends(), [spec], Sample({"x": x}, {}))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert called == {"aten.add.Tensor", "aten.mul.Tensor"}
+    torch.export.save(program, tmp_path / "p.pt2")  # which compares outputs with their names
+    assert [y.tolist() for y in program.module()(torch.ones(2, 3))] == [
+        [[2.0] * 3] * 2,
+        [[4.0] * 3] * 2,
+    ]
+
+
 def test_a_fixed_batch_and_a_timestep_per_row_are_fed() -> None:
     specs = (
         TensorSpec(name="z", role="sample", shape=(2, 4, 1, 1), dtype="float16"),

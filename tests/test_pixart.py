@@ -230,6 +230,37 @@ def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: P
             distill(recipe_of(plain, "test"), tmp_path / "other")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"by": "tcd"},
+        {"by": "perflow", "windows": 2, "solver_steps": 2},
+        {"by": "dmd", "fake_updates": 1},
+        {"by": "progressive"},
+        {"by": "consistency"},
+        {"by": "scm"},
+        {"by": "imagine", "gan_weight": 0},
+        {"by": "flash", "gan_weights": [0, 0, 0, 0]},
+    ],
+    ids=lambda options: options["by"],
+)
+def test_methods_that_ask_nothing_of_a_unet_train_it(
+    options: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    data = {"kind": "folder", "path": str(_pictures(tmp_path / "in")), "size_px": 16}
+    stage = options | {"steps": 2, "batch_size": 2, "weight_decay": 0, "clip_norm": 1e3}
+    plain = {"name": "small", "teacher": str(folder), "data": data, "stage": [stage]}
+    out = distill(recipe_of(plain, "test"), tmp_path / "student")
+    taught, ours = (
+        PixArtTransformer2DModel.from_pretrained(each / "transformer").state_dict()
+        for each in (folder, out)
+    )
+    moved = {name for name in taught if not torch.equal(ours[name], taught[name])}
+    assert {"pos_embed.proj.weight", "proj_out.bias"} <= moved
+    assert all(tensor.isfinite().all() for tensor in ours.values())
+
+
 def test_full_size_networks_have_the_published_parameters() -> None:
     """The size embedders of 1024 px come on top: 611,349,152."""
     counts = {}

@@ -74,24 +74,28 @@ def write_sdxl(
 
 
 def _text_encoders() -> tuple[Any, Any]:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    first, second = (
-        CLIPTextConfig(
-            vocab_size=2 * 94 + len(PAIRS) + 2,
-            hidden_size=width,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            projection_dim=POOLED,
-            bos_token_id=2 * 94 + len(PAIRS),
-            eos_token_id=2 * 94 + len(PAIRS) + 1,
-            pad_token_id=pad,
-        )
-        for width, pad in zip(WIDTHS, (2 * 94 + len(PAIRS) + 1, 0), strict=True)
-    )
+    first, second = (clip_config(width, POOLED) for width in WIDTHS)
     return CLIPTextModel(first), CLIPTextModelWithProjection(second)
+
+
+def clip_config(width: int, pooled: int, layers: int = 2) -> Any:
+    """Of a text encoder that reads `write_tokenizer`'s tokens."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=2 * 94 + len(PAIRS) + 2,
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        projection_dim=pooled,
+        bos_token_id=2 * 94 + len(PAIRS),
+        eos_token_id=2 * 94 + len(PAIRS) + 1,
+        pad_token_id=2 * 94 + len(PAIRS) + 1,
+    )
 
 
 def small_vae(channels: int = 4, **options: Any) -> Any:
