@@ -69,7 +69,8 @@ def make_all(
             else:
                 with memory_named(name):
                     calls, lowered = make_component(tape, name, run, before, crew.told)
-                gc.collect()
+                if name in large:  # networks and programs hold themselves in circles
+                    gc.collect()
                 made.append((lower_stage(tape, name, run, calls), lowered))
             after, before = name, calls.sha256
         crew.finish()

@@ -117,6 +117,7 @@ def run_folder(out: Path) -> Iterator[Path]:
     run = out.parent / f"{out.name}.run"
     if (run / TRAINING).exists():
         raise EdgeflashError(f"{run}: holds a training; choose another --out for the bundle")
+    ours = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     try:
         yield run
@@ -128,7 +129,7 @@ def run_folder(out: Path) -> Iterator[Path]:
             raise Stopped(f"{out}: disk full; free some space and run again") from None
         raise
     finally:
-        if not any(run.glob("*.json")):
+        if ours and not any(run.glob("*.json")):
             shutil.rmtree(run, ignore_errors=True)
 
 

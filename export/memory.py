@@ -2,7 +2,7 @@
 
 A component is loaded in float32, mapped where its file holds that; the rest comes on top as bytes
 for each of its numbers, by what is made of them. The factors are estimates: the float32 one comes
-from SDXS-512 (2.2 GiB for 341 million numbers of its text encoder, `export_full_size.py`), the
+from SDXS-512 (2.2 GiB for 340 million numbers of its text encoder, `export_full_size.py`), the
 others from what each way keeps at once; `export_full_size.py` tells by how much they are off.
 """
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +109,15 @@ def lineage(student: Student, student_sha256: str, packages: Iterable[str]) -> L
 
 def tools(packages: Iterable[str]) -> dict[str, str]:
     """Versions of edgeflash and of these packages."""
-    brought_by = importlib.metadata.packages_distributions()  # onnxruntime: perhaps by -gpu
+    brought_by = _distributions()  # onnxruntime: perhaps by -gpu
     names = {"edgeflash": "edgeflash"} | {p: brought_by.get(p, [p])[0] for p in packages}
     return {package: importlib.metadata.version(name) for package, name in names.items()}
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Package -> what it was installed with; half a second where many are."""
+    return importlib.metadata.packages_distributions()
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
