@@ -16,15 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from edgeflash.caching import SUFFIX
 from edgeflash.disk import MANIFEST, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import Guidance, Schedule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read
+CACHED_VERSION = 2  # of bundles with a cached graph; all others are still written as 1
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
     "text_encoder_2": "conditioning",
     "unet": "prediction",
+    "unet_cached": "prediction",
     "vae_decoder": "image",
     "vae_encoder": "latent",
 }
@@ -45,7 +48,8 @@ class TensorSpec(Part):
     [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W], or unused; of a fused graph noise
     [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is [n, d, 1, s]. A
     dimension that is a string is free. `edgeflash.conditioning` says how the denoiser's
-    conditioning comes from the text encoders'.
+    conditioning comes from the text encoders'. What the denoiser leaves for its cached graph has
+    the roles cache.0, cache.1 … in both (`edgeflash.caching`).
     """
 
     name: str
@@ -101,7 +105,8 @@ class Tokenizer(Part):
 class Component(Part):
     """A network of the bundle: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder.
 
-    Or ``pipeline``, which stands by itself: text_encoder, all steps and vae_decoder in one graph.
+    Or ``unet_cached``, the graph that rows of a schedule name which take what unet left before. Or
+    ``pipeline``, which stands by itself: text_encoder, all steps and vae_decoder in one graph.
     """
 
     name: str
@@ -173,6 +178,16 @@ class Merging(Part):
     image_psnr_db: float  # of the pictures, against the student's own without it; the worst
 
 
+class Caching(Part):
+    """What the denoiser's cached graph leaves out (`export/caching.py`), and what that costs."""
+
+    method: Literal["deep-cache", "t-gate"]
+    interval: int | None = None  # deep-cache: every so many steps the whole network runs
+    branch: int | None = None  # deep-cache: skip connection whose feature is kept
+    gate: int | None = None  # t-gate: the first step that hears no prompt
+    image_psnr_db: float  # of the pictures, against the student's own without it; the worst
+
+
 class Lineage(Part):
     teacher: str | None = None
     recipe_sha256: str | None = None
@@ -183,7 +198,7 @@ class Lineage(Part):
 
 
 class Manifest(Part):
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     kind: Literal["bundle"] = "bundle"
     family: str
     name: str
@@ -195,6 +210,7 @@ class Manifest(Part):
     default_steps: int
     guidance: Guidance
     merging: Merging | None = None
+    caching: Caching | None = None
     fused: Component | None = None  # draws in default_steps, with the guidance above
     no_prompt: Literal["zeros"] | None = None  # what guides away; None: "" as any other prompt
     parity: tuple[Figure, ...] = ()
@@ -247,6 +263,16 @@ class Bundle:
         for component in self.manifest.lowered:
             yield from component.files
         yield from self.manifest.files
+
+    @property
+    def cached(self) -> Component | None:
+        """The graph of the denoiser that takes what the whole one left before."""
+        return next((c for c in self.manifest.components if c.name.endswith(SUFFIX)), None)
+
+    @property
+    def gated(self) -> bool:
+        """Whether that graph is run without guidance, on what the prompt had said before."""
+        return self.manifest.caching is not None and self.manifest.caching.method == "t-gate"
 
     def component(self, name: str) -> Component:
         for component in self.manifest.components:

@@ -99,6 +99,13 @@ def export(
     merge_tokens: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the denoiser's tokens, as in 0.5.")
     ] = 0.0,
+    deep_cache: Annotated[
+        int | None,
+        typer.Option(metavar="INTERVAL", min=2, help="Run all of the UNet every so many steps."),
+    ] = None,
+    cache_branch: Annotated[
+        int, typer.Option(min=0, help="Of --deep-cache: the skip whose feature is kept.")
+    ] = 0,
     prompt: Prompts = None,
     floor: Floors = None,
     set_: Set = None,
@@ -113,6 +120,7 @@ def export(
         raise EdgeflashError("--prefer: goes with --precision auto alone")
     target = make(Target, to, {"precision": "fp32" if auto else precision} | options)
     counts, pixels = read_counts(steps), read_size(size)
+    from edgeflash.export.caching import way_of
     from edgeflash.export.line import export_student
 
     opened = Student.open(student, read_loras(lora))
@@ -127,6 +135,7 @@ def export(
         image_to_image=image_to_image,
         fold_timestep=not keep_timestep,
         merge_tokens=merge_tokens,
+        way=way_of(deep_cache, cache_branch),
         floors=read_floors(floor),
     )
     if auto:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from edgeflash import align_your_steps
 from edgeflash.bundle import (
+    CACHED_VERSION,
     Bundle,
     Component,
     Figure,
@@ -27,6 +28,7 @@ from edgeflash.bundle import (
     Tokenizer,
     describe_file,
 )
+from edgeflash.caching import cached_name
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError, Stopped
 from edgeflash.families import tokenizer_of
@@ -38,6 +40,7 @@ from edgeflash.tokenizer import read_tokenizer
 from edgeflash.verify import check_floors, refuse_below, verify
 
 from . import pack
+from .caching import Way, rows_of
 from .capture import Captured, Tape
 from .merging import MOST
 
@@ -68,6 +71,7 @@ def export_student(
     image_to_image: bool = False,
     fold_timestep: bool = True,
     merge_tokens: float = 0.0,
+    way: Way | None = None,
     floors: Mapping[str, float] | None = None,
     console: Console | None = None,
 ) -> Bundle:
@@ -88,6 +92,8 @@ def export_student(
             pipelines of optimum and OpenVINO GenAI want it as an input.
         merge_tokens: share of the denoiser's tokens to merge, up to 0.75. The ladder then holds
             the bundle against the student with this merging in torch.
+        way: how to leave some of the denoiser out at some steps, by a second graph of it. The
+            ladder then holds the bundle against the student with this caching in torch.
         floors: of the ladder, instead of the defaults; see `edgeflash.verify`.
         console: where progress is told; None: the terminal's standard error.
 
@@ -95,7 +101,7 @@ def export_student(
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
     """
     console = console or Console(stderr=True)
-    _check_target(target, student, merge_tokens)
+    _check_target(target, student, merge_tokens, way)
     prover = target.prover()
     unproven = prover.unproven or None
     check_floors(floors or {})
@@ -110,13 +116,14 @@ def export_student(
         image_to_image=image_to_image,
         fold_timestep=fold_timestep,
         merge_tokens=merge_tokens,
+        way=way,
     )
     _tell_changed(student, timesteps, prompts, console)
     try:
         with fresh_folder(out) as draft, ThreadPoolExecutor(1) as hashing:
             student_sha256 = hashing.submit(folder_sha256, student.folder)
             pieces = [*_lowered(plan, target, draft, hashing, console)]
-            _tell_merging(plan.tape, console)
+            _tell_losses(plan.tape, console)
             with _told(console, "pack"):
                 sha256 = student_sha256.result()
                 manifest = _pack(plan, target, pieces, sha256, draft, console)
@@ -132,10 +139,12 @@ def export_student(
     return Bundle.open(out)
 
 
-def _check_target(target: Target, student: Student, merge_tokens: float) -> None:
+def _check_target(target: Target, student: Student, merge_tokens: float, way: Way | None) -> None:
     """Raises what keeps a target from lowering that."""
     _check_family(student, target)
     target.check()
+    if way and (why := target.refuse_caching()):
+        raise EdgeflashError(f"{way.flag}: --to {_name(target)} {why}: leave one of them out")
     if not 0 <= merge_tokens <= MOST:
         raise EdgeflashError(f"--merge-tokens {merge_tokens:g}: give a share of at most {MOST}")
     if merge_tokens and not target.picks:
@@ -198,6 +207,7 @@ def rehearsal(
         image_to_image=False,
         fold_timestep=True,
         merge_tokens=0.0,
+        way=None,
     )
     return replace(plan.tape, prompts=_prompts(student, prompts))
 
@@ -218,6 +228,7 @@ def _plan(
     image_to_image: bool,
     fold_timestep: bool,
     merge_tokens: float,
+    way: Way | None,
 ) -> _Plan:
     family = student.family
     guidance = guidance or student.guidance()
@@ -228,6 +239,10 @@ def _plan(
     for name in components:
         family.signature(student, name, size)
     space = family.latent(student)
+    if way:
+        schedules = {n: rows_of(way, table) for n, table in schedules.items()}
+        at = components.index("unet") + 1
+        components = (*components[:at], cached_name("unet"), *components[at:])
     shape = (1, space.channels, height // space.downsampling, width // space.downsampling)
     times = {step.t for schedule in schedules.values() for step in schedule.steps}
     prompts = _prompts(student, prompts)
@@ -238,12 +253,13 @@ def _plan(
     tape = Tape(
         student,
         target,
-        Sampler(schedules[default_steps], guidance, shape),
+        Sampler(schedules[default_steps], guidance, shape, bool(way and way.gated)),
         prompts if calibrates else prompts[:goldens],
         size,
         timestep=times.pop() if fold_timestep and len(times) == 1 else None,
         whole=whole,
         merge=merge_tokens,
+        way=way,
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
@@ -268,14 +284,14 @@ def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> 
         console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
 
 
-def _tell_merging(tape: Tape, console: Console) -> None:
-    """Says what the merging of tokens costs."""
-    if tape.merge:
-        console.print(
-            f"merging {tape.merge:.0%} of the tokens: the pictures are "
-            f"{min(tape.merging_db):.1f} dB from the student's own",
-            highlight=False,
-        )
+def _tell_losses(tape: Tape, console: Console) -> None:
+    """Says what the merging of tokens costs, and what caching does."""
+    told = {"merging": f"merging {tape.merge:.0%} of the tokens"}
+    if tape.way:
+        told["caching"] = tape.way.flag.removeprefix("--")
+    for what, found_db in tape.loss_db.items():
+        line = f"{told[what]}: the pictures are {min(found_db):.1f} dB from the student's own"
+        console.print(line, highlight=False)
 
 
 def _lowered(
@@ -334,7 +350,9 @@ def _pack(
     if told := target.furnish(student, draft):
         console.print(told, markup=False)
     goldens = pack.write_goldens(tape, plan.goldens, draft)
+    loss_db = {what: round(min(found), 2) for what, found in tape.loss_db.items()}
     manifest = Manifest(
+        format_version=CACHED_VERSION if tape.way else 1,
         family=family.name,
         name=student.folder.resolve().name,
         components=components,
@@ -348,9 +366,8 @@ def _pack(
         goldens=goldens,
         files=pack.other_files(draft, [f for c in components for f in c.files]),
         lineage=pack.lineage(student, student_sha256, target.needs),
-        merging=Merging(share=tape.merge, image_psnr_db=round(min(tape.merging_db), 2))
-        if tape.merge
-        else None,
+        merging=Merging(share=tape.merge, image_psnr_db=loss_db["merging"]) if tape.merge else None,
+        caching=tape.way.told(loss_db["caching"]) if tape.way else None,
     )
     return manifest.model_copy(update={"fused": target.fuse(Bundle(draft, manifest))})
 

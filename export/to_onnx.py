@@ -67,6 +67,9 @@ class OnnxTarget(Quantizing):
     def families(self) -> tuple[str, ...]:
         return ("sd",) if self.fused else ()  # the fused graph has one text encoder
 
+    def refuse_caching(self) -> str:
+        return "puts one graph of the denoiser into fused=1 so far" if self.fused else ""
+
     @property
     def honours(self) -> tuple[str, ...]:
         return ("int8", "int8-dynamic", "int8-weights", "int4-weights")

@@ -173,11 +173,17 @@ def system_of(
         sizes_mib={part.name: sum(f.bytes for f in part.files) / 2**20 for part in parts},
         peak_rss_mib=found.peak_rss_mib,
         stages={stage: Percentiles.of(samples) for stage, samples in found.stages_ms.items()},
+        calls={stage: calls for stage, calls in _calls(found).items() if calls > 1},
         sustained=Sustained.of(found.sustained_ms) if found.sustained_ms else None,
         manifest_sha256=sha256_of(bundle.folder / MANIFEST),
         conditions=_conditions(job, found),
         images=images,
     )
+
+
+def _calls(found: Measured) -> dict[str, int]:
+    """How often each stage ran for an image."""
+    return {stage: len(ms) // len(found.runs_ms) for stage, ms in found.stages_ms.items()}
 
 
 def _conditions(job: Job, found: Measured) -> Conditions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edgeflash.bundle import ANSWER, Bundle, Component
+from edgeflash.caching import ROLE, cached_name
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 
@@ -18,6 +19,7 @@ FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     "vae_decoder": {"latent"},
     "vae_encoder": {"image"},
 }
+FED[cached_name("unet")] = FED["unet"]
 OPTIONAL = {"timestep", "pooled", "time_ids", "guidance"}
 DTYPES = {"float16", "float32", "float64", "int32", "int64"}
 LAYOUTS = {"", "NCHW", "NSC", "NC1S", "NS", "NC", "N"}
@@ -45,6 +47,7 @@ def reasons(bundle: Bundle, runtime: Runtime) -> Iterator[str]:
     yield from _about_prompts(bundle, have["unet"])
     yield from _about_timesteps(bundle, have["unet"])
     yield from _about_guidance(bundle, have["unet"])
+    yield from _about_caches(bundle, have["unet"])
 
 
 def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
@@ -57,9 +60,13 @@ def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
     if not any(spec.role == ANSWER[component.name] for spec in component.outputs):
         yield f"{where}.outputs: none has the role {ANSWER[component.name]!r}; export it again"
     roles = {spec.role for spec in component.inputs}
+    optional = OPTIONAL
+    if component.name == cached_name("unet"):
+        roles = {role for role in roles if not role.startswith(ROLE)}
+        optional = OPTIONAL | {"conditioning"}
     for role in sorted(roles - FED[component.name]):
         yield f"{where}.inputs: role {role!r} is not known here: pip install -U edgeflash"
-    for role in sorted(FED[component.name] - OPTIONAL - roles):
+    for role in sorted(FED[component.name] - optional - roles):
         yield f"{where}.inputs: none has the role {role!r}; export it again"
     for spec in (*component.inputs, *component.outputs):
         if spec.dtype not in DTYPES:
@@ -115,3 +122,21 @@ def _about_guidance(bundle: Bundle, unet: Component) -> Iterator[str]:
             f"guidance.channels: is {guidance.channels}, but components.unet.{spec.name} takes "
             f"{spec.shape[-1]}; export it again"
         )
+
+
+def _about_caches(bundle: Bundle, unet: Component) -> Iterator[str]:
+    """Whether the rows' second graph is there, and the denoiser leaves all that it takes."""
+    cached = bundle.cached
+    tables = bundle.manifest.schedules.values()
+    if cached is None:
+        if any(step.graph for table in tables for step in table.steps):
+            yield "schedules: rows run a cached graph, but components has none; export it again"
+        return
+    left = {spec.role: spec.shape[1:] for spec in unet.outputs}
+    for spec in cached.inputs:
+        if spec.role.startswith(ROLE) and left.get(spec.role) != spec.shape[1:]:
+            yield (
+                f"components.{cached.name}.{spec.name}: takes {list(spec.shape[1:])}, but "
+                f"components.{unet.name} leaves {list(left.get(spec.role, ()))} of role "
+                f"{spec.role!r}; export it again"
+            )

@@ -323,7 +323,7 @@ def _shapes(component: Component, manifest: Manifest) -> dict[str, tuple[int, ..
     """Of the inputs, for one image: with guidance of the kind "cfg" that is two rows."""
     guidance, image, latent = manifest.guidance, manifest.image, manifest.latent
     doubled = guidance.kind == "cfg" and guidance.scale != 1
-    rows = 2 if doubled and component.name.startswith(("text_encoder", "unet")) else 1
+    rows = 2 if doubled and any(map(component.input, ("tokens", "conditioning"))) else 1
     cells = (image.height // latent.downsampling, image.width // latent.downsampling)
     usual = {
         "tokens": (rows, manifest.tokenizer.max_length),
