@@ -4,12 +4,12 @@ A bundle may hold a second graph of its denoiser, which computes less and takes 
 the whole network made at an earlier step. Rows of a schedule name the graph they run. Whoever runs
 the loop does this::
 
-    whole row:   output, cache.0 … cache.k = denoiser(…)              # keep what it leaves
-    cached row:  output = denoiser_cached(…, cache.0 … cache.k)       # as the last whole row left it
+    whole row:   output, cache.0 … cache.k = denoiser(…)         # keep what it leaves
+    cached row:  output = denoiser_cached(…, cache.0 … cache.k)  # as the last whole row left it
 
 With the method "t-gate" of the manifest the cached graph hears no prompt, so there is nothing to
-guide: it runs once, on the mean of what the two calls of the last guided row left (`unguided`). With
-"deep-cache" it is guided like the other, each call on what its own left.
+guide: it runs once, on the mean of what the two calls of the last guided row left (`unguided`).
+With "deep-cache" it is guided like the other, each call on what its own left.
 """
 
 from __future__ import annotations

@@ -106,6 +106,10 @@ def export(
     cache_branch: Annotated[
         int, typer.Option(min=0, help="Of --deep-cache: the skip whose feature is kept.")
     ] = 0,
+    gate: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", min=1, help="Hear the prompt in the first ones alone."),
+    ] = None,
     prompt: Prompts = None,
     floor: Floors = None,
     set_: Set = None,
@@ -120,8 +124,8 @@ def export(
         raise EdgeflashError("--prefer: goes with --precision auto alone")
     target = make(Target, to, {"precision": "fp32" if auto else precision} | options)
     counts, pixels = read_counts(steps), read_size(size)
-    from edgeflash.export.caching import way_of
     from edgeflash.export.line import export_student
+    from edgeflash.export.ways import way_of
 
     opened = Student.open(student, read_loras(lora))
     lower = partial(
@@ -135,7 +139,7 @@ def export(
         image_to_image=image_to_image,
         fold_timestep=not keep_timestep,
         merge_tokens=merge_tokens,
-        way=way_of(deep_cache, cache_branch),
+        way=way_of(deep_cache, cache_branch, gate),
         floors=read_floors(floor),
     )
     if auto:

@@ -1,8 +1,6 @@
-"""Two graphs of one denoiser: the whole one gives what a cheaper one takes at later steps.
+"""Two graphs of one denoiser: the whole one leaves what a cheaper one takes at later steps.
 
-DeepCache (arXiv 2312.00858): from step to step the deep features of a UNet hardly change. Every
-few steps all of it runs and keeps the feature that enters one of its last layers; in between only
-that layer and those around it run, on the skip connections of the outermost layers alone.
+What is left out, and when, says a `Way` (`ways.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from edgeflash.bundle import Caching, TensorSpec
@@ -22,12 +19,8 @@ from edgeflash.caching import ROLE, cached_name
 from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import Schedule
 
-from .merging import unet_in
-
 if TYPE_CHECKING:
     from .capture import Network
-
-BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
 
 
 class Way(Protocol):
@@ -56,19 +49,6 @@ class Way(Protocol):
         """For the manifest."""
 
 
-def way_of(interval: int | None, branch: int) -> Way | None:
-    """What ``--deep-cache`` and ``--cache-branch`` ask for.
-
-    Raises:
-        EdgeflashError: the second without the first.
-    """
-    if interval is not None:
-        return DeepCache(interval, branch)
-    if branch:
-        raise EdgeflashError(f"--cache-branch {branch}: goes with --deep-cache alone")
-    return None
-
-
 def rows_of(way: Way, schedule: Schedule) -> Schedule:
     """The schedule with the graph of each row in it.
 
@@ -93,130 +73,7 @@ def without(schedule: Schedule) -> Schedule:
     return schedule.model_copy(update={"steps": steps})
 
 
-@dataclass(frozen=True)
-class DeepCache:
-    """Runs the whole UNet every ``interval`` steps.
-
-    Attributes:
-        interval: N of the paper, at least 2.
-        branch: the skip connection, counted from the outermost, at whose height the feature is
-            kept: the layers that it and those before it belong to run in every step.
-    """
-
-    interval: int
-    branch: int = 0
-
-    @property
-    def flag(self) -> str:
-        return f"--deep-cache {self.interval}"
-
-    @property
-    def gated(self) -> bool:
-        return False
-
-    def reuses(self, row: int) -> bool:
-        return row % self.interval > 0
-
-    def told(self, image_psnr_db: float) -> Caching:
-        return Caching(
-            method="deep-cache",
-            interval=self.interval,
-            branch=self.branch,
-            image_psnr_db=image_psnr_db,
-        )
-
-    def cut(self, network: Network, cells: tuple[int, int]) -> tuple[Network, Network]:
-        unet = unet_in(network.module)
-        layers, level = _last_layers(unet, self.branch)
-        resnet = unet.get_submodule(layers[0])
-        width = resnet.in_channels - _skip_channels(unet)[self.branch]
-        rows, columns = (-(-side // 2**level) for side in cells)
-        first = network.inputs[0].shape[0]
-        spec = TensorSpec(
-            name="cache_0",
-            role=f"{ROLE}0",
-            shape=(first, width, rows, columns),
-            dtype="float32",
-            layout="NCHW",
-        )
-        given = Given()
-        shallow = replaced(network.module, _under(network.module, unet, _cuts(unet, layers, given)))
-        attends = any(path.endswith("attn2") for path, _ in shallow.named_modules())
-        deaf = () if attends or unet.config.addition_embed_type else ("conditioning",)
-        whole = Leaving(network.module, [(resnet, width)])
-        return (
-            replace(network, module=whole, outputs=(*network.outputs, spec)),
-            taking(network, shallow, [given], (spec,), deaf),
-        )
-
-
-def _last_layers(unet: UNet2DConditionModel, branch: int) -> tuple[list[str], int]:
-    """Paths of the resnets that run in every step, in order, and how often the first halves.
-
-    Raises:
-        EdgeflashError: blocks of another kind than Stable Diffusion's, or no such branch.
-    """
-    blocks = (*unet.down_blocks, *unet.up_blocks)
-    if strange := [b for b in blocks if type(b).__name__ not in BLOCKS]:
-        raise EdgeflashError(
-            f"--deep-cache: this unet has a {type(strange[0]).__name__}, where Stable Diffusion's "
-            f"have {', '.join(BLOCKS)}: leave it out"
-        )
-    paths = [
-        (f"up_blocks.{i}.resnets.{j}", len(unet.up_blocks) - 1 - i)
-        for i, block in enumerate(unet.up_blocks)
-        for j in range(len(block.resnets))
-    ]
-    if branch > len(paths) - 2:  # the first layer has nothing before it but the middle
-        raise EdgeflashError(
-            f"--cache-branch {branch}: this unet has the branches 0 to {len(paths) - 2}: give one"
-        )
-    last = paths[-1 - branch :]
-    return [path for path, _ in last], last[0][1]
-
-
-def _skip_channels(unet: UNet2DConditionModel) -> list[int]:
-    """Channels of the skip connections, from the outermost."""
-    found = [unet.conv_in.out_channels]
-    for block in unet.down_blocks:
-        found += [resnet.out_channels for resnet in block.resnets]
-        found += [block.resnets[-1].out_channels] * (block.downsamplers is not None)
-    return found
-
-
-def _cuts(
-    unet: UNet2DConditionModel, layers: list[str], given: Given
-) -> dict[str, nn.Module | None]:
-    """What a UNet of these last layers alone has elsewhere: path -> module, or none.
-
-    What its middle gives is what is taken over, whatever the layers before it made.
-    """
-    cuts: dict[str, nn.Module | None] = {"mid_block": given}
-    skips = len(layers) - 1  # made by layers of the way down; the first is that of conv_in
-    for i, block in enumerate(unet.down_blocks):
-        own = len(block.resnets)
-        if skips <= 0:
-            cuts[f"down_blocks.{i}"] = None
-        elif skips <= own:
-            cuts |= _parts(block, f"down_blocks.{i}", range(skips, own))
-            cuts[f"down_blocks.{i}.downsamplers"] = None
-        skips -= own + (block.downsamplers is not None)
-    for i, block in enumerate(unet.up_blocks):
-        kept = [j for j in range(len(block.resnets)) if f"up_blocks.{i}.resnets.{j}" in layers]
-        if not kept:
-            cuts[f"up_blocks.{i}"] = None
-        else:
-            cuts |= _parts(block, f"up_blocks.{i}", range(kept[0]))
-    return cuts
-
-
-def _parts(block: nn.Module, path: str, layers: range) -> dict[str, nn.Module | None]:
-    """Takes layers out of a block: each a resnet, and an attention where it has them."""
-    kinds = [kind for kind in ("resnets", "attentions") if getattr(block, kind, None) is not None]
-    return {f"{path}.{kind}.{j}": None for kind in kinds for j in layers}
-
-
-def _under(
+def under(
     module: nn.Module, unet: nn.Module, cuts: Mapping[str, nn.Module | None]
 ) -> dict[str, nn.Module | None]:
     """Paths within a UNet as those within what wraps it."""
@@ -239,7 +96,7 @@ def replaced(module: nn.Module, changes: Mapping[str, nn.Module | None]) -> nn.M
         elif each is None and isinstance(module, nn.ModuleList):
             del found._modules[name]
         else:
-            found._modules[name] = each
+            setattr(found, name, each)
     for name, some in below.items():
         child = module._modules[name]
         assert child is not None, name
@@ -247,33 +104,58 @@ def replaced(module: nn.Module, changes: Mapping[str, nn.Module | None]) -> nn.M
     return found
 
 
-def taking(
+def graphs(
     network: Network,
+    taps: list[Tap],
+    specs: tuple[TensorSpec, ...],
     module: nn.Module,
     layers: list[Given],
-    specs: tuple[TensorSpec, ...],
     deaf: tuple[str, ...],
-) -> Network:
-    """The cached graph of a denoiser.
+) -> tuple[Network, Network]:
+    """The whole graph of a denoiser, and the cached one.
 
     Args:
         network: the denoiser.
-        module: the same without what is taken over.
-        layers: what stands in for that.
-        specs: of what is taken over, in their order.
-        deaf: roles of inputs that nothing is left to hear.
+        taps: where the whole one is read.
+        specs: of what is read there.
+        module: the denoiser without what makes that.
+        layers: what stands in for it, in the same order.
+        deaf: roles of inputs that nothing is left in it to hear.
     """
     absent = {
         i: tuple(1 if isinstance(side, str) else side for side in spec.shape)
         for i, spec in enumerate(network.inputs)
         if spec.role in deaf
     }
-    return replace(
+    whole = replace(
+        network, module=Leaving(network.module, taps), outputs=(*network.outputs, *specs)
+    )
+    return whole, replace(
         network,
         component=cached_name(network.component),
         module=Taking(module, layers, absent),
         inputs=(*(spec for spec in network.inputs if spec.role not in deaf), *specs),
     )
+
+
+def left(number: int, network: Network, shape: tuple[int, ...], layout: str) -> TensorSpec:
+    """Of what a denoiser leaves: [n, *shape]."""
+    rows = network.inputs[0].shape[0]
+    return TensorSpec(
+        name=f"cache_{number}",
+        role=f"{ROLE}{number}",
+        shape=(rows, *shape),
+        dtype="float32",
+        layout=layout,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """Where a network is read: what a layer gives, or the first ``width`` channels it is given."""
+
+    layer: nn.Module
+    width: int | None = None
 
 
 class Given(nn.Module):
@@ -288,37 +170,43 @@ class Given(nn.Module):
 
 
 class Leaving(nn.Module):
-    """A network that also gives the first channels of what some of its layers are given.
+    """A network that also gives what is read on the way.
 
     Args:
         network: what it gives comes first.
-        layers: each with the number of those channels.
+        taps: where it is read, in the order in which that follows.
     """
 
-    def __init__(self, network: nn.Module, layers: list[tuple[nn.Module, int]]) -> None:
+    def __init__(self, network: nn.Module, taps: list[Tap]) -> None:
         super().__init__()
         self.network = network
-        self._layers = layers
+        self._taps = taps
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with self._watched() as seen:
             out = self.network(*inputs)
-        return (out, *seen)
+        return (out, *(seen[k] for k in range(len(self._taps))))
 
     @contextmanager
-    def _watched(self) -> Iterator[list[Tensor]]:
-        seen: list[Tensor] = []
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda _, given, width=width: seen.append(given[0][:, :width])
-            )
-            for layer, width in self._layers
-        ]
+    def _watched(self) -> Iterator[dict[int, Tensor]]:
+        seen: dict[int, Tensor] = {}
+        hooks = [self._hook(tap, k, seen) for k, tap in enumerate(self._taps)]
         try:
             yield seen
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _hook(self, tap: Tap, k: int, seen: dict[int, Tensor]) -> Any:
+        def before(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen[k] = given[0][:, : tap.width]
+
+        def after(_: nn.Module, __: Any, output: Tensor) -> None:
+            seen[k] = output
+
+        if tap.width is None:
+            return tap.layer.register_forward_hook(after)
+        return tap.layer.register_forward_pre_hook(before)
 
 
 class Taking(nn.Module):

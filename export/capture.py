@@ -229,9 +229,7 @@ class Tape:
             whole = replace(self.sampler, schedule=without(self.sampler.schedule))
             self._run_plain("caching", whole, network, None)
 
-    def _run_plain(
-        self, what: str, sampler: Sampler, network: Eager, cached: Eager | None
-    ) -> None:
+    def _run_plain(self, what: str, sampler: Sampler, network: Eager, cached: Eager | None) -> None:
         """What the denoiser makes of some goldens without that; not among the samples."""
         aside = Eager(network.network)
         other = Eager(cached.network) if cached else None
