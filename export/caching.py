@@ -50,21 +50,22 @@ class Way(Protocol):
 
 
 def rows_of(way: Way, schedule: Schedule) -> Schedule:
-    """The schedule with the graph of each row in it.
-
-    Raises:
-        EdgeflashError: too few steps to take anything over from one to the next.
-    """
+    """The schedule with the graph of each row in it; a short one may have nothing to take over."""
     steps = tuple(
         step.model_copy(update={"graph": "cached"}) if way.reuses(i) else step
         for i, step in enumerate(schedule.steps)
     )
-    if steps == schedule.steps:
-        raise EdgeflashError(
-            f"{way.flag}: in {len(steps)} step{'s' * (len(steps) != 1)} there is nothing to take "
-            "over from one to the next: ask for more --steps, or leave it out"
-        )
     return schedule.model_copy(update={"steps": steps})
+
+
+def check_rows(way: Way, schedule: Schedule) -> None:
+    """Raises where no row of a schedule would run the cached graph."""
+    count = len(schedule.steps)
+    if not any(way.reuses(i) for i in range(count)):
+        raise EdgeflashError(
+            f"{way.flag}: in {count} step{'s' * (count != 1)} there is nothing to take over from "
+            "one to the next: ask for more --steps, or leave it out"
+        )
 
 
 def without(schedule: Schedule) -> Schedule:

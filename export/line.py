@@ -40,7 +40,7 @@ from edgeflash.tokenizer import read_tokenizer
 from edgeflash.verify import check_floors, refuse_below, verify
 
 from . import pack
-from .caching import Way, rows_of
+from .caching import Way, check_rows, rows_of
 from .capture import Captured, Tape
 from .merging import MOST
 
@@ -240,6 +240,7 @@ def _plan(
         family.signature(student, name, size)
     space = family.latent(student)
     if way:
+        check_rows(way, schedules[default_steps])
         schedules = {n: rows_of(way, table) for n, table in schedules.items()}
         at = components.index("unet") + 1
         components = (*components[:at], cached_name("unet"), *components[at:])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import get_args
 
@@ -61,6 +61,7 @@ class Seen:
         graph: empty where nothing reads it here; ``unread`` tells why.
         weight_bytes: as they are stored.
         peak: of inputs and results, for one image.
+        beside_bytes: weights that stay loaded with it, as both graphs of a denoiser in turns do.
     """
 
     component: Component
@@ -68,11 +69,12 @@ class Seen:
     weight_bytes: int
     peak: Peak
     unread: str = ""
+    beside_bytes: int = 0
 
     @property
     def bytes(self) -> int:
         """The memory it takes, as estimated: weights, and results at their peak."""
-        return self.weight_bytes + self.peak.bytes
+        return self.weight_bytes + self.beside_bytes + self.peak.bytes
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,12 @@ def look(bundle: Bundle) -> tuple[Seen, ...]:
     Raises:
         EdgeflashError: a file that does not read as what the manifest says.
     """
-    return tuple(_seen(bundle, component) for component in bundle.manifest.components)
+    seen = tuple(_seen(bundle, component) for component in bundle.manifest.components)
+    cached = next((part for part in seen if part.component == bundle.cached), None)
+    if cached is None or bundle.gated:  # behind the gate the whole denoiser can go
+        return seen
+    beside = {"unet": cached.weight_bytes}
+    return tuple(replace(s, beside_bytes=beside.get(s.component.name, 0)) for s in seen)
 
 
 def judge(seen: tuple[Seen, ...], device: Device) -> Judgement:

@@ -22,6 +22,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.inspect import tell
 from edgeflash.report import Percentiles
 from edgeflash.runtimes.bench import _calls
+from edgeflash.runtimes.lint import look
 from edgeflash.runtimes.measure import Measured
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Entry, Schedule, Step
@@ -189,6 +190,14 @@ def test_graphs_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(altered))
         with pytest.raises(EdgeflashError, match=said):
             TextToImage(Bundle.open(folder), Spy(provider="cpu"))
+
+
+def test_lint_counts_the_graphs_together_where_they_take_turns(tmp_path: Path) -> None:
+    for gated in (False, True):
+        _, whole, cached, _ = look(Bundle.open(with_cached(tmp_path / str(gated), gated=gated)))
+        assert cached.weight_bytes > 0
+        assert whole.beside_bytes == (0 if gated else cached.weight_bytes)
+        assert whole.bytes == whole.weight_bytes + whole.beside_bytes + whole.peak.bytes
 
 
 def test_what_there_is_is_told(tmp_path: Path) -> None:

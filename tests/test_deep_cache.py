@@ -18,7 +18,7 @@ from edgeflash import shelf
 from edgeflash.bundle import Bundle, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import onnx_graph
-from edgeflash.export.caching import rows_of, without
+from edgeflash.export.caching import check_rows, rows_of, without
 from edgeflash.export.capture import Captured, Eager, Network, Sample, to_program
 from edgeflash.export.line import export_student
 from edgeflash.export.ways import DeepCache, way_of
@@ -126,7 +126,8 @@ def test_every_so_many_rows_are_whole() -> None:
     assert [step.graph is None for step in found.steps] == [i % 3 == 0 for i in range(8)]
     assert without(found) == table(8)
     with pytest.raises(EdgeflashError, match="--deep-cache 3: in 1 step there is nothing"):
-        rows_of(DeepCache(3), table(1))
+        check_rows(DeepCache(3), table(1))
+    assert rows_of(DeepCache(3), table(1)) == table(1), "beside longer ones it stays whole"
     with pytest.raises(EdgeflashError, match="goes with --deep-cache alone"):
         way_of(None, 1, None)
     assert way_of(None, 0, None) is None
