@@ -6,7 +6,8 @@ What is measured, and how:
   included; the page cache is as it is, so a file read lately comes from memory;
 - *warm load*: closing and opening again in the same process, median of three;
 - *first image*: the first after the cold load; then the warm-up runs, not counted; then the runs;
-- *latency*: prompt to pixels of one batch; *stages*: the parts of it, for unet one step;
+- *latency*: prompt to pixels of one batch; *stages*: the parts of it, for unet and its cached graph
+  one step;
 - *drift*: after the runs, drawing without a pause for as long as is asked for: by how much the
   last twentieth of it is slower than the first;
 - *peak RSS*: of the measured process, interpreter and vendor's runtime included, before the

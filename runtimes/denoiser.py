@@ -41,8 +41,13 @@ class Denoiser:
         self._left: dict[str, NDArray[Any]] = {}  # by role, of the last whole row
         self._joined = False
 
-    def part(self, step: Step) -> Part:
-        """The graph that a row runs."""
+    def open(self, step: Step) -> str:
+        """Loads the graph that a row runs, if need be; gives the component's name."""
+        part = self._part(step)
+        part.open()
+        return part.component.name
+
+    def _part(self, step: Step) -> Part:
         if not step.graph:
             return self._whole
         assert self._cached is not None, "refused before"
@@ -57,7 +62,7 @@ class Denoiser:
 
     def __call__(self, step: Step, x: Float32) -> Float32:
         """The guided output [n, c, h, w] for x, which is what the network sees."""
-        part = self.part(step)
+        part = self._part(step)
         roles: dict[str, NDArray[Any]] = {"sample": x, "timestep": np.array(step.t)}
         if self._guidance.kind == "embedded":
             roles["guidance"] = np.repeat(self._guidance.embedding(), len(x), axis=0)

@@ -27,7 +27,7 @@ from edgeflash.runtimes.edit import Edit, renoises
 from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.honour import refuse
 from edgeflash.runtimes.prompts import Prompts
-from edgeflash.schedule import Entry, Guidance, Schedule, Step, advance
+from edgeflash.schedule import Entry, Guidance, Schedule, advance
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
@@ -198,8 +198,9 @@ class TextToImage:
 
         x, previous = plan.schedule.begin(fresh, latent, plan.entry), None
         denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning)
-        with self._denoising(denoiser, rows) as clock:
+        with self._denoising(denoiser) as clock:
             for i, step in enumerate(rows):
+                stage = denoiser.open(step)
                 clock.start()
                 output = denoiser(step, step.in_scale * x)
                 if step.needs_noise:
@@ -207,11 +208,11 @@ class TextToImage:
                 following = advance(step, x, output, noise=fresh, previous=previous)
                 if request.edit and i + 1 < steps:
                     following = self._edited(request.edit, following, plan.schedule, i, fresh)
-                stage = denoiser.part(step).component.name
                 x, previous = _finite(following, stage, f"at step {i + 1} of {steps}"), (x, output)
+                told = clock.ms()
                 if self.low_memory:
                     denoiser.close_all_but(rows[i + 1 :])
-                yield Event(stage, i + 1, steps, clock.ms(), x)
+                yield Event(stage, i + 1, steps, told, x)
 
         with self._stage("vae_decoder") as (part, clock):
             images = self._decode(part, x, request.edit)
@@ -311,8 +312,7 @@ class TextToImage:
                 part.close()
 
     @contextmanager
-    def _denoising(self, denoiser: Denoiser, rows: tuple[Step, ...]) -> Iterator[_Clock]:
-        denoiser.part(rows[0]).open()
+    def _denoising(self, denoiser: Denoiser) -> Iterator[_Clock]:
         try:
             yield _Clock()
         finally:
