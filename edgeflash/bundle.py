@@ -16,28 +16,37 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from edgeflash.caching import cached_name, whole_name
 from edgeflash.disk import MANIFEST, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import Guidance, Schedule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read
+CACHED_VERSION = 2  # of bundles with a cached graph; all others are still written as 1
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
     "text_encoder_2": "conditioning",
     "text_encoder_3": "below",
     "unet": "prediction",
     "transformer": "prediction",
+    "unet_cached": "prediction",
     "vae_decoder": "image",
     "vae_encoder": "latent",
 }
-DENOISERS = tuple(name for name, role in ANSWER.items() if role == "prediction")
+PREDICTING = tuple(name for name, role in ANSWER.items() if role == "prediction")
+DENOISERS = tuple(name for name in PREDICTING if name == whole_name(name))
 
 
 def kind_of(component: str) -> str:
-    """What a component is, by its name: text_encoder, denoiser, vae_decoder or vae_encoder."""
+    """What a component is, by its name: text_encoder, denoiser, vae_decoder or vae_encoder.
+
+    A denoiser's cached graph is a denoiser_cached.
+    """
     if component.startswith("text_encoder"):
         return "text_encoder"
-    return "denoiser" if component in DENOISERS else component
+    if component not in PREDICTING:
+        return component
+    return "denoiser" if component in DENOISERS else cached_name("denoiser")
 
 
 class Part(BaseModel):
@@ -57,7 +66,8 @@ class TensorSpec(Part):
     [n, c, h, w], latent [n, c, h, w], image [n, 3, H, W], or unused; of a fused graph noise
     [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is [n, d, 1, s]. A
     dimension that is a string is free. `edgeflash.conditioning` says how the denoiser's
-    conditioning comes from the text encoders'.
+    conditioning comes from the text encoders'. What the denoiser leaves for its cached graph has
+    the roles cache.0, cache.1 … in both (`edgeflash.caching`).
     """
 
     name: str
@@ -114,7 +124,8 @@ class Tokenizer(Part):
 class Component(Part):
     """A network of the bundle, by a name in `ANSWER`; the denoiser has one of `DENOISERS`.
 
-    Or ``pipeline``, which stands by itself: text_encoder, all steps and vae_decoder in one graph.
+    Or ``unet_cached``, the graph that rows of a schedule name which take what unet left before. Or
+    ``pipeline``, which stands by itself: text_encoder, all steps and vae_decoder in one graph.
     """
 
     name: str
@@ -186,6 +197,16 @@ class Merging(Part):
     image_psnr_db: float  # of the pictures, against the student's own without it; the worst
 
 
+class Caching(Part):
+    """What the denoiser's cached graph leaves out (`export/caching.py`), and what that costs."""
+
+    method: Literal["deep-cache", "t-gate"]
+    interval: int | None = None  # deep-cache: every so many steps the whole network runs
+    branch: int | None = None  # deep-cache: skip connection whose feature is kept
+    gate: int | None = None  # t-gate: the first step that hears no prompt
+    image_psnr_db: float  # of the pictures, against the student's own without it; the worst
+
+
 class Lineage(Part):
     teacher: str | None = None
     recipe_sha256: str | None = None
@@ -196,7 +217,7 @@ class Lineage(Part):
 
 
 class Manifest(Part):
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     kind: Literal["bundle"] = "bundle"
     family: str
     name: str
@@ -208,6 +229,7 @@ class Manifest(Part):
     default_steps: int
     guidance: Guidance
     merging: Merging | None = None
+    caching: Caching | None = None
     fused: Component | None = None  # draws in default_steps, with the guidance above
     no_prompt: Literal["zeros"] | None = None  # what guides away; None: "" as any other prompt
     parity: tuple[Figure, ...] = ()
@@ -220,6 +242,11 @@ class Manifest(Part):
     def lowered(self) -> tuple[Component, ...]:
         """The components, and the graph of them all where there is one."""
         return self.components if self.fused is None else (*self.components, self.fused)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the cached graph runs without guidance, on what the prompt had said before."""
+        return self.caching is not None and self.caching.method == "t-gate"
 
     @model_validator(mode="after")
     def _has_its_schedules(self) -> Manifest:
@@ -260,6 +287,12 @@ class Bundle:
         for component in self.manifest.lowered:
             yield from component.files
         yield from self.manifest.files
+
+    @property
+    def cached(self) -> Component | None:
+        """The graph of the denoiser that takes what the whole one left before."""
+        names = [cached_name(name) for name in DENOISERS]
+        return next((c for c in self.manifest.components if c.name in names), None)
 
     def component(self, name: str) -> Component:
         for component in self.manifest.components:

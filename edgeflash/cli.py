@@ -99,6 +99,17 @@ def export(
     merge_tokens: Annotated[
         float, typer.Option(metavar="SHARE", help="Of the denoiser's tokens, as in 0.5.")
     ] = 0.0,
+    deep_cache: Annotated[
+        int | None,
+        typer.Option(metavar="INTERVAL", min=2, help="Run all of the UNet every so many steps."),
+    ] = None,
+    cache_branch: Annotated[
+        int, typer.Option(min=0, help="Of --deep-cache: the skip whose feature is kept.")
+    ] = 0,
+    gate: Annotated[
+        int | None,
+        typer.Option(metavar="STEP", min=1, help="Hear the prompt in the first ones alone."),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="As of edgeflash lint: set what suits it, and judge.")
     ] = None,
@@ -132,6 +143,9 @@ def export(
         image_to_image=image_to_image,
         fold_timestep=not keep_timestep,
         merge_tokens=merge_tokens,
+        deep_cache=deep_cache,
+        cache_branch=cache_branch,
+        gate=gate,
         floors=read_floors(floor),
     )
     lower = partial(export_student, opened, options=asked)

@@ -40,6 +40,21 @@ class ExportOptions(BaseModel):
         description="share of the denoiser's tokens to merge, up to 0.75; the ladder then holds "
         "the bundle against the student with this merging in torch",
     )
+    deep_cache: int | None = Field(
+        None,
+        ge=2,
+        description="run all of the denoiser every so many steps, in between a second graph of it "
+        "(DeepCache); the ladder then holds the bundle against the student cached so in torch",
+    )
+    cache_branch: int = Field(
+        0, ge=0, description="of deep_cache: the skip connection, from the outermost, kept there"
+    )
+    gate: int | None = Field(
+        None,
+        ge=1,
+        description="hear the prompt in so many first steps alone, then a second graph runs "
+        "(T-GATE); the ladder does the same",
+    )
     floors: dict[str, float] = Field(
         {}, description="of the ladder, instead of the defaults; see edgeflash.verify"
     )

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from edgeflash.bundle import Bundle, Figure, read_manifest
+from edgeflash.bundle import Bundle, Caching, Figure, read_manifest
 from edgeflash.disk import MANIFEST
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError, unknown
@@ -124,12 +124,22 @@ def _bundle(folder: Path) -> RenderableType:
     if manifest.merging:
         told = manifest.merging
         facts["merged tokens"] = f"{told.share:.0%}: {told.image_psnr_db:g} dB from the student"
+    if manifest.caching:
+        facts["cached"] = told_of(manifest.caching)
     if manifest.unproven:
         facts["unproven"] = manifest.unproven
     if engine := manifest.components[0].engine:
         made = f"{engine.built_with} for {', '.join(engine.built_for)}"
         facts["engines"] = f"{engine.vendor} {made if engine.built_for else 'where it runs'}"
     return Group(_facts(facts), parts, ladder(manifest.parity))
+
+
+def told_of(caching: Caching) -> str:
+    """What a second graph leaves out, and what that costs."""
+    how = f"no prompt from step {caching.gate} on"
+    if caching.method == "deep-cache":
+        how = f"whole every {caching.interval} steps, branch {caching.branch}"
+    return f"{caching.method}, {how}: {caching.image_psnr_db:g} dB from the student"
 
 
 def ladder(figures: tuple[Figure, ...]) -> RenderableType:

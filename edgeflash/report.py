@@ -87,10 +87,10 @@ class System(_Figures):
     """One way to make the pictures, and what it costs. None: not measured.
 
     ``latency_ms_*`` is from prompt to pixels for the whole batch, everything loaded. In ``stages``,
-    ``unet`` or ``transformer`` is one step and the others are the whole stage. ``manifest_sha256``
-    is that of the bundle's `edgeflash.json`, which has those of its files. ``images`` are PNG
-    files, relative to the report, one for each of the report's prompts. ``extra`` takes figures of
-    one's own.
+    ``unet`` or ``transformer`` and ``unet_cached`` are one step and the others are the whole stage;
+    ``calls`` are those of an image, where there is more than one. ``manifest_sha256`` is that of
+    the bundle's `edgeflash.json`, which has those of its files. ``images`` are PNG files, relative
+    to the report, one for each of the report's prompts. ``extra`` takes figures of one's own.
     """
 
     name: str
@@ -107,6 +107,7 @@ class System(_Figures):
     sizes_mib: dict[str, float] = {}  # by component
     peak_rss_mib: float | None = None
     stages: dict[str, Percentiles] = {}
+    calls: dict[str, int] = {}
     sustained: Sustained | None = None
     manifest_sha256: str | None = None
     conditions: Conditions

@@ -72,7 +72,8 @@ def _quality(systems: Sequence[System]) -> str:
 def _stages(systems: Sequence[System]) -> str:
     rows = []
     for i, system in enumerate(systems):
-        calls = {stage: system.steps if stage in DENOISERS else 1 for stage in system.stages}
+        calls = dict.fromkeys(DENOISERS, system.steps) | system.calls
+        calls = {stage: calls.get(stage, 1) for stage in system.stages}
         times_ms = {stage: t.p50_ms * calls[stage] for stage, t in system.stages.items()}
         total = sum(times_ms.values())
         if not total:

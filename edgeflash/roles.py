@@ -111,6 +111,10 @@ class Target(Plugin, ABC):
         """Whose components it can lower with these options; none named: all."""
         return ()
 
+    def refuse_caching(self) -> str:
+        """Why it cannot lower a denoiser in two graphs with these options; "" where it can."""
+        return ""
+
     @abstractmethod
     def lower(self, captured: Captured, out: Path) -> list[Path]:
         """Writes one component below ``out`` and returns its files, the one to open first."""

@@ -25,9 +25,17 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from edgeflash.errors import EdgeflashError
+from edgeflash.injected_noise import injected
 
 Array = npt.NDArray[np.floating[Any]]
 Float64 = npt.NDArray[np.float64]
@@ -48,6 +56,9 @@ class Step(_Frozen):
     ``d`` and ``e`` are the memory of two-step solvers. Such a solver remembers the image it
     predicted one call ago, which is itself affine in ``output[i-1]`` and ``x[i-1]``; ``e`` is zero
     where the network predicts the image itself.
+
+    A row may run a second, cheaper graph of the network, which takes what the first one left when
+    it ran last (`edgeflash.caching`).
     """
 
     t: float = Field(description="timestep fed to the network; may be fractional")
@@ -57,6 +68,15 @@ class Step(_Frozen):
     c: float = 0.0
     d: float = 0.0
     e: float = 0.0
+    graph: Literal["cached"] | None = Field(
+        None, description="of the network's graphs the one to run; none: the whole network"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Tables without a second graph are written as older readers know them."""
+        told: dict[str, Any] = dump(self)
+        return {k: v for k, v in told.items() if k != "graph" or v is not None}
 
     @property
     def needs_noise(self) -> bool:
@@ -93,6 +113,8 @@ class Schedule(_Frozen):
     def _consistent(self) -> Self:
         if self.steps[0].needs_previous:
             raise ValueError("the first step looks back at a call that was never made")
+        if self.steps[0].graph:
+            raise ValueError("the first step takes what no step before it has cached")
         if any(entry.start >= len(self.steps) for entry in self.entries):
             raise ValueError(f"an entry starts after the last of {len(self.steps)} steps")
         return self
@@ -121,10 +143,11 @@ class Schedule(_Frozen):
         return entry.p * latent + entry.q * noise
 
     def rows(self, entry: Entry | None = None) -> tuple[Step, ...]:
-        """The steps to run, all of them or those from ``entry`` on."""
+        """The steps to run, all of them or those from ``entry`` on; the first is never cached."""
         if entry is None:
             return self.steps
-        return (entry.first or self.steps[entry.start], *self.steps[entry.start + 1 :])
+        first = entry.first or self.steps[entry.start].model_copy(update={"graph": None})
+        return (first, *self.steps[entry.start + 1 :])
 
 
 def advance(
@@ -168,6 +191,11 @@ class Guidance(_Frozen):
         if self.kind == "none" and self.scale != 1:
             raise ValueError(f"kind 'none' has no scale, but scale is {self.scale}")
         return self
+
+    @property
+    def doubles(self) -> bool:
+        """Whether it takes two calls of the network."""
+        return self.kind == "cfg" and self.scale != 1
 
     def guide(self, unconditional: Array, conditional: Array) -> Array:
         """Classifier-free guidance of two raw outputs (arXiv:2207.12598, with scale = 1 + w)."""
@@ -277,7 +305,7 @@ class _Probe:
 
         scheduler, t = self.scheduler, self.scheduler.timesteps[i]
         x_, output_, noise_ = (torch.from_numpy(v)[None, None, None] for v in (x, output, noise))
-        with self._told(), _injected(noise_) as draws:
+        with self._told(), injected(noise_) as draws:
             seen = getattr(scheduler, "scale_model_input", lambda x, t: x)(x_, t)
             following = scheduler.step(output_, t, x_, return_dict=False, **self.options)[0]
         if len(draws) > 1:
@@ -361,33 +389,6 @@ class _Probe:
         except Exception as error:
             said = f"{self.name} refuses these settings: {' '.join(str(error).split())}"
             raise EdgeflashError(said) from error
-
-
-@contextmanager
-def _injected(noise: Any) -> Iterator[list[None]]:
-    """Every ``torch.randn`` inside gives ``noise``, and float64 tensors are not cast to float32.
-
-    Yields a list that grows by one with each draw. Works through torch's own function modes, so it
-    holds whichever helper a scheduler imports to draw noise.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    draws: list[None] = []
-
-    class Mode(TorchFunctionMode):
-        def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if func in (torch.randn, torch.randn_like):
-                draws.append(None)
-                return noise
-            to_float32 = any(value is torch.float32 for value in (*args, *kwargs.values()))
-            if func is torch.Tensor.to and to_float32 and args[0].dtype == torch.float64:
-                return args[0]
-            return func(*args, **kwargs)
-
-    with Mode():
-        yield draws
 
 
 def _relative(ours: Array, theirs: Float64) -> float:

@@ -8,7 +8,8 @@ L3    the latent after the whole loop, from the tokens on
 L4    the image; of a fused graph, how close its pictures are to those of the components
 ====  ==========================================================================================
 
-Components are opened one at a time, and each once.
+Components are opened one at a time, and each once; but for the denoiser's cached graph, which runs
+in the loop beside the other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edgeflash.golden import (
     Sampler,
     Tensors,
     heard,
+    left_for,
     load_tensors,
     noise_sha256,
     told_by,
@@ -148,11 +150,14 @@ def first_call(bundle: Bundle, component: Component) -> Tensors:
     """The inputs of the first recorded call of a component."""
     golden = bundle.manifest.goldens[0]
     told = load_tensors(bundle.folder / golden.tensors)
-    row, space = int(told["rows"][0]), bundle.manifest.latent
+    schedule, space = bundle.manifest.schedules[golden.steps], bundle.manifest.latent
+    of_cached = component == bundle.cached
+    row = next(i for i in map(int, told["rows"]) if bool(schedule.steps[i].graph) == of_cached)
     prompt, _ = heard_by(bundle, told)
-    roles = prompt | {
+    roles = prompt | (left_for(told, schedule, row) if of_cached else {})
+    roles |= {
         "sample": told[f"input.{row}"],
-        "timestep": np.array(bundle.manifest.schedules[golden.steps].steps[row].t),
+        "timestep": np.array(schedule.steps[row].t),
         "guidance": np.zeros(0),
         "latent": told["latent"] / space.scale + space.shift,
         "image": told["image"],
@@ -189,6 +194,9 @@ class _Effect:
     def kept(self) -> float:
         """1: all of it is there, 0: nothing."""
         return parity.projection(np.concatenate(self.wanted), np.concatenate(self.found))
+
+
+_Effects = dict[str, _Effect]  # by metric
 
 
 @dataclass
@@ -245,9 +253,9 @@ class _Climb:
         return float(all(noise_sha256(shape, g.seed) == g.noise_sha256 for g, _ in self.goldens))
 
     def _sampler(self, golden: tuple[Golden, Tensors]) -> Sampler:
-        manifest = self.bundle.manifest
+        manifest, shape = self.bundle.manifest, golden[1]["latent"].shape
         schedule = manifest.schedules[golden[0].steps]
-        return Sampler(schedule, manifest.guidance, golden[1]["latent"].shape)
+        return Sampler(schedule, manifest.guidance, shape, manifest.gated)
 
     def _text_encoder(self, part: Part) -> Found:
         name = part.component.name
@@ -261,35 +269,53 @@ class _Climb:
                         yield from _compare("L1", told[key], answer)
 
     def _denoiser(self, part: Part) -> Found:
-        effects = {name: _Effect() for name in RATIOS}
+        yield from self._one_graph(part, None)
+        other = self.bundle.cached
+        cached = Part(self._open(other), other) if other else None
         for golden, drawn in zip(self.goldens, self.drawn, strict=True):
-            sampler, told = self._sampler(golden), golden[1]
-            yield from self._alone(part, sampler, told, effects)
             both = heard_by(self.bundle, drawn)
-            drawn["latent"] = sampler.loop(part, *both, golden[0].seed)
+            sampler, told = self._sampler(golden), golden[1]
+            drawn["latent"] = sampler.loop(part, *both, golden[0].seed, cached=cached)
             yield from _compare("L3", told["latent"], drawn["latent"])
+        if cached:
+            cached.session.close()
+
+    def _denoiser_cached(self, part: Part) -> Found:
+        yield from self._one_graph(part, "cached")
+
+    def _one_graph(self, part: Part, graph: str | None) -> Found:
+        """L1 and L2 of one of its graphs, over all goldens."""
+        effects = {name: _Effect() for name in RATIOS}
+        for golden in self.goldens:
+            yield from self._alone(part, self._sampler(golden), golden[1], graph, effects)
         for metric, effect in effects.items():
             if effect.wanted:
                 yield "L2", metric, effect.kept()
 
     def _alone(
-        self, part: Part, sampler: Sampler, told: Tensors, effects: dict[str, _Effect]
+        self, part: Part, sampler: Sampler, told: Tensors, graph: str | None, effects: _Effects
     ) -> Found:
         """L1 at every recorded row; what prompt and time do there is added to ``effects``."""
-        rows = [int(row) for row in told["rows"]]
-        times = {row: sampler.schedule.steps[row].t for row in rows}
+        steps = sampler.schedule.steps
+        rows = [int(row) for row in told["rows"] if steps[row].graph == graph]
         prompt, empty = heard_by(self.bundle, told)
-        answers = {i: sampler.predict(part, told[f"input.{i}"], times[i], prompt) for i in rows}
+
+        def predict(i: int, at: int, heard: Tensors, *, bare: bool = False) -> Array:
+            left = left_for(told, sampler.schedule, i, empty=bare) if graph else {}
+            return sampler.predict(part, told[f"input.{i}"], steps[at].t, heard | left)
+
+        answers = {i: predict(i, i, prompt) for i in rows}
         for i in rows:
             yield from _compare("L1", told[f"output.{i}"], answers[i])
-            bare = sampler.predict(part, told[f"input.{i}"], times[i], empty)
-            wanted = told[f"output.{i}"] - told[f"output_empty.{i}"]
-            effects["delta_ratio"].add(wanted, answers[i] - bare)
+            if f"output_empty.{i}" in told:
+                wanted = told[f"output.{i}"] - told[f"output_empty.{i}"]
+                found = answers[i] - predict(i, i, empty, bare=True)
+                effects["delta_ratio"].add(wanted, found)
         if len(rows) > 1:
             first, last = rows[0], rows[-1]
-            shifted = sampler.predict(part, told[f"input.{first}"], times[last], prompt)
-            wanted = told[f"output.{first}"] - told["output_shifted"]
-            effects["timestep_ratio"].add(wanted, answers[first] - shifted)
+            shifted = told["output_shifted_cached" if graph else "output_shifted"]
+            found = answers[first] - predict(first, last, prompt)
+            effects["timestep_ratio"].add(told[f"output.{first}"] - shifted, found)
 
     def _vae_decoder(self, part: Part) -> Found:
         space = self.bundle.manifest.latent

@@ -212,7 +212,7 @@ def _work(request: Request, hashes: Future[dict[str, str]]) -> None:
     tape = planned(student, target, request.options).tape
     run = Run(Path(request.run), hashes, student.lora_scales(), tools(target.needs))
     if request.after:
-        recorded.take_up(tape, run.folder / f"record-{request.after}")
+        recorded.take_up(tape, request.after, run.folder / f"record-{request.after}")
     make_component(
         tape, request.component, run, request.before, _told, lambda _: _say({"recorded": True})
     )

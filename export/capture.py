@@ -7,13 +7,14 @@ prompts, as goldens that ship with the bundle.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.export import Dim, ExportedProgram
 
 from edgeflash.bundle import ANSWER, Latent, TensorSpec, kind_of
+from edgeflash.caching import ROLE, cached_name
 from edgeflash.conditioning import told_of
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Array, Sampler, Tensors, heard, rows_to_record, told_by
@@ -21,9 +22,10 @@ from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
 from edgeflash.student import Student
 
+from .caching import Leaving, Taking, Way, without
 from .merging import merge_tokens, unmerged
 
-MOST_UNMERGED = 3  # goldens that are drawn once more to see what merging does
+MOST_PLAIN = 3  # goldens that are drawn once more to see what merging or caching does
 MOST_BATCH = 63  # diffusers' upsampling takes another path from 64 on
 NOTHING_TO_DO = {"aten.contiguous.default", "aten.dropout.default", "aten.alias.default"}
 
@@ -40,7 +42,10 @@ class Network:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One recorded call: arrays by tensor name, batch 1; halves as the float32 that torch saw."""
+    """One recorded call: arrays by tensor name, batch 1; halves as the float32 that torch saw.
+
+    What a denoiser leaves for later steps is not among its outputs: it would fill the memory.
+    """
 
     inputs: Tensors
     outputs: Tensors
@@ -90,7 +95,8 @@ class Eager:
             for spec, answer in zip(network.outputs, answers, strict=True)
             if spec.role != "unused"
         ]
-        self.samples.append(Sample(given, {spec.name: array for spec, array in used}))
+        kept = [(spec, array) for spec, array in used if not spec.role.startswith(ROLE)]
+        self.samples.append(Sample(given, {spec.name: array for spec, array in kept}))
         return {spec.role: array for spec, array in used}
 
 
@@ -107,9 +113,11 @@ class Tape:
         timestep: fold this one into the denoiser; None: it is an input.
         whole: every timestep is a whole number.
         merge: share of the denoiser's tokens that are merged.
+        way: how some of the denoiser is left out at some steps; None: it is not.
         goldens: arrays recorded so far, one table a prompt; see `edgeflash.golden`.
-        unmerged: the latents of some goldens, drawn without merging.
-        merging_db: how far the merging moves their pictures.
+        plain: latents of some goldens, drawn without "merging", or without "caching".
+        loss_db: how far each of these moves their pictures.
+        ahead: calls recorded of components that ran beside another.
     """
 
     student: Student
@@ -120,9 +128,11 @@ class Tape:
     timestep: float | None = None
     whole: bool = False
     merge: float = 0.0
+    way: Way | None = None
     goldens: list[Tensors] = field(default_factory=list)
-    unmerged: list[Array] = field(default_factory=list)
-    merging_db: list[float] = field(default_factory=list)
+    plain: dict[str, list[Array]] = field(default_factory=dict)
+    loss_db: dict[str, list[float]] = field(default_factory=dict)
+    ahead: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
 
     def seed(self, number: int) -> int:
         """Seed of a golden: they are drawn from different noise."""
@@ -150,28 +160,51 @@ class Tape:
 
         ``see`` is shown the network before it runs.
         """
+        denoiser = self.student.family.denoiser
+        if component == cached_name(denoiser) and component not in self.ahead:
+            self.record(denoiser)  # both run in one loop
         network = self.load(component)
         see(network)
+        if component in self.ahead:
+            return network, self.ahead.pop(component)
         eager = Eager(network)
         getattr(self, f"_run_{kind_of(component)}")(eager)
         return network, tuple(eager.samples)
 
     def load(self, component: str) -> Network:
         """A component as the target's ecosystem calls it."""
+        denoiser = self.student.family.denoiser
+        if self.way and component in (denoiser, cached_name(denoiser)):
+            return self.way.cut(self._load(denoiser), self._cells)[component != denoiser]
+        return self._load(component)
+
+    def _load(self, component: str) -> Network:
         family = self.student.family
         module = family.load(self.student, component, timestep=self.timestep)
         if component == family.denoiser and self.merge:
-            height, width = self.sampler.shape[2:]
-            merge_tokens(module, self.merge, (height, width))
+            merge_tokens(module, self.merge, self._cells)
         network = Network(component, module, *self.signature(component))
         return self.target.adapt(network, family.latent(self.student))
 
     def signature(self, component: str) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """What a component takes and gives, before the target adapts it."""
+        """What a component takes and gives, before the target adapts it and a way cuts it."""
         inputs, outputs = self.student.family.signature(
             self.student, component, self.size, folded=self.timestep is not None
         )
         return tuple(self.target.takes(spec, whole=self.whole) for spec in inputs), outputs
+
+    @property
+    def _cells(self) -> tuple[int, int]:
+        height, width = self.sampler.shape[2:]
+        return height, width
+
+    def _beside(self, whole: Network) -> Eager | None:
+        """The denoiser's cached graph, of the same weights as the whole one."""
+        if self.way is None:
+            return None
+        assert isinstance(whole.module, Leaving)
+        plain = replace(whole, module=whole.module.network, outputs=whole.outputs[:1])
+        return Eager(self.way.cut(plain, self._cells)[1])
 
     @property
     def latent(self) -> Latent:
@@ -204,34 +237,44 @@ class Tape:
         return {spec.role for spec in self._denoiser_inputs}
 
     def _run_denoiser(self, network: Eager) -> None:
-        rows = rows_to_record(len(self.sampler.schedule.steps))
-        text_encoders, inputs = self.student.family.text_encoders, self._denoiser_inputs
+        rows = rows_to_record(self.sampler.schedule)
+        cached = self._beside(network.network)
         for number, golden in enumerate(self.goldens):
-            both = heard(golden, text_encoders, inputs, self.size)
-            golden |= self.sampler.record(network, *both, self.seed(number), rows)
+            both = self._both(golden)
+            golden |= self.sampler.record(network, *both, self.seed(number), rows, cached)
+        if cached is not None:
+            self.ahead[cached.network.component] = tuple(cached.samples)
         if self.merge:
-            self._run_unmerged(network.network)
+            with unmerged(network.network.module):
+                self._run_plain("merging", self.sampler, network, cached)
+        if self.way:
+            whole = replace(self.sampler, schedule=without(self.sampler.schedule))
+            self._run_plain("caching", whole, network, None)
 
-    def _run_unmerged(self, network: Network) -> None:
-        """What the denoiser makes of some goldens when it merges nothing; not among the samples."""
-        self.unmerged.clear()
-        for number, golden in enumerate(self.goldens[:MOST_UNMERGED]):
-            both = heard(
-                golden, self.student.family.text_encoders, self._denoiser_inputs, self.size
-            )
-            with unmerged(network.module):
-                latent = self.sampler.loop(Eager(network), *both, self.seed(number))
-            self.unmerged.append(latent)
+    def _run_plain(self, what: str, sampler: Sampler, network: Eager, cached: Eager | None) -> None:
+        """What the denoiser makes of some goldens without that; not among the samples."""
+        aside = Eager(network.network)
+        other = Eager(cached.network) if cached else None
+        self.plain[what] = [
+            sampler.loop(aside, *self._both(golden), self.seed(number), cached=other)
+            for number, golden in enumerate(self.goldens[:MOST_PLAIN])
+        ]
+
+    def _both(self, golden: Tensors) -> tuple[Tensors, Tensors]:
+        """What the denoiser hears of a golden: its prompt, and no prompt."""
+        return heard(golden, self.student.family.text_encoders, self._denoiser_inputs, self.size)
 
     def _run_vae_decoder(self, network: Eager) -> None:
         space = self.latent
         for golden in self.goldens:
             golden["image"] = network(latent=golden["latent"] / space.scale + space.shift)
         low, high = network.network.outputs[0].range
-        for golden, latent in zip(self.goldens, self.unmerged, strict=False):
-            image = Eager(network.network)(latent=latent / space.scale + space.shift)
-            ours, wanted = (array.clip(low, high) for array in (image, golden["image"]))
-            self.merging_db.append(psnr_db(ours, wanted, high - low))
+        for what, latents in self.plain.items():
+            self.loss_db[what] = []
+            for golden, latent in zip(self.goldens, latents, strict=False):
+                image = Eager(network.network)(latent=latent / space.scale + space.shift)
+                ours, wanted = (array.clip(low, high) for array in (image, golden["image"]))
+                self.loss_db[what].append(psnr_db(ours, wanted, high - low))
 
     def _run_vae_encoder(self, network: Eager) -> None:
         for golden in self.goldens:
@@ -262,6 +305,8 @@ def to_program(
         shapes.append({i: free[d] for i, d in named.items()})
     with torch.no_grad():
         free_shapes = tuple(shapes) if free else None
+        if free_shapes and isinstance(module, Leaving | Taking):
+            free_shapes = (free_shapes,)  # it takes them as one list
         program = torch.export.export(
             module, tuple(arguments), dynamic_shapes=free_shapes, strict=False
         )

@@ -117,7 +117,7 @@ class _Crew:
         if (calls := record.read()) is None:
             self._wait(child)
             raise AssertionError(f"{record.name}: was not written")
-        recorded.take_up(tape, record.folder)
+        recorded.take_up(tape, request.component, record.folder)
         return calls
 
     def finish(self) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from edgeflash import align_your_steps
-from edgeflash.bundle import Bundle, Figure, Image, Manifest, Merging
+from edgeflash.bundle import CACHED_VERSION, Bundle, Figure, Image, Manifest, Merging
+from edgeflash.caching import cached_name
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
@@ -30,11 +31,13 @@ from edgeflash.verify import check_floors, refuse_below, verify
 
 from . import memory, pack
 from .apart import request_of
+from .caching import Way, check_rows, rows_of
 from .capture import Tape
 from .components import make_all, told
 from .journal import Outcome, Stage, run_folder
 from .merging import MOST
 from .stages import Run, component_of, target_name
+from .ways import way_of
 
 PROMPTS = (  # for students that bring none of their own
     "a photo of a red car on a mountain road",
@@ -71,7 +74,7 @@ def export_student(
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
     """
     console = console or Console(stderr=True)
-    _check_target(target, student, options.merge_tokens)
+    _check_target(target, student, options)
     prover = target.prover()
     unproven = prover.unproven or None
     check_floors(options.floors)
@@ -85,7 +88,7 @@ def export_student(
         request = request_of(student, target, options, folder)
         large = memory.large(student, plan.components)
         lowered = make_all(plan.tape, plan.components, run, request, large, at_once, console)
-        _tell_merging(plan.tape, console)
+        _tell_losses(plan.tape, console)
         with fresh_folder(out, folder / "bundle") as draft:
             with told(console, "pack"):
                 manifest = _pack(plan, target, lowered, run, draft, console)
@@ -100,10 +103,13 @@ def export_student(
     return Bundle.open(out)
 
 
-def _check_target(target: Target, student: Student, merge_tokens: float) -> None:
+def _check_target(target: Target, student: Student, options: ExportOptions) -> None:
     """Raises what keeps a target from lowering that."""
     _check_family(student, target)
     target.check()
+    if way := way_of(options):
+        _check_caching(target, student, way)
+    merge_tokens = options.merge_tokens
     if not 0 <= merge_tokens <= MOST:
         raise EdgeflashError(f"--merge-tokens {merge_tokens:g}: give a share of at most {MOST}")
     if merge_tokens and student.family.denoiser != "unet":
@@ -116,6 +122,16 @@ def _check_target(target: Target, student: Student, merge_tokens: float) -> None
             f"--merge-tokens: --to {target_name(target)} cannot lower it so far: "
             "leave one of them out"
         )
+
+
+def _check_caching(target: Target, student: Student, way: Way) -> None:
+    if student.family.denoiser != "unet":
+        raise EdgeflashError(
+            f"{way.flag}: cuts UNets alone so far, and {student.folder} has a "
+            f"{student.family.denoiser}: leave it out"
+        )
+    if why := target.refuse_caching():
+        raise EdgeflashError(f"{way.flag}: --to {target_name(target)} {why}: leave one of them out")
 
 
 def _check_family(student: Student, target: Target) -> None:
@@ -141,7 +157,13 @@ class _Plan:
 
 
 def rehearsal(student: Student, target: Target, options: ExportOptions = AS_USUAL) -> Tape:
-    """The tape of such an export, with all prompts on it, and nothing recorded yet."""
+    """The tape of such an export, with all prompts on it, and nothing recorded yet.
+
+    Raises:
+        EdgeflashError: options that do not fit the student, or a denoiser in two graphs.
+    """
+    if way := way_of(options):
+        raise EdgeflashError(f"{way.flag}: plans are of whole denoisers so far: leave it out")
     plan = planned(student, target, options)
     return replace(plan.tape, prompts=_prompts(student, options.prompts))
 
@@ -167,6 +189,11 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     for name in components:
         family.signature(student, name, size)
     space = family.latent(student)
+    if way := way_of(options):
+        check_rows(way, schedules[default_steps])
+        schedules = {n: rows_of(way, table) for n, table in schedules.items()}
+        at = components.index(family.denoiser) + 1
+        components = (*components[:at], cached_name(family.denoiser), *components[at:])
     shape = (1, space.channels, height // space.downsampling, width // space.downsampling)
     times = {step.t for schedule in schedules.values() for step in schedule.steps}
     prompts = _prompts(student, options.prompts)
@@ -177,12 +204,13 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     tape = Tape(
         student,
         target,
-        Sampler(schedules[default_steps], guidance, shape),
+        Sampler(schedules[default_steps], guidance, shape, bool(way and way.gated)),
         prompts if calibrates else prompts[:goldens],
         size,
         timestep=times.pop() if options.fold_timestep and len(times) == 1 else None,
         whole=whole,
         merge=options.merge_tokens,
+        way=way,
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
@@ -205,14 +233,14 @@ def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> 
         console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
 
 
-def _tell_merging(tape: Tape, console: Console) -> None:
-    """Says what the merging of tokens costs."""
-    if tape.merge:
-        console.print(
-            f"merging {tape.merge:.0%} of the tokens: the pictures are "
-            f"{min(tape.merging_db):.1f} dB from the student's own",
-            highlight=False,
-        )
+def _tell_losses(tape: Tape, console: Console) -> None:
+    """Says what the merging of tokens costs, and what caching does."""
+    told = {"merging": f"merging {tape.merge:.0%} of the tokens"}
+    if tape.way:
+        told["caching"] = tape.way.flag.removeprefix("--")
+    for what, found_db in tape.loss_db.items():
+        line = f"{told[what]}: the pictures are {min(found_db):.1f} dB from the student's own"
+        console.print(line, highlight=False)
 
 
 def _pack(
@@ -227,7 +255,9 @@ def _pack(
         console.print(remark, markup=False)
     goldens = pack.write_goldens(tape, plan.goldens, draft)
     sha256 = sha256_of_all(run.hashes.result())
+    loss_db = {what: round(min(found), 2) for what, found in tape.loss_db.items()}
     manifest = Manifest(
+        format_version=CACHED_VERSION if tape.way else 1,
         family=family.name,
         name=student.folder.resolve().name,
         components=components,
@@ -241,9 +271,8 @@ def _pack(
         goldens=goldens,
         files=pack.other_files(draft, [f for c in components for f in c.files]),
         lineage=pack.lineage(student, sha256, target.needs),
-        merging=Merging(share=tape.merge, image_psnr_db=round(min(tape.merging_db), 2))
-        if tape.merge
-        else None,
+        merging=Merging(share=tape.merge, image_psnr_db=loss_db["merging"]) if tape.merge else None,
+        caching=tape.way.told(loss_db["caching"]) if tape.way else None,
     )
     return manifest.model_copy(update={"fused": target.fuse(Bundle(draft, manifest))})
 

@@ -35,8 +35,8 @@ def merge_tokens(module: nn.Module, share: float, cells: tuple[int, int]) -> Non
     Raises:
         EdgeflashError: no self-attention, or blocks of another kind than Stable Diffusion's.
     """
-    unet = next(m for m in module.modules() if isinstance(m, UNet2DConditionModel))
-    found = list(_transformers(unet))
+    unet = unet_in(module)
+    found = list(transformers(unet))
     finest = min((level for level, _ in found), default=0)
     rows, columns = (-(-side // 2**finest) for side in cells)
     merged = 0
@@ -49,7 +49,12 @@ def merge_tokens(module: nn.Module, share: float, cells: tuple[int, int]) -> Non
         raise EdgeflashError("--merge-tokens: this unet has no self-attention: leave it out")
 
 
-def _transformers(unet: UNet2DConditionModel) -> Iterator[tuple[int, Transformer2DModel]]:
+def unet_in(module: nn.Module) -> UNet2DConditionModel:
+    """The UNet, however wrapped."""
+    return next(m for m in module.modules() if isinstance(m, UNet2DConditionModel))
+
+
+def transformers(unet: UNet2DConditionModel) -> Iterator[tuple[int, Transformer2DModel]]:
     """The transformers, and how often the latent was halved before each."""
     deepest = len(unet.down_blocks) - 1
     blocks = [*enumerate(unet.down_blocks), (deepest, unet.mid_block)]

@@ -34,6 +34,7 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from edgeflash.bundle import ANSWER, DENOISERS
+from edgeflash.caching import SUFFIX, cached_name
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Target
 from edgeflash.verify import PRECISIONS
@@ -231,7 +232,9 @@ class Quantizing(Target):
         return told
 
     def _chosen(self) -> tuple[str, ...]:
-        return self.usual() if self.quantized is None else self.quantized
+        """The components to quantize; a denoiser's cached graph goes with it."""
+        names = self.usual() if self.quantized is None else self.quantized
+        return (*names, *map(cached_name, names))
 
     def _means(self, pattern: str, component: str) -> bool:
         """Whether a pattern can be of operators in this component."""
@@ -254,7 +257,8 @@ class Quantizing(Target):
         operators = list(operators)
         for option, patterns in (("keep", self.keep), ("plan", self.plan.names)):
             for pattern in patterns:
-                means = self._means(pattern, component)
+                # A cached graph lacks most of the layers that patterns without a component mean.
+                means = self._means(pattern, component) and not component.endswith(SUFFIX)
                 if means and not any(op.fits(component, pattern) for op in operators):
                     like = ", ".join(op.called(component) for op in operators[:2]) or "none at all"
                     raise EdgeflashError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeflash.bundle import Component, File, Tokenizer
+from edgeflash.caching import whole_name
 from edgeflash.families import tokenizer_of
 from edgeflash.roles import Target
 from edgeflash.student import Student
@@ -47,7 +48,8 @@ def target_name(target: Target) -> str:
 
 
 def home_of(student: Student, component: str) -> str:
-    """The folder of a component's weights."""
+    """The folder of a component's weights: a cached graph has its denoiser's."""
+    component = whole_name(component)
     return component if component in student.index else "vae"
 
 
@@ -94,7 +96,7 @@ def _asked_of(target: Target, name: str) -> Inputs:
 
 def _made_from(tape: Tape, name: str, run: Run) -> Inputs:
     """What a component is as torch runs it."""
-    student, (takes, gives) = tape.student, tape.signature(name)
+    student, (takes, gives) = tape.student, tape.signature(whole_name(name))
     homes = [home_of(student, name)]
     homes += [tokenizer_of(name)] * (name in student.family.text_encoders)
     files = run.hashes.result().items()
@@ -107,7 +109,11 @@ def _made_from(tape: Tape, name: str, run: Run) -> Inputs:
         "tools": run.tools,
     }
     if _is_denoiser(name):
-        found |= {"timestep": tape.timestep, "merge": tape.merge}
+        found |= {
+            "timestep": tape.timestep,
+            "merge": tape.merge,
+            "way": tape.way and repr(tape.way),
+        }
     return found
 
 
@@ -130,7 +136,7 @@ def make_component(
     record = record_stage(tape, name, run, before)
     samples: tuple[Sample, ...] = ()
     if calls := record.outcome():
-        samples = recorded.take_up(tape, record.folder)
+        samples = recorded.take_up(tape, name, record.folder)
         done(calls)
         if lowered := lower_stage(tape, name, run, calls).outcome():
             with tell(f"{name} taken up"):
@@ -138,7 +144,7 @@ def make_component(
     kept = [calls] if calls and not tape.target.learns else []
 
     def keep(samples: tuple[Sample, ...]) -> None:
-        recorded.save(tape, samples, record.begin())
+        recorded.save(tape, name, samples, record.begin())
         kept.append(record.finish())
         done(kept[0])
 

@@ -103,6 +103,9 @@ class CoreMlTarget(Target):
     def families(self) -> tuple[str, ...]:
         return ("sd",)  # Apple's names and factors of others differ
 
+    def refuse_caching(self) -> str:
+        return "knows one graph of the denoiser so far, as Apple's Swift package does"
+
     def precision_of(self, component: str) -> str:
         skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized
         return self.rest if skipped else self.precision

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from edgeflash.bundle import DENOISERS, TensorSpec
+from edgeflash.caching import cached_name
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Target
 
@@ -41,7 +42,8 @@ class ExecuTorchTarget(Target):
     )
 
     def precision_of(self, component: str) -> str:
-        return self.precision if component in self.quantized else "fp32"
+        chosen = (*self.quantized, *map(cached_name, self.quantized))
+        return self.precision if component in chosen else "fp32"
 
     def calibrates(self, component: str) -> bool:
         return self.precision_of(component) == "int8"

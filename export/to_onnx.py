@@ -67,6 +67,9 @@ class OnnxTarget(Quantizing):
     def families(self) -> tuple[str, ...]:
         return ("sd",) if self.fused else ()  # the fused graph has one text encoder
 
+    def refuse_caching(self) -> str:
+        return "puts one graph of the denoiser into fused=1 so far" if self.fused else ""
+
     def shaped_by(self, component: str) -> dict[str, Any]:
         return {k: v for k, v in super().shaped_by(component).items() if k != "fused"}
 

@@ -6,7 +6,8 @@ What is measured, and how:
   included; the page cache is as it is, so a file read lately comes from memory;
 - *warm load*: closing and opening again in the same process, median of three;
 - *first image*: the first after the cold load; then the warm-up runs, not counted; then the runs;
-- *latency*: prompt to pixels of one batch; *stages*: the parts of it, for the denoiser one step;
+- *latency*: prompt to pixels of one batch; *stages*: the parts of it, for the denoiser and its
+  cached graph one step;
 - *drift*: after the runs, drawing without a pause for as long as is asked for: by how much the
   last twentieth of it is slower than the first;
 - *peak RSS*: of the measured process, interpreter and vendor's runtime included, before the
@@ -173,11 +174,17 @@ def system_of(
         sizes_mib={part.name: sum(f.bytes for f in part.files) / 2**20 for part in parts},
         peak_rss_mib=found.peak_rss_mib,
         stages={stage: Percentiles.of(samples) for stage, samples in found.stages_ms.items()},
+        calls={stage: calls for stage, calls in _calls(found).items() if calls > 1},
         sustained=Sustained.of(found.sustained_ms) if found.sustained_ms else None,
         manifest_sha256=sha256_of(bundle.folder / MANIFEST),
         conditions=_conditions(job, found),
         images=images,
     )
+
+
+def _calls(found: Measured) -> dict[str, int]:
+    """How often each stage ran for an image."""
+    return {stage: len(ms) // len(found.runs_ms) for stage, ms in found.stages_ms.items()}
 
 
 def _conditions(job: Job, found: Measured) -> Conditions:

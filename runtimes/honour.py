@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgeflash.bundle import ANSWER, DENOISERS, Bundle, Component
+from edgeflash.bundle import ANSWER, DENOISERS, PREDICTING, Bundle, Component, kind_of
+from edgeflash.caching import ROLE
 from edgeflash.conditioning import FROM_SIZE, JOINT
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
@@ -17,7 +18,7 @@ FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     "text_encoder": {"tokens"},
     "text_encoder_2": {"tokens"},
     "text_encoder_3": {"tokens"},
-    **dict.fromkeys(DENOISERS, {"sample", "conditioning"} | OPTIONAL),
+    **dict.fromkeys(PREDICTING, {"sample", "conditioning"} | OPTIONAL),
     "vae_decoder": {"latent"},
     "vae_encoder": {"image"},
 }
@@ -44,7 +45,7 @@ def reasons(bundle: Bundle, runtime: Runtime) -> Iterator[str]:
             yield f"components: {component.name!r} is not known here: pip install -U edgeflash"
         else:
             yield from _about_component(component, runtime)
-    for about in (_about_prompts, _about_timesteps, _about_guidance):
+    for about in (_about_prompts, _about_timesteps, _about_guidance, _about_caches):
         yield from about(bundle, bundle.denoiser)
 
 
@@ -58,10 +59,14 @@ def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
     if not any(spec.role == ANSWER[component.name] for spec in component.outputs):
         yield f"{where}.outputs: none has the role {ANSWER[component.name]!r}; export it again"
     roles = {spec.role for spec in component.inputs}
+    optional = OPTIONAL
+    if kind_of(component.name) == "denoiser_cached":
+        roles = {role for role in roles if not role.startswith(ROLE)}
+        optional = OPTIONAL | {"conditioning"}
     for role in sorted(roles - FED[component.name]):
         yield f"{where}.inputs: role {role!r} is not known here: pip install -U edgeflash"
     heard = {"conditioning"} if JOINT in roles else set()
-    for role in sorted(FED[component.name] - OPTIONAL - roles - heard):
+    for role in sorted(FED[component.name] - optional - roles - heard):
         yield f"{where}.inputs: none has the role {role!r}; export it again"
     for spec in (*component.inputs, *component.outputs):
         if spec.dtype not in DTYPES:
@@ -117,3 +122,21 @@ def _about_guidance(bundle: Bundle, denoiser: Component) -> Iterator[str]:
             f"guidance.channels: is {guidance.channels}, but components.{denoiser.name}."
             f"{spec.name} takes {spec.shape[-1]}; export it again"
         )
+
+
+def _about_caches(bundle: Bundle, denoiser: Component) -> Iterator[str]:
+    """Whether the rows' second graph is there, and the denoiser leaves all that it takes."""
+    cached = bundle.cached
+    tables = bundle.manifest.schedules.values()
+    if cached is None:
+        if any(step.graph for table in tables for step in table.steps):
+            yield "schedules: rows run a cached graph, but components has none; export it again"
+        return
+    left = {spec.role: spec.shape[1:] for spec in denoiser.outputs}
+    for spec in cached.inputs:
+        if spec.role.startswith(ROLE) and left.get(spec.role) != spec.shape[1:]:
+            yield (
+                f"components.{cached.name}.{spec.name}: takes {list(spec.shape[1:])}, but "
+                f"components.{denoiser.name} leaves {list(left.get(spec.role, ()))} of role "
+                f"{spec.role!r}; export it again"
+            )

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import get_args
 
 import numpy as np
 
-from edgeflash.bundle import DENOISERS, Bundle, Component, Manifest, TensorSpec
+from edgeflash.bundle import Bundle, Component, Manifest, TensorSpec, kind_of
 from edgeflash.devices import Device, Limit, Verdict
 from edgeflash.errors import EdgeflashError
 from edgeflash.shelf import absent
@@ -61,6 +61,7 @@ class Seen:
         graph: empty where nothing reads it here; ``unread`` tells why.
         weight_bytes: as they are stored.
         peak: of inputs and results, for one image.
+        beside_bytes: weights that stay loaded with it, as both graphs of a denoiser in turns do.
     """
 
     component: Component
@@ -68,11 +69,12 @@ class Seen:
     weight_bytes: int
     peak: Peak
     unread: str = ""
+    beside_bytes: int = 0
 
     @property
     def bytes(self) -> int:
         """The memory it takes, as estimated: weights, and results at their peak."""
-        return self.weight_bytes + self.peak.bytes
+        return self.weight_bytes + self.beside_bytes + self.peak.bytes
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,12 @@ def look(bundle: Bundle) -> tuple[Seen, ...]:
     Raises:
         EdgeflashError: a file that does not read as what the manifest says.
     """
-    return tuple(_seen(bundle, component) for component in bundle.manifest.components)
+    seen = tuple(_seen(bundle, component) for component in bundle.manifest.components)
+    cached = next((part for part in seen if part.component == bundle.cached), None)
+    if cached is None or bundle.manifest.gated:  # behind the gate the whole denoiser can go
+        return seen
+    beside = {bundle.denoiser.name: cached.weight_bytes}
+    return tuple(replace(s, beside_bytes=beside.get(s.component.name, 0)) for s in seen)
 
 
 def judge(seen: tuple[Seen, ...], device: Device) -> Judgement:
@@ -322,8 +329,8 @@ def _read(bundle: Bundle, component: Component) -> tuple[Graph, str]:
 def _shapes(component: Component, manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Of the inputs, for one image: with guidance of the kind "cfg" that is two rows."""
     guidance, image, latent = manifest.guidance, manifest.image, manifest.latent
-    doubled = guidance.kind == "cfg" and guidance.scale != 1
-    rows = 2 if doubled and component.name.startswith(("text_encoder", *DENOISERS)) else 1
+    both = ("text_encoder", "denoiser", "denoiser_cached")[: 2 if manifest.gated else 3]
+    rows = 2 if guidance.doubles and kind_of(component.name) in both else 1
     cells = (image.height // latent.downsampling, image.width // latent.downsampling)
     usual = {
         "tokens": (rows, manifest.tokenizer.max_length),

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from edgeflash import noise
 from edgeflash.bundle import Bundle
-from edgeflash.conditioning import Conditioning
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
+from edgeflash.runtimes.denoiser import Denoiser
 from edgeflash.runtimes.edit import Edit, renoises
 from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.honour import refuse
@@ -113,7 +113,7 @@ class _Plan:
 
     @property
     def doubled(self) -> bool:
-        return self.guidance.kind == "cfg" and self.guidance.scale != 1
+        return self.guidance.doubles
 
 
 class TextToImage:
@@ -121,6 +121,7 @@ class TextToImage:
 
     Components are loaded when first needed and kept. With ``low_memory`` only one is loaded at a
     time, in edits the denoiser and one half of the autoencoder: each is closed when its stage ends.
+    Of a denoiser with a cached graph each is closed behind the last step that runs it.
 
     Raises:
         EdgeflashError: the bundle asks for something that is not on offer here.
@@ -140,6 +141,8 @@ class TextToImage:
         """Loads every component that a text-to-image request needs."""
         for name in (*self.prompts.tokenizers, self.denoiser, "vae_decoder"):
             self.parts[name].open()
+        if self.bundle.cached:
+            self.parts[self.bundle.cached.name].open()
 
     def close(self) -> None:
         """Gives all memory back; a later request loads again."""
@@ -195,18 +198,23 @@ class TextToImage:
             yield Event("vae_encoder", 0, steps, told)
 
         x, previous = plan.schedule.begin(fresh, latent, plan.entry), None
-        with self._stage(self.denoiser) as (part, clock):
+        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning)
+        with self._denoising(denoiser) as clock:
             for i, step in enumerate(rows):
+                stage = denoiser.open(step)
                 clock.start()
-                output = self._predict(part, step.in_scale * x, step.t, conditioning, plan)
+                output = denoiser(step, step.in_scale * x)
                 if step.needs_noise:
                     fresh = _draw(plan.shape, seeds, i + 1)
                 following = advance(step, x, output, noise=fresh, previous=previous)
                 if request.edit and i + 1 < steps:
                     following = self._edited(request.edit, following, plan.schedule, i, fresh)
                 when = f"at step {i + 1} of {steps}"
-                x, previous = _finite(following, self.denoiser, when), (x, output)
-                yield Event(self.denoiser, i + 1, steps, clock.ms(), x)
+                x, previous = _finite(following, stage, when), (x, output)
+                told = clock.ms()
+                if self.low_memory:
+                    denoiser.close_all_but(rows[i + 1 :])
+                yield Event(stage, i + 1, steps, told, x)
 
         with self._stage("vae_decoder") as (part, clock):
             images = self._decode(part, x, request.edit)
@@ -305,6 +313,14 @@ class TextToImage:
             if self.low_memory:
                 part.close()
 
+    @contextmanager
+    def _denoising(self, denoiser: Denoiser) -> Iterator[_Clock]:
+        try:
+            yield _Clock()
+        finally:
+            if self.low_memory:
+                denoiser.close_all_but(())
+
     def _edited(
         self, edit: Edit, x: Float32, schedule: Schedule, i: int, fresh: Float32
     ) -> Float32:
@@ -327,18 +343,6 @@ class TextToImage:
         latent = (mean - self.manifest.latent.shift) * self.manifest.latent.scale
         encoded: Float32 = _finite(latent, "vae_encoder")
         return encoded
-
-    def _predict(
-        self, part: Part, x: Float32, t: float, conditioning: Conditioning, plan: _Plan
-    ) -> Float32:
-        """The network output for x [n, c, h, w], guided."""
-        roles = {"sample": x, "timestep": np.array(t), **conditioning}
-        if plan.doubled:
-            both = part(**roles | {"sample": np.concatenate([x, x])}).astype(np.float32, copy=False)
-            return plan.guidance.guide(*np.split(both, 2)).astype(np.float32, copy=False)
-        if plan.guidance.kind == "embedded":
-            roles["guidance"] = np.repeat(plan.guidance.embedding(), len(x), axis=0)
-        return part(**roles).astype(np.float32, copy=False)
 
     def _decode(self, part: Part, x: Float32, edit: Edit | None) -> UInt8:
         """Images uint8 [n, height, width, 3] of latents [n, c, h, w]."""

@@ -164,12 +164,13 @@ def inputs_of(
 ) -> dict[str, Any]:
     """What each stage is made from."""
     opened, target = Student.open(student), shelf.make(Target, to, asked)
-    tape = planned(opened, target, ExportOptions(**options)).tape
+    plan = planned(opened, target, ExportOptions(**options))
     hashes: Any = apart.Future()
     hashes.set_result(hashes_in(student))
     run, calls = Run(Path(), hashes, {}, {}), Outcome(inputs={}, files=())
     found: dict[str, Any] = {}
-    for name in opened.family.components():
+    for name in plan.components:
+        tape = plan.tape
         for stage in (record_stage(tape, name, run, ""), lower_stage(tape, name, run, calls)):
             found[stage.name] = json.loads(json.dumps(stage.inputs()))
     return found
@@ -177,8 +178,11 @@ def inputs_of(
 
 ALL = {f"{stage}-{part}" for part in PARTS for stage in ("record", "lower")}
 RECORDS = {name for name in ALL if name.startswith("record")}
+RECORDED = RECORDS | {"record-unet_cached"}
 UNET, DECODER = {"record-unet", "lower-unet"}, {"record-vae_decoder", "lower-vae_decoder"}
 INT8: dict[str, Any] = {"precision": "int8"}
+BOTH = UNET | {"record-unet_cached", "lower-unet_cached"}
+SOME: dict[str, Any] = {"steps": (4,), "deep_cache": 2}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +197,11 @@ INT8: dict[str, Any] = {"precision": "int8"}
         (({}, {}), ({}, {"prompts": ("ring",)}), RECORDS),
         (({}, {}), ({}, {"merge_tokens": 0.5}), UNET),
         (({}, {}), ({}, {"fold_timestep": False}), UNET),
+        (({}, {"steps": (4,)}), ({}, SOME), UNET),
+        (({}, SOME), ({}, SOME | {"deep_cache": 3}), BOTH),
+        (({}, SOME), ({}, SOME | {"cache_branch": 1}), BOTH),
+        (({}, {"steps": (4,), "gate": 1}), ({}, {"steps": (4,), "gate": 2}), BOTH),
+        ((INT8, SOME), (INT8 | {"attention": True}, SOME), {*BOTH, *DECODER} - RECORDED),
         (({}, {}), ({}, {"size": (32, 16)}), UNET | DECODER),
         ((INT8, {}), (INT8 | {"attention": True}, {}), {"lower-unet", "lower-vae_decoder"}),
         (

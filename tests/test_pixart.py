@@ -299,6 +299,9 @@ def test_what_does_not_fit_is_said_in_one_line(folder: Path, tmp_path: Path) -> 
     target = shelf.make(Target, "onnx", {})
     said = attempt(broken, tmp_path / "bundle", target, merge_tokens=0.5)
     assert "--merge-tokens: merges those of UNets alone" in said
+    for asked in ({"deep_cache": 2}, {"gate": 1}):
+        said = attempt(broken, tmp_path / "bundle", target, **asked)
+        assert "cuts UNets alone so far, and" in said and "has a transformer: leave it out" in said
     (broken / "tokenizer/tokenizer.json").unlink()
     with pytest.raises(EdgeflashError, match=r"sentencepiece.*makes it of spiece\.model"):
         Student.open(broken)
