@@ -92,8 +92,7 @@ def export_student(
             pipelines of optimum and OpenVINO GenAI want it as an input.
         merge_tokens: share of the denoiser's tokens to merge, up to 0.75. The ladder then holds
             the bundle against the student with this merging in torch.
-        way: how to leave some of the denoiser out at some steps, by a second graph of it. The
-            ladder then holds the bundle against the student with this caching in torch.
+        way: how to leave some of the denoiser out at some steps; held against the same in torch.
         floors: of the ladder, instead of the defaults; see `edgeflash.verify`.
         console: where progress is told; None: the terminal's standard error.
 
