@@ -304,7 +304,7 @@ def to_program(
         arguments.append(example.repeat(repeats))  # copied: numpy gives views of stride 0
         shapes.append({i: free[d] for i, d in named.items()})
     with torch.no_grad():
-        free_shapes = tuple(shapes) if free else None
+        free_shapes: tuple[Any, ...] | None = tuple(shapes) if free else None
         if free_shapes and isinstance(module, Leaving | Taking):
             free_shapes = (free_shapes,)  # it takes them as one list
         program = torch.export.export(

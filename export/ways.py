@@ -14,13 +14,13 @@ times, nothing is left out here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from edgeflash.bundle import Caching
+from edgeflash.bundle import Caching, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import ExportOptions
 
@@ -88,7 +88,9 @@ class Gate:
     def cut(self, network: Network, cells: tuple[int, int]) -> tuple[Network, Network]:
         unet = unet_in(network.module)
         names = {id(module): name for name, module in unet.named_modules()}
-        taps, specs, cuts = [], [], dict[str, nn.Module | None]()
+        taps: list[Tap] = []
+        specs: list[TensorSpec] = []
+        cuts: dict[str, nn.Module | None] = {}
         for level, attention, norm in _cross_attentions(unet):
             rows, columns = halved(cells, level)
             shape = (rows * columns, attention.to_out[0].out_features)
@@ -106,7 +108,7 @@ class Gate:
         return graphs(network, taps, tuple(specs), deafened, givens, deaf)
 
 
-def _cross_attentions(unet: UNet2DConditionModel) -> list[tuple[int, nn.Module, nn.Module]]:
+def _cross_attentions(unet: UNet2DConditionModel) -> list[tuple[int, Any, nn.Module]]:
     """How often the latent was halved before each, the attention, and the norm before it.
 
     Raises:

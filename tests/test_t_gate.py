@@ -117,6 +117,7 @@ def test_fed_by_the_same_step_it_gives_what_the_whole_gives(
     assert torch.equal(plain.module(*told), prediction), "the student's own is as it was"
 
 
+@pytest.mark.slow
 def test_its_program_holds_nothing_of_the_text() -> None:
     plain = network(
         "text_time",
