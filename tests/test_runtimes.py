@@ -289,7 +289,7 @@ def test_bundles_that_cannot_be_honoured_name_the_field(tmp_path: Path) -> None:
 
     whole = {"kind": "embedded", "scale": 2.0, "channels": 6}
     refused(0, lambda f: _edit(f, 1, target="coreml"), "components.unet.target: is 'coreml'")
-    refused(1, lambda f: _edit(f, 1, role="mask"), "unet.inputs: role 'mask' is not known")
+    refused(1, lambda f: _edit(f, 1, role="depth"), "unet.inputs: role 'depth' is not known")
     refused(2, lambda f: _edit(f, 0, dtype="bfloat16"), "input_ids.dtype: 'bfloat16' is none of")
     refused(3, lambda f: _edit(f, 2, layout="NHWC"), "latent_sample.layout: 'NHWC' is not NCHW")
     refused(
