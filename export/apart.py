@@ -94,9 +94,17 @@ class Child:
             COMMAND, stdin=pipe, stdout=pipe, stderr=self._complaint, text=True
         )
         self._say(request.model_dump_json())
-        hashes.add_done_callback(lambda done: self._say(json.dumps(done.result())))
+        self._hashes = hashes
+        hashes.add_done_callback(self._pass_on)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
+
+    def _pass_on(self, hashes: Future[dict[str, str]]) -> None:
+        assert self._process.stdin
+        if hashes.cancelled() or hashes.exception():
+            self._process.stdin.close()  # which ends it
+        else:
+            self._say(json.dumps(hashes.result()))
 
     def _say(self, line: str) -> None:
         assert self._process.stdin
@@ -126,9 +134,12 @@ class Child:
         Raises:
             EdgeflashError: what went wrong there, or that it was killed.
             KeyboardInterrupt: it was interrupted.
+            OSError: the student's files could not be hashed.
         """
         code = self._process.wait()
         self._listener.join()
+        if self._hashes.done():
+            self._hashes.result()
         if str(self._error):
             raise self._error
         if code == KILLED:

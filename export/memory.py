@@ -22,7 +22,7 @@ from edgeflash.student import Student
 from .stages import home_of, target_name
 
 GIB = 2**30
-BASE_BYTES = 0.75 * GIB  # Python with torch, diffusers and a vendor's tools
+BASE_BYTES = 0.6 * GIB  # Python, torch, diffusers, a vendor's tools; 0.54 with ONNX's
 APART_NUMBERS = 2**26  # of a component; from there on, a process of its own pays for its imports
 BYTES = {  # of a number, the float32 that torch holds included
     "fp32": 5.0,

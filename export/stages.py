@@ -135,13 +135,15 @@ def make_component(
     """
     record = record_stage(tape, name, run, before)
     samples: tuple[Sample, ...] = ()
-    if calls := record.outcome():
+    calls = record.outcome()
+    lowered = lower_stage(tape, name, run, calls).outcome() if calls else None
+    kept = [calls] if calls and (lowered or not tape.target.learns) else []
+    if kept:
         samples = recorded.take_up(tape, name, record.folder)
-        done(calls)
-        if lowered := lower_stage(tape, name, run, calls).outcome():
-            with tell(f"{name} taken up"):
-                return calls, lowered
-    kept = [calls] if calls and not tape.target.learns else []
+        done(kept[0])
+    if lowered:
+        with tell(f"{name} taken up"):
+            return kept[0], lowered
 
     def keep(samples: tuple[Sample, ...]) -> None:
         recorded.save(tape, name, samples, record.begin())
