@@ -17,8 +17,9 @@ from edgeflash.disk import fresh_folder, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.families import Family, families
 from edgeflash.shelf import require
-from edgeflash.student import INDEX, Student, check_weights, read_json
+from edgeflash.student import INDEX, Student, read_json
 from edgeflash.tokenizer import write_vocabulary
+from edgeflash.weights import check_weights
 
 SUFFIXES = (".safetensors", ".ckpt")
 NEEDS = ("torch", "diffusers", "transformers", "accelerate")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.lora import Lora
 from edgeflash.noise_correction import MARK, corrected
 from edgeflash.schedule import Guidance, Schedule, lower_schedule
+from edgeflash.weights import check_weights
 
 if TYPE_CHECKING:
     from edgeflash.families import Family
@@ -346,34 +346,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise EdgeflashError(f"{path}: holds a {type(data).__name__}, not an object")
     return data
-
-
-def check_weights(path: Path) -> None:
-    """Whether a safetensors file is as long as its header says.
-
-    Raises:
-        EdgeflashError: missing, truncated, or no safetensors file.
-    """
-    if not path.is_file():
-        raise EdgeflashError(f"{path}: missing: copy or download the folder again")
-    if path.suffix != ".safetensors":
-        return
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise EdgeflashError(f"{path}: no safetensors file, or truncated ({size} bytes)")
-        try:
-            tensors = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise EdgeflashError(f"{path}: no safetensors file (unreadable header)") from None
-    ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
-    if (expected := 8 + length + max(ends, default=0)) != size:
-        raise EdgeflashError(
-            f"{path}: {size} bytes where its header says {expected}: truncated or altered; copy or "
-            "download it again"
-        )
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -78,16 +78,22 @@ def record_stage(tape: Tape, name: str, run: Run, before: str) -> Stage:
     return Stage(run.folder, f"record-{name}", inputs)
 
 
-def lower_stage(tape: Tape, name: str, run: Run, calls: Outcome) -> Stage:
-    """A component's files; ``calls``: what was recorded of it."""
+def lower_stage(tape: Tape, name: str, run: Run, calls: Outcome | None) -> Stage:
+    """A component's files; ``calls``: what was recorded of it; None where that does not matter."""
 
     def inputs() -> Inputs:
         asked = _made_from(tape, name, run) | {"target": _asked_of(tape.target, name)}
-        if tape.target.calibrates(name) or tape.target.learns:
+        if _needs_calls(tape.target, name):
+            assert calls is not None, name
             asked |= {"calls": calls.sha256}
         return asked
 
     return Stage(run.folder, f"lower-{name}", inputs)
+
+
+def _needs_calls(target: Target, name: str) -> bool:
+    """Whether what a component is lowered to depends on what is recorded."""
+    return target.calibrates(name) or target.learns
 
 
 def _asked_of(target: Target, name: str) -> Inputs:
@@ -150,6 +156,11 @@ def make_component(
         kept.append(record.finish())
         done(kept[0])
 
+    if not calls and not _needs_calls(tape.target, name):
+        if lowered := lower_stage(tape, name, run, None).outcome():  # of another sampler
+            with tell(f"record {name}"):
+                keep(tape.record(name)[1])
+            return kept[0], lowered
     with tell(f"capture {name}"):
         if kept:
             captured = tape.captured(tape.load(name), samples)

@@ -34,9 +34,9 @@ CACHED = ExportOptions(
 )
 
 
-def export(student: Path, out: Path) -> Bundle:
+def export(student: Path, out: Path, options: ExportOptions = CACHED) -> Bundle:
     target = shelf.make(Target, "torch", {})
-    return export_student(Student.open(student), target, out, CACHED, console=QUIET)
+    return export_student(Student.open(student), target, out, options, console=QUIET)
 
 
 def traced_once(patch: pytest.MonkeyPatch) -> None:
@@ -83,10 +83,15 @@ def test_killed_between_the_denoiser_and_its_cached_graph(
 
     begun.clear()
     monkeypatch.setattr(Stage, "begin", begin)
-    monkeypatch.setattr(Tape, "_run_denoiser", twice)
-    export(guided_student, cut)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tape, "_run_denoiser", twice)
+        export(guided_student, cut)
     assert begun == [*STAGES[4:], "verify"]
     assert (cut / MANIFEST).read_bytes() == (whole / MANIFEST).read_bytes()
+
+    begun.clear()
+    export(guided_student, cut, CACHED.model_copy(update={"deep_cache": 3}))
+    assert begun == [*STAGES[2:7], "verify"], "neither text encoder nor decoder is lowered anew"
 
 
 @pytest.mark.slow
