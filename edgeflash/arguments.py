@@ -72,6 +72,9 @@ def read_loras(given: list[str] | None) -> tuple[Lora, ...]:
             raise EdgeflashError(f"--lora {text}: write it as FILE or FILE=SCALE") from None
         if not found[-1].file.is_file():
             raise EdgeflashError(f"--lora {found[-1].file}: no such file")
+    for lora in found:
+        if [each.file for each in found].count(lora.file) > 1:
+            raise EdgeflashError(f"--lora {lora.file}: is given twice; give it once, with the sum")
     return tuple(found)
 
 

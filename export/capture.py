@@ -245,7 +245,8 @@ class Tape:
         if cached is not None:
             self.ahead[cached.network.component] = tuple(cached.samples)
         if self.merge:
-            with unmerged(network.network.module):
+            graphs = [each.network.module for each in (network, cached) if each is not None]
+            with unmerged(*graphs):  # a gated one has blocks of its own
                 self._run_plain("merging", self.sampler, network, cached)
         if self.way:
             whole = replace(self.sampler, schedule=without(self.sampler.schedule))

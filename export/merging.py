@@ -66,9 +66,9 @@ def transformers(unet: UNet2DConditionModel) -> Iterator[tuple[int, Transformer2
 
 
 @contextmanager
-def unmerged(module: nn.Module) -> Iterator[None]:
+def unmerged(*modules: nn.Module) -> Iterator[None]:
     """Has all tokens stay, for as long as it lasts."""
-    blocks = [m for m in module.modules() if isinstance(m, MergingBlock)]
+    blocks = [m for module in modules for m in module.modules() if isinstance(m, MergingBlock)]
     for block in blocks:
         block.merges = False
     try:

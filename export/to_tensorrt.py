@@ -171,6 +171,10 @@ class TensorRtTarget(Quantizing):
             made = {"built_with": version, "built_for": self.built_for}
         return Engine(rows=rows, **{name: getattr(self, name) for name in shared}, **made)
 
+    def shaped_by(self, component: str) -> dict[str, Any]:
+        engine = self.engine_of(component).model_dump(mode="json")  # GPUs, and the vendor's version
+        return super().shaped_by(component) | {"engine": engine}
+
     def lower(self, captured: Captured, out: Path) -> list[Path]:
         files = self._write_onnx(captured, out / captured.component / "model.onnx")
         if not self.built_for:

@@ -174,7 +174,7 @@ class DeepCache:
         given = Given()
         shallow = replaced(network.module, under(network.module, unet, _cuts(unet, layers, given)))
         attends = any(path.endswith("attn2") for path, _ in shallow.named_modules())
-        deaf = () if attends or unet.config.addition_embed_type else ("conditioning",)
+        deaf = () if attends or unet.config.addition_embed_type == "text" else ("conditioning",)
         return graphs(network, [Tap(resnet, width)], (spec,), shallow, [given], deaf)
 
 

@@ -212,3 +212,4 @@ def test_export_fuses_what_the_command_line_names(
     )
     assert "--lora nowhere: no such file" in say(*words, "nowhere").err
     assert "write it as FILE or FILE=SCALE" in say(*words, f"{folder}=much").err
+    assert "is given twice; give it once" in say(*words, folder, "--lora", f"{folder}=0.5").err

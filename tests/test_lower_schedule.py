@@ -360,7 +360,9 @@ def test_the_scheduler_is_left_as_it_was() -> None:
 def test_a_lowered_schedule_survives_json_and_is_plain_floats() -> None:
     schedule = lower_schedule(SAMPLERS["dpm++2m"](), 8)
     assert Schedule.model_validate_json(schedule.model_dump_json(exclude_defaults=True)) == schedule
-    assert {type(value) for step in schedule.steps for value in dict(step).values()} == {float}
+    assert {type(value) for step in schedule.steps for value in step.model_dump().values()} == {
+        float
+    }
     assert {type(value) for entry in schedule.entries for value in (entry.p, entry.q)} == {float}
 
 

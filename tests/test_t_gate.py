@@ -186,16 +186,25 @@ def drawn_by_hand(folder: Path, gate: int, steps: int, scale: float) -> Any:
         return pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample.numpy()
 
 
-def recorded(folder: Path, gate: int) -> Tape:
+def recorded(folder: Path, gate: int, merge: float = 0.0) -> Tape:
     """What the student draws in four guided steps, and its components by the way."""
     student = Student.open(folder)
     way, schedule = Gate(gate), student.schedules((4,))[4]
     sampler = Sampler(rows_of(way, schedule), CFG, (1, 4, 8, 8), way.gated)
     target = shelf.make(Target, "torch", {})
-    tape = Tape(student, target, sampler, ("a red star",), (16, 16), way=way)
+    tape = Tape(student, target, sampler, ("a red star",), (16, 16), merge=merge, way=way)
     for name in ("text_encoder", "unet", "vae_decoder"):
         tape.record(name)
     return tape
+
+
+def test_the_loss_by_merging_is_told_against_graphs_that_both_merge_nothing(
+    guided_student: Path,
+) -> None:
+    plain, merged = (recorded(guided_student, 2, share) for share in (0.0, 0.5))
+    (golden,), (unmerged,) = plain.goldens, merged.plain["merging"]
+    assert np.array_equal(unmerged, golden["latent"])
+    assert not np.array_equal(merged.goldens[0]["latent"], golden["latent"])
 
 
 def test_the_loop_is_that_of_the_paper(guided_student: Path) -> None:
