@@ -35,7 +35,10 @@ def gather(folders: Sequence[Path], lowered: Sequence[Outcome], out: Path) -> No
     """Gives the components' files their place in a bundle; plans that they left are joined."""
     for folder, outcome in zip(folders, lowered, strict=True):
         for file in outcome.files:
-            if file.path != plan.FILE:
+            if file.path.endswith("_data"):  # onnx refuses such a file with two names
+                (out / file.path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(folder / file.path, out / file.path)
+            elif file.path != plan.FILE:
                 link(folder / file.path, out / file.path)
     plan.join([folder / plan.FILE for folder in folders], out / plan.FILE)
 
