@@ -32,7 +32,7 @@ from edgeflash.shelf import find, make, names
 from edgeflash.student import Student
 
 from . import recorded
-from .pack import tools
+from .pack import made_by
 from .stages import Run, make_component, target_name
 
 COMMAND = [sys.executable, "-m", "edgeflash.export.apart"]
@@ -221,7 +221,7 @@ def _work(request: Request, hashes: Future[dict[str, str]]) -> None:
     student = Student.open(request.student, loras)
     target = make(Target, request.to, request.target)
     tape = planned(student, target, request.options).tape
-    run = Run(Path(request.run), hashes, student.lora_scales(), tools(target.needs))
+    run = Run(Path(request.run), hashes, student.lora_scales(), made_by(student, target))
     if request.after:
         recorded.take_up(tape, request.after, run.folder / f"record-{request.after}")
     make_component(

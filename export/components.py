@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.status import Status
 
+from edgeflash.errors import EdgeflashError
+
 from . import recorded
 from .apart import Child, Message, Request, memory_named
 from .capture import Tape
@@ -86,9 +88,17 @@ def _is_there(tape: Tape, record: Stage, name: str, run: Run) -> bool:
 
 
 def _read(stage: Stage) -> Outcome:
-    found = stage.read()
-    assert found is not None, stage.name
+    if (found := stage.read()) is None:
+        raise _changed_meanwhile(stage)
     return found
+
+
+def _changed_meanwhile(stage: Stage) -> EdgeflashError:
+    """A child ended well, but made a stage from something else than this process knows."""
+    return EdgeflashError(
+        f"{stage.name}: edgeflash's code or its packages changed meanwhile; "
+        "run the same command again"
+    )
 
 
 @dataclass
@@ -116,7 +126,7 @@ class _Crew:
             child.recorded.wait()
         if (calls := record.read()) is None:
             self._wait(child)
-            raise AssertionError(f"{record.name}: was not written")
+            raise _changed_meanwhile(record)
         recorded.take_up(tape, request.component, record.folder)
         return calls
 

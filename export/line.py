@@ -84,7 +84,7 @@ def export_student(
     _tell_changed(student, options, console)
     with run_folder(out) as folder, ThreadPoolExecutor(1) as hashing:
         hashes = hashing.submit(hashes_in, student.folder)
-        run = Run(folder, hashes, student.lora_scales(), pack.tools(target.needs))
+        run = Run(folder, hashes, student.lora_scales(), pack.made_by(student, target))
         request = request_of(student, target, options, folder)
         large = memory.large(student, plan.components)
         lowered = make_all(plan.tape, plan.components, run, request, large, at_once, console)
@@ -285,7 +285,7 @@ def _proved(
     def inputs() -> dict[str, Any]:
         manifest = hashlib.sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
         on = [type(prover).__name__, prover.model_dump(mode="json")]
-        return {"manifest": manifest, "on": on, "floors": options.floors}
+        return {"manifest": manifest, "on": on, "floors": options.floors, "tools": run.tools}
 
     stage = Stage(run.folder, "verify", inputs)
     if found := stage.outcome():
