@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from rich.status import Status
 
 from edgeflash.errors import EdgeflashError
 
-from . import recorded
+from . import memory, recorded
 from .apart import Child, Message, Request, memory_named
 from .capture import Tape
 from .journal import Outcome, Stage
@@ -64,12 +64,13 @@ def make_all(
     try:
         for name in components:
             record = record_stage(tape, name, run, before)
+            advice = memory.less(tape.student, tape.target, name)
             if apart and name in large and not _is_there(tape, record, name, run):
-                told = {"component": name, "after": after, "before": before}
+                told = {"component": name, "after": after, "before": before, "advice": advice}
                 calls = crew.recorded(tape, record, apart.model_copy(update=told))
                 made.append((lower_stage(tape, name, run, calls), None))
             else:
-                with memory_named(name):
+                with memory_named(name, advice):
                     calls, lowered = make_component(tape, name, run, before, crew.told)
                 if name in large:  # networks and programs hold themselves in circles
                     gc.collect()
@@ -79,6 +80,19 @@ def make_all(
     finally:
         crew.end()
     return [lowered or _read(stage) for stage, lowered in made]
+
+
+def unfinished(tape: Tape, components: Sequence[str], run: Run) -> list[str]:
+    """Those of which something is left to do; looks at marks alone."""
+    left, before = list[str](), ""
+    for i, name in enumerate(components):
+        record = record_stage(tape, name, run, before)
+        calls = record.read() if record.mark.exists() else None
+        if calls is None:  # nor can it be told what those behind it would be made from
+            return [*left, *components[i:]]
+        left += [name] * (lower_stage(tape, name, run, calls).read() is None)
+        before = calls.sha256
+    return left
 
 
 def _is_there(tape: Tape, record: Stage, name: str, run: Run) -> bool:

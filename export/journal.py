@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +114,10 @@ def _plain(table: Inputs) -> Inputs:
 
 
 @contextmanager
-def run_folder(out: Path) -> Iterator[Path]:
+def run_folder(out: Path, *, lasting: bool = True) -> Iterator[Path]:
     """The folder of the stages of ``out``; it goes when none of them was finished.
+
+    ``lasting``: whether it is still there for the next command.
 
     Raises:
         EdgeflashError: a training has it, or a person, or another export is at work there.
@@ -124,9 +126,10 @@ def run_folder(out: Path) -> Iterator[Path]:
     run = out.parent / f"{out.name}.run"
     _check_ours(run)
     new = not run.exists()
-    with _locked(run, out), _ending_told(run, out):
+    with _locked(run, out):
         try:
-            yield run
+            with _ending_told(run, out, lasting):
+                yield run
         finally:
             if new and not any(run.glob("*.json")):
                 shutil.rmtree(run, ignore_errors=True)
@@ -187,16 +190,28 @@ def _is_at(stream: IO[str], path: Path) -> bool:
 
 
 @contextmanager
-def _ending_told(run: Path, out: Path) -> Iterator[None]:
+def _ending_told(run: Path, out: Path, lasting: bool) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        said = f"interrupted: {out} was not written; run the same command again to go on"
-        raise Stopped(said) from None
+        said = f"interrupted: {out} was not written; run the same command again"
+        raise Stopped(said + " to go on" * lasting) from None
     except Exception as error:
         if is_disk_full(error, run):
             raise Stopped(f"{out}: disk full; free some space and run again") from None
         raise
+
+
+def drop_others(run: Path, components: Collection[str]) -> None:
+    """Removes stages of components that an export no longer has, their marks first."""
+    found = [*run.glob("record-*"), *run.glob("lower-*")]
+    for path in sorted(found, key=lambda path: path.suffix != ".json"):
+        if path.name.removesuffix(".json").partition("-")[2] in components:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def link(source: Path, target: Path) -> None:

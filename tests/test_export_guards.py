@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exported import QUIET
 from forked import forked
+from rich.console import Console
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle
 from edgeflash.disk import MANIFEST
+from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
-from edgeflash.export import memory, pack
-from edgeflash.export.journal import Stage, run_folder
+from edgeflash.export import apart, memory, pack
+from edgeflash.export.journal import LOCK, Stage, run_folder
 from edgeflash.export.line import export_student
 from edgeflash.export_options import ExportOptions
 from edgeflash.lora import Lora
-from edgeflash.machine import available_bytes
+from edgeflash.machine import available_bytes, installed_bytes
+from edgeflash.recipe import find_recipe, read_recipe
 from edgeflash.roles import Target
 from edgeflash.student import Student
 
@@ -112,17 +117,91 @@ def test_what_does_not_fit_is_refused_before_the_work(
         numbers * 4 < (one_step_student / "unet/diffusion_pytorch_model.safetensors").stat().st_size
     )
     monkeypatch.setattr(memory, "numbers_of", lambda *_: 2_567_463_684)
-    monkeypatch.setattr(memory, "available_bytes", lambda: 16 * 2**30)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 * 2**30)
+    monkeypatch.setattr(memory, "installed_bytes", lambda: 16 * 2**30)
     with pytest.raises(EdgeflashError, match=r"some 31.7 GiB .* choose --precision fp32 or fp16"):
         export(one_step_student, tmp_path / "out", {"precision": "int8"})
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(memory, "available_bytes", lambda: 8 * 2**30)
-    with pytest.raises(EdgeflashError, match=r"8.0 GiB are free: free some memory, or export on"):
+    monkeypatch.setattr(memory, "installed_bytes", lambda: 8 * 2**30)
+    with pytest.raises(
+        EdgeflashError, match=r"8.0 GiB is all there is: free some memory, or export on"
+    ):
         export(one_step_student, tmp_path / "out", HALF)
     student, target = Student.open(one_step_student), shelf.make(Target, "onnx", HALF)
+    assert memory.less(student, target, "unet").startswith("choose --precision fp32, or free")
+    monkeypatch.setattr(memory, "installed_bytes", lambda: 64 * 2**30)
     for have, at_once in ((None, 1), (20, 1), (28, 2)):
         monkeypatch.setattr(memory, "available_bytes", lambda have=have: have and have * 2**30)
-        assert memory.check(student, target, PARTS) == at_once
+        told = Console(record=True, file=io.StringIO(), width=999)
+        assert memory.check(student, target, PARTS, told) == at_once
+        assert not told.export_text()
+    monkeypatch.setattr(memory, "available_bytes", lambda: 8 * 2**30)
+    assert memory.check(student, target, PARTS, told) == 1
+    assert "8.0 GiB are free: free some memory" in told.export_text()
+    assert memory.check(student, target, [], told) == 1 and not told.export_text()
+
+
+@pytest.mark.usefixtures("replay")
+def test_finished_stages_ask_for_no_memory_and_others_go(
+    one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[list[str]]()
+    real = memory.check
+
+    def check(*given: Any) -> int:
+        asked.append(list(given[2]))
+        return real(*given)
+
+    monkeypatch.setattr(memory, "check", check)
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    export(one_step_student, out, FLOAT)
+    for stage in ("record-unet_cached", "lower-unet_cached", "lower-vae_encoder"):
+        (run / stage).mkdir()
+        (run / f"{stage}.json").write_text("{}")
+    (run / "lower-unet.json").unlink()
+    export(one_step_student, out, FLOAT)
+    export(one_step_student, out, FLOAT)
+    (run / "record-unet.json").unlink()
+    monkeypatch.setattr(memory, "installed_bytes", lambda: 0)
+    with pytest.raises(EdgeflashError, match="unet would take"):
+        export(one_step_student, out, FLOAT)
+    assert asked == [[*PARTS], ["unet"], [], ["unet", "vae_decoder"]]
+    kept = {*STAGES, *(f"{stage}.json" for stage in STAGES), "verify", "verify.json", LOCK}
+    assert {path.name for path in run.iterdir()} == kept - {"record-unet.json"}
+
+
+def test_a_training_leaves_stages_of_an_export(tmp_path: Path) -> None:
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run/lower-unet.json").write_text("{}")
+    with pytest.raises(EdgeflashError, match=r"out\.run: holds stages of an export"):
+        distill(read_recipe(find_recipe("demo")), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out.run").iterdir()] == ["lower-unet.json"]
+
+
+def test_a_child_speaks_apart_from_what_libraries_print(capfd: pytest.CaptureFixture[str]) -> None:
+    def speaks() -> None:
+        say = apart._speaker()
+        os.write(1, b"{a vendor")
+        say({"begin": "x"})
+
+    assert forked(speaks) == [0]
+    told = capfd.readouterr()
+    assert told.out == '{"begin": "x"}\n' and "{a vendor" in told.err
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_listener_that_dies_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(message: apart.Message) -> None:
+        raise OSError("a closed terminal")
+
+    code = 'print(\'{"begin": "x"}\', flush=True); import time; time.sleep(60)'
+    monkeypatch.setattr(apart, "COMMAND", [sys.executable, "-S", "-c", code])
+    request = apart.Request(
+        student="s", loras=(), to="onnx", target={}, options=ExportOptions(), run="r"
+    )
+    made = apart.Child(request, apart.Future(), fails)
+    assert made.recorded.wait(30)
+    made.end()
 
 
 def test_limits_of_containers_count(tmp_path: Path) -> None:
@@ -131,14 +210,19 @@ def test_limits_of_containers_count(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
 
     assert available_bytes(tmp_path) is None
-    write("proc/meminfo", "MemTotal: 99 kB\nMemAvailable:  8000 kB\nSwapFree: 1000 kB\n")
+    write(
+        "proc/meminfo",
+        "MemTotal: 9900 kB\nSwapTotal: 100 kB\nMemAvailable:  8000 kB\nSwapFree: 1000 kB\n",
+    )
     assert available_bytes(tmp_path) == 9000 * 1024
+    assert installed_bytes(tmp_path) == 10_000 * 1024
     write("proc/self/cgroup", "0::/pod/box\n")
     write("sys/fs/cgroup/pod/memory.max", "5000000\n")
     write("sys/fs/cgroup/pod/memory.current", "3000000\n")
-    write("sys/fs/cgroup/pod/memory.stat", "anon 1\ninactive_file 500000\n")
+    write("sys/fs/cgroup/pod/memory.stat", "anon 1\ninactive_file 300000\nactive_file 200000\n")
     write("sys/fs/cgroup/pod/box/memory.max", "max\n")
     assert available_bytes(tmp_path) == 2_500_000
+    assert installed_bytes(tmp_path) == 5_000_000
     write("proc/self/cgroup", "4:memory:/box\n3:cpu:/\n")
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000")
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "400")

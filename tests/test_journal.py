@@ -256,6 +256,7 @@ def child(monkeypatch: pytest.MonkeyPatch, code: str) -> apart.Child:
         ('print(\'{"error": "no ONNX for it", "stopped": false}\')', EdgeflashError, "no ONNX"),
         ("import os; os.kill(os.getpid(), 2)", KeyboardInterrupt, None),
         ("print('a vendor speaks'); 1 / 0", RuntimeError, "ZeroDivisionError"),
+        ("print('{a brace'); print('{}'); 1 / 0", RuntimeError, "ZeroDivisionError"),
     ],
 )
 def test_how_a_child_ends_is_told(
@@ -269,9 +270,12 @@ def test_how_a_child_ends_is_told(
 
 def test_an_allocator_that_gives_up_is_named() -> None:
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 B")):
-        with pytest.raises(EdgeflashError, match="unet: out of memory"), apart.memory_named("unet"):
+        with (
+            pytest.raises(EdgeflashError, match="unet: out of memory"),
+            apart.memory_named("unet", "fp32"),
+        ):
             raise error
-    with pytest.raises(ValueError, match="else"), apart.memory_named("unet"):
+    with pytest.raises(ValueError, match="else"), apart.memory_named("unet", "fp32"):
         raise ValueError("something else")
 
 
