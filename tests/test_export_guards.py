@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,12 @@ def test_changed_code_redoes_all_and_is_not_told(
     one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, real = list[str](), Stage.begin
-    monkeypatch.setattr(Stage, "begin", lambda stage: begun.append(stage.name) or real(stage))
+
+    def begin(stage: Stage) -> Path:
+        begun.append(stage.name)
+        return real(stage)
+
+    monkeypatch.setattr(Stage, "begin", begin)
     out = tmp_path / "out"
     export(one_step_student, out, FLOAT)
     before = (out / MANIFEST).read_bytes()
@@ -199,7 +205,7 @@ def test_a_listener_that_dies_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPat
     request = apart.Request(
         student="s", loras=(), to="onnx", target={}, options=ExportOptions(), run="r"
     )
-    made = apart.Child(request, apart.Future(), fails)
+    made = apart.Child(request, Future(), fails)
     assert made.recorded.wait(30)
     made.end()
 
