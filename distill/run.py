@@ -66,6 +66,7 @@ def distill(
     methods = recipe.methods()
     check_replaceable(out, kind="student")
     work = out.parent / f"{out.name}.run"
+    _check_no_export(work)
     work.mkdir(parents=True, exist_ok=True)
     teacher = locate_teacher(recipe.teacher) if recipe.teacher else None
     base = locate_teacher(recipe.base) if recipe.base else teacher
@@ -104,6 +105,13 @@ def distill(
             _write_manifest(recipe, teacher, base, told, store.captions[:200], draft)
     accelerator.wait_for_everyone()
     return out
+
+
+def _check_no_export(work: Path) -> None:
+    if any(work.glob("record-*.json")) or any(work.glob("lower-*.json")):
+        raise EdgeflashError(
+            f"{work}: holds stages of an export; choose another --out for the student"
+        )
 
 
 def _accelerator() -> Accelerator:

@@ -148,7 +148,7 @@ def export(
         gate=gate,
         floors=read_floors(floor),
     )
-    lower = partial(export_student, opened, options=asked)
+    lower = partial(export_student, opened, options=asked, lasting=not auto)
     if auto:
         from edgeflash.choice import choice_table, export_best
 

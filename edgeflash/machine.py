@@ -114,12 +114,23 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     told = dict(line.split(":", 1) for line in _lines(root / "proc/meminfo"))
     if "MemAvailable" not in told:
         return None
-    kib = [told.get(name, "0").split()[0] for name in ("MemAvailable", "SwapFree")]
-    return min([sum(map(int, kib)) * 1024, *_left_by_groups(root)])
+    return min([_meminfo(told, "MemAvailable", "SwapFree"), *(left for left, _ in _groups(root))])
 
 
-def _left_by_groups(root: Path) -> Iterator[int]:
-    """What each control group above this process has left: version 2, and memory's of version 1."""
+def installed_bytes(root: Path = Path("/")) -> int | None:
+    """The most that this process could ever take: as `available_bytes`, if nothing else ran."""
+    told = dict(line.split(":", 1) for line in _lines(root / "proc/meminfo"))
+    if "MemTotal" not in told:
+        return None
+    return min([_meminfo(told, "MemTotal", "SwapTotal"), *(limit for _, limit in _groups(root))])
+
+
+def _meminfo(told: dict[str, str], *names: str) -> int:
+    return sum(int(told.get(name, "0").split()[0]) for name in names) * 1024
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """What each control group above this process has left, and its limit; versions 1 and 2."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -132,7 +143,8 @@ def _left_by_groups(root: Path) -> Iterator[int]:
             limit, used = (_read(str(group / name)) or "" for name in names)
             if limit.isdigit() and used.isdigit():
                 cached = dict(pair.split()[:2] for pair in _lines(group / "memory.stat"))
-                yield int(limit) - int(used) + int(cached.get("inactive_file", 0))
+                free = sum(int(cached.get(f"{how}active_file", 0)) for how in ("", "in"))
+                yield int(limit) - int(used) + free, int(limit)
             if group == home:
                 break
 

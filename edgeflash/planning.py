@@ -116,7 +116,9 @@ class _Search:
     def lower(self, target: Target, folder: Path) -> Bundle:
         from edgeflash.export.line import export_student
 
-        return export_student(self.student, target, folder, self.wish.asked, console=self.console)
+        return export_student(
+            self.student, target, folder, self.wish.asked, console=self.console, lasting=False
+        )
 
     def target(self, point: Point | None, precision: str) -> Quantizing:
         """With a point's plan, or none."""

@@ -149,7 +149,7 @@ def _export(
         prompts=own[:1] or (PROMPT,),  # calibration need not be good, only done
         floors=NO_FLOORS,  # random weights amplify rounding; nobody will look at the pictures
     )
-    return export_student(student, target, out, options, console=console)
+    return export_student(student, target, out, options, console=console, lasting=False)
 
 
 def _bench(bundle: Bundle, way: Way, name: str, steps: int, runs: int, console: Console) -> System:

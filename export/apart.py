@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,21 @@ from edgeflash.shelf import find, make, names
 from edgeflash.student import Student
 
 from . import recorded
-from .pack import tools
+from .pack import made_by
 from .stages import Run, make_component, target_name
 
 COMMAND = [sys.executable, "-m", "edgeflash.export.apart"]
 KILLED, BY_CTRL_C = -9, (-2, INTERRUPTED)
 NO_MEMORY = ("can't allocate memory", "bad_alloc", "bad allocation")  # torch's, C++'s, ONNX Runtime
 Message = dict[str, Any]
+Say = Callable[[Message], None]
 
 
 class Request(Part):
     """What a child is to do.
 
     ``after``: the component whose recorded calls it goes on from, with their hash; "" for none.
+    ``advice``: what to do where memory does not suffice.
     """
 
     student: str
@@ -56,6 +59,7 @@ class Request(Part):
     component: str = ""
     after: str = ""
     before: str = ""
+    advice: str = ""
 
 
 def request_of(
@@ -85,13 +89,18 @@ class Child:
     def __init__(
         self, request: Request, hashes: Future[dict[str, str]], tell: Callable[[Message], object]
     ) -> None:
-        self.component = request.component
+        self.component, self._advice = request.component, request.advice
         self.recorded = threading.Event()
         self._tell, self._error = tell, EdgeflashError("")
         self._complaint = tempfile.TemporaryFile("w+")
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            COMMAND, stdin=pipe, stdout=pipe, stderr=self._complaint, text=True
+            COMMAND,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=self._complaint,
+            encoding="utf-8",
+            errors="replace",  # a vendor's library may print to the same place
         )
         self._say(request.model_dump_json())
         self._hashes = hashes
@@ -116,17 +125,19 @@ class Child:
 
     def _listen(self) -> None:
         assert self._process.stdout
-        for line in self._process.stdout:
-            if not line.startswith("{"):  # a vendor's library may print to the same place
-                continue
-            message = json.loads(line)
-            if "error" in message:
-                self._error = (Stopped if message["stopped"] else EdgeflashError)(message["error"])
-            elif "recorded" in message:
-                self.recorded.set()
-            else:
-                self._tell(message)
-        self.recorded.set()
+        try:
+            for line in self._process.stdout:
+                self._hear(_message(line))
+        finally:
+            self.recorded.set()  # whatever happens: the parent waits for it
+
+    def _hear(self, message: Message) -> None:
+        if "error" in message:
+            self._error = (Stopped if message["stopped"] else EdgeflashError)(message["error"])
+        elif "recorded" in message:
+            self.recorded.set()
+        elif "begin" in message or "end" in message:
+            self._tell(message)
 
     def result(self) -> None:
         """Waits for the end.
@@ -143,7 +154,7 @@ class Child:
         if str(self._error):
             raise self._error
         if code == KILLED:
-            raise out_of_memory(self.component, "its process was killed")
+            raise out_of_memory(self.component, "its process was killed", self._advice)
         if code in BY_CTRL_C:
             raise KeyboardInterrupt
         if code:
@@ -161,46 +172,54 @@ class Child:
                 stream.close()
 
 
-def out_of_memory(component: str, how: str) -> EdgeflashError:
+def _message(line: str) -> Message:
+    """What a child says; empty where somebody else spoke."""
+    with suppress(ValueError):
+        if isinstance(said := json.loads(line), dict):
+            return said
+    return {}
+
+
+def out_of_memory(component: str, how: str, advice: str) -> EdgeflashError:
     """What is said when the system, or an allocator, puts an end to a component."""
     return EdgeflashError(
-        f"{component}: out of memory, most likely: {how}: close other programs, or choose a "
-        "precision that takes less, such as fp16; run the same command again to go on"
+        f"{component}: out of memory, most likely: {how}: {advice}; then run the command again"
     )
 
 
 @contextmanager
-def memory_named(component: str) -> Iterator[None]:
+def memory_named(component: str, advice: str) -> Iterator[None]:
     """Says so where memory does not suffice."""
     try:
         yield
     except MemoryError:
-        raise out_of_memory(component, "none was left") from None
+        raise out_of_memory(component, "none was left", advice) from None
     except Exception as error:
         said = " ".join(str(error).split())
         if isinstance(error, EdgeflashError) or not any(sign in said for sign in NO_MEMORY):
             raise
-        raise out_of_memory(component, said[:200]) from None
+        raise out_of_memory(component, said[:200], advice) from None
 
 
 def main() -> None:
     """The child."""
+    say = _speaker()
     heard = io.FileIO(0, closefd=False)  # a thread in a buffered read would block the exit
     request = Request.model_validate_json(heard.readline())
     hashes: Future[dict[str, str]] = Future()
     threading.Thread(target=_hear, args=(heard, hashes), daemon=True).start()
     try:
-        with memory_named(request.component):
-            _work(request, hashes)
+        with memory_named(request.component, request.advice):
+            _work(request, hashes, say)
     except EdgeflashError as error:
-        _say({"error": str(error), "stopped": isinstance(error, Stopped)})
+        say({"error": str(error), "stopped": isinstance(error, Stopped)})
         sys.exit(2)
     except KeyboardInterrupt:
         os._exit(INTERRUPTED)
     except Exception as error:
         if is_disk_full(error, Path(request.run)):
             said = f"{request.run}: disk full; free some space and run again"
-            _say({"error": said, "stopped": True})
+            say({"error": said, "stopped": True})
             sys.exit(2)
         traceback.print_exc()
         sys.exit(1)
@@ -214,31 +233,37 @@ def _hear(heard: io.FileIO, hashes: Future[dict[str, str]]) -> None:
     os._exit(1)
 
 
-def _work(request: Request, hashes: Future[dict[str, str]]) -> None:
+def _speaker() -> Say:
+    """Speaks to the parent alone: what libraries print goes where complaints go."""
+    words = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def say(message: Message) -> None:
+        print(json.dumps(message), file=words, flush=True)
+
+    return say
+
+
+def _work(request: Request, hashes: Future[dict[str, str]], say: Say) -> None:
     from .line import planned  # which starts children, and so imports this file
 
     loras = [Lora(Path(file), scale) for file, scale in request.loras]
     student = Student.open(request.student, loras)
     target = make(Target, request.to, request.target)
     tape = planned(student, target, request.options).tape
-    run = Run(Path(request.run), hashes, student.lora_scales(), tools(target.needs))
+    run = Run(Path(request.run), hashes, student.lora_scales(), made_by(student, target))
     if request.after:
         recorded.take_up(tape, request.after, run.folder / f"record-{request.after}")
-    make_component(
-        tape, request.component, run, request.before, _told, lambda _: _say({"recorded": True})
-    )
+    tell, done = partial(_told, say), lambda _: say({"recorded": True})
+    make_component(tape, request.component, run, request.before, tell, done)
 
 
 @contextmanager
-def _told(stage: str) -> Iterator[None]:
-    _say({"begin": stage})
+def _told(say: Say, stage: str) -> Iterator[None]:
+    say({"begin": stage})
     start = time.perf_counter()
     yield
-    _say({"end": stage, "seconds": time.perf_counter() - start, "mib": peak_rss_mib()})
-
-
-def _say(message: Message) -> None:
-    print(json.dumps(message), flush=True)
+    say({"end": stage, "seconds": time.perf_counter() - start, "mib": peak_rss_mib()})
 
 
 if __name__ == "__main__":

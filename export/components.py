@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.status import Status
 
-from . import recorded
+from edgeflash.errors import EdgeflashError
+
+from . import memory, recorded
 from .apart import Child, Message, Request, memory_named
 from .capture import Tape
 from .journal import Outcome, Stage
@@ -62,12 +64,13 @@ def make_all(
     try:
         for name in components:
             record = record_stage(tape, name, run, before)
+            advice = memory.less(tape.student, tape.target, name)
             if apart and name in large and not _is_there(tape, record, name, run):
-                told = {"component": name, "after": after, "before": before}
+                told = {"component": name, "after": after, "before": before, "advice": advice}
                 calls = crew.recorded(tape, record, apart.model_copy(update=told))
                 made.append((lower_stage(tape, name, run, calls), None))
             else:
-                with memory_named(name):
+                with memory_named(name, advice):
                     calls, lowered = make_component(tape, name, run, before, crew.told)
                 if name in large:  # networks and programs hold themselves in circles
                     gc.collect()
@@ -79,6 +82,19 @@ def make_all(
     return [lowered or _read(stage) for stage, lowered in made]
 
 
+def unfinished(tape: Tape, components: Sequence[str], run: Run) -> list[str]:
+    """Those of which something is left to do; looks at marks alone."""
+    left, before = list[str](), ""
+    for i, name in enumerate(components):
+        record = record_stage(tape, name, run, before)
+        calls = record.read() if record.mark.exists() else None
+        if calls is None:  # nor can it be told what those behind it would be made from
+            return [*left, *components[i:]]
+        left += [name] * (lower_stage(tape, name, run, calls).read() is None)
+        before = calls.sha256
+    return left
+
+
 def _is_there(tape: Tape, record: Stage, name: str, run: Run) -> bool:
     """Whether nothing is left to do; looks at marks alone."""
     calls = record.read() if record.mark.exists() else None
@@ -86,9 +102,17 @@ def _is_there(tape: Tape, record: Stage, name: str, run: Run) -> bool:
 
 
 def _read(stage: Stage) -> Outcome:
-    found = stage.read()
-    assert found is not None, stage.name
+    if (found := stage.read()) is None:
+        raise _changed_meanwhile(stage)
     return found
+
+
+def _changed_meanwhile(stage: Stage) -> EdgeflashError:
+    """A child ended well, but made a stage from something else than this process knows."""
+    return EdgeflashError(
+        f"{stage.name}: edgeflash's code or its packages changed meanwhile; "
+        "run the same command again"
+    )
 
 
 @dataclass
@@ -116,7 +140,7 @@ class _Crew:
             child.recorded.wait()
         if (calls := record.read()) is None:
             self._wait(child)
-            raise AssertionError(f"{record.name}: was not written")
+            raise _changed_meanwhile(record)
         recorded.take_up(tape, request.component, record.folder)
         return calls
 

@@ -13,11 +13,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import Field, ValidationError
 
@@ -25,6 +26,12 @@ from edgeflash.bundle import File, Part, describe_file
 from edgeflash.disk import TRAINING, is_disk_full, write_atomic
 from edgeflash.errors import EdgeflashError, Stopped
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+LOCK = "export.lock"  # in a folder of stages: the mark that it is one, held while one works in it
 Inputs = dict[str, Any]
 
 
@@ -107,30 +114,104 @@ def _plain(table: Inputs) -> Inputs:
 
 
 @contextmanager
-def run_folder(out: Path) -> Iterator[Path]:
+def run_folder(out: Path, *, lasting: bool = True) -> Iterator[Path]:
     """The folder of the stages of ``out``; it goes when none of them was finished.
 
+    ``lasting``: whether it is still there for the next command.
+
     Raises:
-        EdgeflashError: a training has it.
+        EdgeflashError: a training has it, or a person, or another export is at work there.
         Stopped: Ctrl-C, or a full disk.
     """
     run = out.parent / f"{out.name}.run"
+    _check_ours(run)
+    new = not run.exists()
+    with _locked(run, out):
+        try:
+            with _ending_told(run, out, lasting):
+                yield run
+        finally:
+            if new and not any(run.glob("*.json")):
+                shutil.rmtree(run, ignore_errors=True)
+
+
+def _check_ours(run: Path) -> None:
+    """Refuses a folder that exports have not made: stages of the same names would go."""
     if (run / TRAINING).exists():
         raise EdgeflashError(f"{run}: holds a training; choose another --out for the bundle")
-    ours = not run.exists()
-    run.mkdir(parents=True, exist_ok=True)
+    held = os.listdir(run) if run.is_dir() else ["a file"] * run.exists()
+    if held and LOCK not in held and not any(run.glob("record-*.json")):
+        raise EdgeflashError(
+            f"{run}: holds something else, and stages of the export would go there; "
+            "choose another --out"
+        )
+
+
+@contextmanager
+def _locked(run: Path, out: Path) -> Iterator[None]:
+    """Keeps other exports away for as long as this process lives, however it ends."""
+    while True:
+        with _opened(run / LOCK) as stream:
+            if not _take(stream):
+                raise EdgeflashError(
+                    f"another export to {out} is at work: wait for it, or choose another --out"
+                )
+            if _is_at(stream, run / LOCK):  # else it has gone with the folder
+                yield
+                return
+
+
+def _opened(path: Path) -> IO[str]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another export has just taken the folder away
+            return path.open("a")
+
+
+def _take(stream: IO[str]) -> bool:
+    """Whether nobody else holds the lock; where the file system knows none, nobody does."""
     try:
-        yield run
+        if sys.platform == "win32":
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _is_at(stream: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _ending_told(run: Path, out: Path, lasting: bool) -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
-        said = f"interrupted: {out} was not written; run the same command again to go on"
-        raise Stopped(said) from None
+        said = f"interrupted: {out} was not written; run the same command again"
+        raise Stopped(said + " to go on" * lasting) from None
     except Exception as error:
         if is_disk_full(error, run):
             raise Stopped(f"{out}: disk full; free some space and run again") from None
         raise
-    finally:
-        if ours and not any(run.glob("*.json")):
-            shutil.rmtree(run, ignore_errors=True)
+
+
+def drop_others(run: Path, components: Collection[str]) -> None:
+    """Removes stages of components that an export no longer has, their marks first."""
+    found = [*run.glob("record-*"), *run.glob("lower-*")]
+    for path in sorted(found, key=lambda path: path.suffix != ".json"):
+        if path.name.removesuffix(".json").partition("-")[2] in components:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def link(source: Path, target: Path) -> None:

@@ -33,8 +33,8 @@ from . import memory, pack
 from .apart import request_of
 from .caching import Way, check_rows, rows_of
 from .capture import Tape
-from .components import make_all, told
-from .journal import Outcome, Stage, run_folder
+from .components import make_all, told, unfinished
+from .journal import Outcome, Stage, drop_others, run_folder
 from .merging import MOST
 from .stages import Run, component_of, target_name
 from .ways import way_of
@@ -60,6 +60,7 @@ def export_student(
     options: ExportOptions = AS_USUAL,
     *,
     console: Console | None = None,
+    lasting: bool = True,
 ) -> Bundle:
     """Writes a bundle, and puts it in its place when it has passed the parity ladder.
 
@@ -69,6 +70,7 @@ def export_student(
         out: folder of the bundle; replaced when it exists.
         options: what else is asked for.
         console: where progress is told; None: the terminal's standard error.
+        lasting: whether ``out`` lies where its stages stay for the next command.
 
     Raises:
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
@@ -80,13 +82,14 @@ def export_student(
     check_floors(options.floors)
     check_replaceable(out, student.folder, kind="bundle")
     plan = planned(student, target, options)
-    at_once = memory.check(student, target, plan.components)
     _tell_changed(student, options, console)
-    with run_folder(out) as folder, ThreadPoolExecutor(1) as hashing:
+    with run_folder(out, lasting=lasting) as folder, ThreadPoolExecutor(1) as hashing:
         hashes = hashing.submit(hashes_in, student.folder)
-        run = Run(folder, hashes, student.lora_scales(), pack.tools(target.needs))
+        run = Run(folder, hashes, student.lora_scales(), pack.made_by(student, target))
         request = request_of(student, target, options, folder)
         large = memory.large(student, plan.components)
+        left = unfinished(plan.tape, plan.components, run)
+        at_once = memory.check(student, target, left, console)
         lowered = make_all(plan.tape, plan.components, run, request, large, at_once, console)
         _tell_losses(plan.tape, console)
         with fresh_folder(out, folder / "bundle") as draft:
@@ -97,7 +100,9 @@ def export_student(
                 figures = _proved(Bundle(draft, manifest), prover, options, run)
             proof = {"parity": figures, "unproven": unproven}
             pack.write_manifest(manifest.model_copy(update=proof), draft)
-            _refuse(figures, plan, target, draft, out)
+            kept = f"finished stages are kept in {folder}" if lasting else "nothing was written"
+            _refuse(figures, plan, target, draft, out, kept)
+        drop_others(folder, plan.components)
     if unproven:
         console.print(unproven, markup=False, highlight=False)
     return Bundle.open(out)
@@ -285,7 +290,7 @@ def _proved(
     def inputs() -> dict[str, Any]:
         manifest = hashlib.sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
         on = [type(prover).__name__, prover.model_dump(mode="json")]
-        return {"manifest": manifest, "on": on, "floors": options.floors}
+        return {"manifest": manifest, "on": on, "floors": options.floors, "tools": run.tools}
 
     stage = Stage(run.folder, "verify", inputs)
     if found := stage.outcome():
@@ -298,7 +303,7 @@ def _proved(
 
 
 def _refuse(
-    figures: tuple[Figure, ...], plan: _Plan, target: Target, draft: Path, out: Path
+    figures: tuple[Figure, ...], plan: _Plan, target: Target, draft: Path, out: Path, kept: str
 ) -> None:
     """Raises when a rung is missed; tells where it begins, if the target knows."""
     try:
@@ -309,4 +314,4 @@ def _refuse(
         name = figure.component if figure.component in plan.components else family.denoiser
         astray = target.diverged(plan.tape.capture(name), draft)
         hint = f"; first astray: {astray}" if astray else ""
-        raise EdgeflashError(f"{error}{hint}; nothing was written") from None
+        raise EdgeflashError(f"{error}{hint}; {kept}") from None

@@ -3,7 +3,8 @@
 A component is loaded in float32, mapped where its file holds that; the rest comes on top as bytes
 for each of its numbers, by what is made of them. The factors are estimates: the float32 one comes
 from SDXS-512 (2.2 GiB for 340 million numbers of its text encoder, `export_full_size.py`), the
-others from what each way keeps at once; `export_full_size.py` tells by how much they are off.
+others from what each way keeps at once; `export_full_size.py` tells by how much they are off. So
+they refuse only what is beyond all of the machine, and warn of what is beyond the free part.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from edgeflash.errors import EdgeflashError
-from edgeflash.machine import available_bytes
+from edgeflash.machine import available_bytes, installed_bytes
 from edgeflash.roles import Target
 from edgeflash.student import Student
 
@@ -33,8 +36,8 @@ BYTES = {  # of a number, the float32 that torch holds included
     "int8-dynamic": 9.0,
 }
 HELD_TWICE = 13.0  # others: the vendor's quantizer holds the model, and a copy that it calibrates
-MORE = {"onnx": 0.0}  # bytes of a number that other converters hold besides
-CONVERTED = 4.0
+MORE = {"onnx": 0.0, "tensorrt": 0.0}  # bytes of a number that converters hold besides
+CONVERTED = 2.0  # others: not measured; a copy in halves
 
 
 def numbers_of(student: Student, component: str) -> int:
@@ -61,33 +64,44 @@ def estimate(student: Student, target: Target, component: str) -> float:
     """Bytes that capturing and lowering a component takes at its peak: an estimate."""
     precision, to = target.precision_of(component), target_name(target)
     each = BYTES.get(precision, HELD_TWICE) + MORE.get(to, CONVERTED)
-    return BASE_BYTES + numbers_of(student, component) * each
+    numbers = numbers_of(student, component)
+    return (BASE_BYTES if numbers > APART_NUMBERS else 0) + numbers * each
 
 
-def check(student: Student, target: Target, components: Sequence[str]) -> int:
-    """Whether there is room for every component by itself.
+def check(student: Student, target: Target, components: Sequence[str], console: Console) -> int:
+    """Whether there is room for every component by itself; warns where it is not free now.
 
-    Returns how many of the largest ones may be at work at a time, 1 or 2.
+    ``components``: that are still to be made. Returns how many of the largest ones may be at work
+    at a time, 1 or 2.
 
     Raises:
-        EdgeflashError: there is none; tells how much it takes, and what takes less.
+        EdgeflashError: this machine has not that much; tells how much it takes, and what does less.
     """
-    have = available_bytes()
+    have, most = available_bytes(), installed_bytes()
     wanted = {name: estimate(student, target, name) for name in components}
-    if have is None:
+    if have is None or most is None or not wanted:
         return 1
     name = max(wanted, key=lambda name: wanted[name])
+    said = (
+        f"{student.folder}: {name} would take some {wanted[name] / GIB:.1f} GiB of memory to "
+        f"lower to {target.precision_of(name)} (an estimate), "
+    )
+    if wanted[name] > most:
+        said += f"{most / GIB:.1f} GiB is all there is: {instead(student, target, name, most)}"
+        raise EdgeflashError(said)
     if wanted[name] > have:
-        raise EdgeflashError(
-            f"{student.folder}: {name} would take some {wanted[name] / GIB:.1f} GiB of memory to "
-            f"lower to {target.precision_of(name)} (an estimate), {have / GIB:.1f} GiB are free: "
-            f"{_instead(student, target, name, have)}"
-        )
+        said += f"{have / GIB:.1f} GiB are free: {instead(student, target, name, have)}"
+        console.print(said, markup=False, highlight=False)
     return 2 if sum(sorted(wanted.values())[-2:]) <= have else 1
 
 
-def _instead(student: Student, target: Target, name: str, have: float) -> str:
-    """What takes less, where anything does."""
+def less(student: Student, target: Target, name: str) -> str:
+    """What to do where a component was too much."""
+    return instead(student, target, name, estimate(student, target, name))
+
+
+def instead(student: Student, target: Target, name: str, below: float) -> str:
+    """What takes less than so many bytes, where anything does."""
     others = {}
     for precision in BYTES:
         try:
@@ -95,7 +109,7 @@ def _instead(student: Student, target: Target, name: str, have: float) -> str:
         except ValueError:  # not one of this target's
             continue
         others[precision] = estimate(student, other, name)
-    fitting = [precision for precision, wanted in others.items() if wanted <= have]
+    fitting = [precision for precision, wanted in others.items() if wanted < below]
     if fitting:
         return f"choose --precision {' or '.join(fitting)}, or free some memory"
     return "free some memory, or export on a larger machine"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
+import importlib.util
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image as Picture
 from edgeflash.bundle import File, Golden, Lineage, Manifest, describe_file
 from edgeflash.disk import MANIFEST
 from edgeflash.golden import Tensors, noise_sha256, save_tensors
+from edgeflash.roles import Target
 from edgeflash.student import Student
 from edgeflash.tokenizer import write_vocabulary
 
@@ -29,6 +32,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 THUMBNAIL_PX = 64
+CODE = ("edgeflash", "edgeflash.export", "edgeflash.runtimes")  # what shapes and proves a bundle
+BESIDE = ("numpy", "onnx_ir")  # of no target's `needs`, but they write some of its bytes
 
 
 def gather(folders: Sequence[Path], lowered: Sequence[Outcome], out: Path) -> None:
@@ -115,6 +120,31 @@ def tools(packages: Iterable[str]) -> dict[str, str]:
     brought_by = _distributions()  # onnxruntime: perhaps by -gpu
     names = {"edgeflash": "edgeflash"} | {p: brought_by.get(p, [p])[0] for p in packages}
     return {package: importlib.metadata.version(name) for package, name in names.items()}
+
+
+def made_by(student: Student, target: Target) -> dict[str, str]:
+    """All whose change makes a finished stage stale: packages, and edgeflash's own code.
+
+    The code by its hash, for its version stays while it is worked on. More than the manifest tells:
+    a bundle's bytes are the same whatever comment was changed.
+    """
+    beside = [*BESIDE] + ["peft"] * bool(student.loras)  # which fuses them
+    beside += [getattr(target, "vendor", "")]  # of the package that builds its engines
+    here = [package for package in beside if package in _distributions()]
+    return tools((*target.needs, *here)) | {"code": code_sha256()}
+
+
+@functools.cache
+def code_sha256() -> str:
+    """Of the files of edgeflash that make and prove bundles; of this process, as it began."""
+    found = hashlib.sha256()
+    for package in CODE:
+        spec = importlib.util.find_spec(package)  # of a room that may not be imported here, too
+        assert spec is not None and spec.submodule_search_locations, package
+        for path in sorted(Path(next(iter(spec.submodule_search_locations))).glob("*.py")):
+            told = hashlib.sha256(path.read_bytes()).hexdigest()
+            found.update(f"{package}/{path.name} {told}\n".encode())
+    return found.hexdigest()
 
 
 @functools.cache

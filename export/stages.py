@@ -34,7 +34,7 @@ class Run:
         folder: of the stages.
         hashes: of the student's files, by path; being computed.
         loras: sha256 of each fused LoRA -> its scale.
-        tools: package -> version.
+        tools: package -> version, and the hash of edgeflash's code; see `pack.made_by`.
     """
 
     folder: Path

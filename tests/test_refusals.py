@@ -29,7 +29,7 @@ def test_a_missed_floor_fails_the_export(one_step_student: Path, tmp_path: Path)
     target = shelf.make(Target, "torch", {})
     said = attempt(one_step_student, tmp_path / "out", target, floors={"L3.psnr_db": 250.0})
     assert "rung L3, pipeline: psnr_db" in said and "misses its floor 250" in said
-    assert "nothing was written" in said
+    assert f"finished stages are kept in {tmp_path / 'out.run'}" in said
 
 
 def test_a_floor_of_no_metric_is_refused_first(one_step_student: Path, tmp_path: Path) -> None:
