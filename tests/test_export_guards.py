@@ -233,3 +233,9 @@ def test_limits_of_containers_count(tmp_path: Path) -> None:
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000")
     write("sys/fs/cgroup/memory/memory.usage_in_bytes", "400")
     assert available_bytes(tmp_path) == 600
+
+
+def test_engines_are_not_taken_up_for_other_gpus() -> None:
+    made = [shelf.make(Target, "tensorrt", {"precision": word}) for word in ("fp8", "int8")]
+    shapes = [each.shaped_by("text_encoder") for each in made]
+    assert shapes[0] != shapes[1]
