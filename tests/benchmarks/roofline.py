@@ -8,6 +8,7 @@ size is exported and run; batches and steps at 512 px alone. A stage's roof is t
 machine's peak and what its memory feeds: GFLOP of the stage over the bytes that have to move,
 weights once and every result once out and once in, as if nothing stayed in a cache. Peaks and
 bandwidth are measured in the same run. Writes `roofline.json` and `roofline.html`.
+Written, and not run to its end yet.
 """
 
 from __future__ import annotations

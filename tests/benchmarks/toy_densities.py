@@ -10,6 +10,7 @@ within 2 standard deviations of a mode (of the density itself 86.5 %) and how ma
 least a quarter of their due. Methods whose losses look at pictures have nothing to look at here.
 
 What is in OUT already is not trained again, so an interrupted run goes on.
+Written, and not run to its end yet.
 """
 
 from __future__ import annotations

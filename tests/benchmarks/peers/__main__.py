@@ -7,6 +7,7 @@ leaves. Bundles and the peers' virtual environments are made in DIR once and use
 take turns, round by round, so that all of them see the machine's good and bad moments; compare
 ratios, not milliseconds. Peers whose exporters refuse the student (optimum and OpenVINO GenAI know
 no AutoencoderTiny) are given edgeflash's own bundle, so what is compared there is the runtime.
+Written, and not run to its end yet.
 """
 
 from __future__ import annotations
