@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -35,7 +36,8 @@ class Denoising(Method):
     cached. With ``attribute_weight`` a `Witness` says which objects the predicted x_0 shows. With
     ``mistakes`` the noise of some samples holds a part of the scene as it should not be, in the
     manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
-    errors, and must learn to trust the caption more than them.
+    errors, and must learn to trust the caption more than them. Stages whose rate begins anew end in
+    different places; with ``ends`` their mean is kept (arXiv 1803.05407, alg. 1).
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd",)
@@ -68,6 +70,12 @@ class Denoising(Method):
     warm: bool = Field(
         False, description="go on from the UNet that an earlier stage or the base left"
     )
+    ends: int = Field(
+        1,
+        ge=1,
+        description="save the mean of the weights that so many stages of denoising ended with, "
+        "this one the last of them",
+    )
 
     @model_validator(mode="after")
     def _one_for_each(self) -> Denoising:
@@ -89,6 +97,7 @@ class Denoising(Method):
         unet.to(memory_format=torch.channels_last)
         if self.warm:
             self.go_on(unet, shop)
+        earlier = self.earlier_ends(unet, shop)
 
         witness = None
         if self.attribute_weight:
@@ -120,7 +129,31 @@ class Denoising(Method):
             batch=batch,
             results={"unet": unet, "scheduler": scheduler},
             averages={"unet": average(unet, self.ema)} if self.ema else {},
+            finish=lambda results: mean_with(results["unet"], earlier, shop),
         )
+
+    def earlier_ends(self, unet: Any, shop: Workshop) -> list[Path]:
+        """The folders that the stages before this one left, as many as ``ends`` asks for.
+
+        Raises:
+            EdgeflashError: there are not so many stages of denoising right before this one, or
+                they trained another network.
+        """
+        if self.ends == 1:
+            return []
+        number = int(shop.folder.name.partition("-")[0])
+        folders = [
+            shop.folder.with_name(f"{number - back}-denoising") / "student"
+            for back in range(1, self.ends)
+        ]
+        if not all((folder / "unet").is_dir() for folder in folders):
+            raise EdgeflashError(
+                f"denoising.ends = {self.ends}: there are not so many stages of denoising up to "
+                "here; lower it"
+            )
+        for folder in folders:
+            alike(unet, folder, "ends", shop)
+        return folders
 
     def go_on(self, unet: Any, shop: Workshop) -> None:
         """Gives a new UNet the weights of the student's so far.
@@ -133,14 +166,7 @@ class Denoising(Method):
                 "denoising.warm: no earlier stage has made a UNet; name a base that has one, or "
                 "leave warm out"
             )
-        before = shop.load(shop.student, "unet")
-        here, there = (json.loads(each.to_json_string()) for each in (unet, before))
-        if told := [key for key in here if key[0] != "_" and there.get(key) != here[key]]:
-            raise EdgeflashError(
-                f"denoising.warm: {shop.student / 'unet'} is another network than the options "
-                f"describe (differs: {', '.join(told)})"
-            )
-        unet.load_state_dict(before.state_dict())
+        unet.load_state_dict(alike(unet, shop.student, "warm", shop).state_dict())
 
     def with_mistakes(
         self, shop: Workshop, batch: Callable[[np.ndarray], Batch]
@@ -196,3 +222,22 @@ class Denoising(Method):
             addition_embed_type="text",
             addition_embed_type_num_heads=self.heads,
         )
+
+
+def alike(unet: Any, folder: Path, option: str, shop: Workshop) -> Any:
+    """A folder's UNet, which must be the network that the options describe, as ``unet`` is."""
+    other = shop.load(folder, "unet")
+    here, there = (json.loads(each.to_json_string()) for each in (unet, other))
+    if told := [key for key in here if key[0] != "_" and there.get(key) != here[key]]:
+        raise EdgeflashError(
+            f"denoising.{option}: {folder / 'unet'} is another network than the options "
+            f"describe (differs: {', '.join(told)})"
+        )
+    return other
+
+
+def mean_with(unet: nn.Module, earlier: list[Path], shop: Workshop) -> dict[str, float]:
+    """Gives a UNet the mean of its own weights and those in the folders, in place; no figures."""
+    told = [unet.state_dict(), *(shop.load(folder, "unet").state_dict() for folder in earlier)]
+    unet.load_state_dict({k: torch.stack([each[k] for each in told]).mean(0) for k in told[0]})
+    return {}

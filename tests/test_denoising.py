@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -113,6 +114,35 @@ def test_a_warm_stage_goes_on_from_the_unet_that_is_there(shop: Workshop) -> Non
     shutil.rmtree(shop.student / "unet")
     with pytest.raises(EdgeflashError, match="no earlier stage has made a UNet"):
         Denoising.model_validate(sizes | {"warm": True}).begin(shop)
+
+
+def test_the_mean_of_the_ends_of_stages_is_saved(shop: Workshop, tmp_path: Path) -> None:
+    sizes = {"widths": (16, 16), "layers_per_block": 1}
+    work, values = tmp_path / "run", {"2-denoising": 1.0, "3-denoising": 3.0}
+    for name, value in values.items():
+        unet = Denoising.model_validate(sizes).begin(shop).results["unet"]
+        torch.nn.init.constant_(unet.conv_in.bias, value)
+        shutil.copytree(shop.student, work / name / "student")
+        unet.save_pretrained(str(work / name / "student" / "unet"))
+    last = replace(shop, student=work / "3-denoising" / "student", folder=work / "4-denoising")
+
+    def saved(ends: int) -> set[float]:
+        stage = Denoising.model_validate(sizes | {"warm": True, "ends": ends, "ema": 0.9}).begin(
+            last
+        )
+        average = stage.averages["unet"].module
+        torch.nn.init.constant_(average.conv_in.bias, 8)
+        stage.finish(stage.final())
+        return {*stage.final()["unet"].conv_in.bias.tolist()}
+
+    assert (saved(1), saved(2), saved(3)) == ({8.0}, {5.5}, {4.0})
+    with pytest.raises(EdgeflashError, match=r"denoising.ends = 4: there are not so many stages"):
+        saved(4)
+    with pytest.raises(EdgeflashError, match=r"denoising.ends: .*2-denoising.* another network"):
+        shutil.rmtree(work / "2-denoising" / "student" / "unet")
+        wide = Denoising.model_validate(sizes | {"widths": (32, 32)}).begin(shop).results["unet"]
+        wide.save_pretrained(str(work / "2-denoising" / "student" / "unet"))
+        saved(3)
 
 
 def test_mistaken_scenes_stand_where_the_right_ones_do(shop: Workshop) -> None:
