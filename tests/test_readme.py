@@ -42,7 +42,7 @@ def commands(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_and_their_options_exist(page: Path) -> None:
-    known = get_command(app).commands  # type: ignore[attr-defined]
+    known = get_command(app).commands
     for _, name, *words in commands(page):
         assert name in known, name
         takes = {option for parameter in known[name].params for option in parameter.opts}
@@ -51,7 +51,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 
 def test_inline_commands_exist() -> None:
-    known = get_command(app).commands  # type: ignore[attr-defined]
+    known = get_command(app).commands
     for page in PAGES:
         told = set(re.findall(r"`edgeflash ([a-z][a-z-]+)", page.read_text()))
         assert told <= {*known}, page
