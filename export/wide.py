@@ -12,9 +12,7 @@ T5_SUMS = re.compile(  # the states that T5's layers add to, and the product tha
     r"encoder\.block\.\d+\.layer\.\d+(\.DenseReluDense\.wo)?"
 )
 WHOLE = {ir.DataType.INT32, ir.DataType.INT64}
-FROM_SQUARES = (
-    4  # nodes from a mean of squares to what it divides: plus eps, root, inverse, product
-)
+FROM_SQUARES = 4  # nodes from a mean of squares to the product: plus eps, root, inverse, it
 
 
 def kept(graph: ir.Graph, *, narrow_range: bool) -> set[ir.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from transformers import T5Tokenizer
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle
+from edgeflash.distill import encoded
+from edgeflash.distill.data import open_store
 from edgeflash.distill.run import distill
+from edgeflash.distill.stage import Workshop
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import onnx_graph
 from edgeflash.export.stand_in import round_results
@@ -27,7 +31,7 @@ from edgeflash.family_pixart import LENGTH
 from edgeflash.lora import Lora
 from edgeflash.noise import randn
 from edgeflash.parity import psnr_db
-from edgeflash.recipe import recipe_of
+from edgeflash.recipe import Data, recipe_of
 from edgeflash.roles import Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
@@ -183,6 +187,35 @@ def test_tokens_are_those_of_transformers(folder: Path) -> None:
     assert read(texts[3]).cut.startswith("ring") and not read(texts[0]).cut
 
 
+def test_captions_are_encoded_anew_for_another_tokenizer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is read once, for all captions."""
+    home = shutil.copytree(folder, tmp_path / "student")
+    data = Data(kind="folder", path=str(_pictures(tmp_path / "in")), size_px=16)
+    store = open_store(data, 0, tmp_path / "cache")
+    shop = Workshop(None, home, store, tmp_path, torch.device("cpu"))
+    reads: list[str] = []
+
+    def read(folder: Path, spec: Any) -> Any:
+        reads.append(spec.folder)
+        return read_tokenizer(folder, spec)
+
+    monkeypatch.setattr(encoded, "read_tokenizer", read)
+    rows, (before, _) = np.arange(len(store)), encoded.cached_conditioning(shop)
+    assert len(store) > 1 and len(reads) == 2, "for the captions, and for none"
+    path = home / "tokenizer/tokenizer.json"
+    told = json.loads(path.read_text())
+    swapped = {"▁red": "▁blue", "▁blue": "▁red"}
+    for piece in told["model"]["vocab"]:
+        piece[0] = swapped.get(piece[0], piece[0])
+    path.write_text(json.dumps(told))
+    after, _ = encoded.cached_conditioning(shop)
+    assert not torch.equal(before(rows), after(rows))
+    again, _ = encoded.cached_conditioning(shop)
+    assert len(reads) == 5 and torch.equal(again(rows), after(rows)), "else it is taken up"
+
+
 def test_methods_and_pipeline_hear_the_same(folder: Path, diffusers_pipeline: Any) -> None:
     """One tensor c is what the pipeline hands over in four; variances are left out."""
     student, pipeline = Student.open(folder), diffusers_pipeline
@@ -269,6 +302,7 @@ def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: P
         {"by": "progressive"},
         {"by": "consistency"},
         {"by": "scm"},
+        {"by": "add", "student_steps": 2},
         {"by": "imagine", "gan_weight": 0},
         {"by": "flash", "gan_weights": [0, 0, 0, 0]},
     ],
