@@ -238,7 +238,7 @@ def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: P
 def test_pictures_larger_than_its_places_reach_are_refused(folder: Path) -> None:
     student = Student.open(folder)
     assert student.family.signature(student, "transformer", (64, 64))
-    with pytest.raises(EdgeflashError, match="68x16: .* of at most 64 px a side"):
+    with pytest.raises(EdgeflashError, match=r"68x16: .* of at most 64 px a side"):
         student.family.signature(student, "transformer", (68, 16))
 
 
