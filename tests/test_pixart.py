@@ -174,6 +174,7 @@ def test_half_precision_holds_what_t5_adds_up(onnx: Exported, tmp_path: Path) ->
 
 def test_tokens_are_those_of_transformers(folder: Path) -> None:
     texts = ["a red star", "", "  Blue  RING? s ", "ring " * 200]
+    texts += ["a\tred\nstar\u3000ring\u00a0s", "É \ufb01 \U0001f600", "a <pad> b</s><unk>"]
     student = Student.open(folder)
     theirs = T5Tokenizer.from_pretrained(folder / "tokenizer")(
         [text.lower().strip() for text in texts],
