@@ -265,3 +265,9 @@ def test_what_does_not_fit_is_said_in_one_line(folder: Path, tmp_path: Path) -> 
             Student.open(broken)
         assert "\n" not in str(caught.value)
         path.write_text(before)
+    (broken / "tokenizer_3").rename(tmp_path / "away")
+    with pytest.raises(
+        EdgeflashError,
+        match=r"tokenizer_3: missing; .*, or say \[null, null\] of tokenizer_3 and text_encoder_3",
+    ):
+        Student.open(broken)
