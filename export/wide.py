@@ -66,7 +66,8 @@ def _felt(graph: ir.Graph) -> set[ir.Node]:
 def _norms(graph: ir.Graph) -> Iterator[ir.Node]:
     """From squares to what the root of their mean divides (arXiv 1910.07467, eq. 4)."""
     for node in graph:
-        squares = node.inputs[0].producer() if node.op_type == "ReduceMean" else None
+        averaged = node.inputs[0] if node.op_type == "ReduceMean" else None
+        squares = averaged.producer() if averaged is not None else None
         if squares is None or not _squares(squares):
             continue
         last = node
@@ -84,5 +85,6 @@ def _norms(graph: ir.Graph) -> Iterator[ir.Node]:
 def _squares(node: ir.Node) -> bool:
     if node.op_type == "Mul":
         return node.inputs[0] is node.inputs[1]
-    power = node.inputs[1].const_value if node.op_type == "Pow" else None
+    exponent = node.inputs[1] if node.op_type == "Pow" else None
+    power = exponent.const_value if exponent is not None else None
     return power is not None and power.size == 1 and float(power.numpy().reshape(())) == 2
