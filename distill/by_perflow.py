@@ -45,6 +45,7 @@ class PeRFlow(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    flows: ClassVar[bool] = True
 
     learning_rate: float = Field(8e-5, gt=0, description="peak learning rate of AdamW")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
@@ -64,7 +65,7 @@ class PeRFlow(Method):
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         student = shop.load(shop.student, shop.denoiser).train()
-        process = shop.process(flow=True)
+        process = shop.process()
         if process.timesteps % self.windows or process.timesteps < 2 * self.windows:
             raise EdgeflashError(
                 f"perflow.windows: {self.windows} do not divide this teacher's {process.timesteps} "
@@ -99,7 +100,7 @@ class PeRFlow(Method):
         """DDIM, or Euler, that begins at each window's start, as their ends are counted here."""
         if predicts(teacher) == FLOW:
             return DPMSolverMultistepScheduler(
-                num_train_timesteps=noise_config(teacher)["num_train_timesteps"],
+                num_train_timesteps=noise_config(teacher).get("num_train_timesteps", 1000),
                 prediction_type="flow_prediction",
                 use_flow_sigmas=True,
                 flow_shift=1.0,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from edgeflash.families import tokenizer_of
 from edgeflash.schedule import Schedule, advance
-from edgeflash.student import Student
+from edgeflash.student import Student, folder_sha256
 from edgeflash.tokenizer import read_tokenizer
 
 from .process import Process, noise_config
@@ -131,18 +131,24 @@ def _ids(student: Student, text_encoder: str, texts: list[str]) -> Tensor:
     """Token ids int64 [n, s] of a text encoder."""
     spec = student.family.tokenizer(student, text_encoder)
     if spec.kind != "clip":  # how long they are, and of which letters, is their family's affair
-        read = [read_tokenizer(student.folder, spec)(text) for text in texts]
-        _tell_cut(sum(bool(tokens.cut) for tokens in read), len(read), spec.max_length)
-        return torch.tensor([tokens.ids for tokens in read])
+        tokenize = read_tokenizer(student.folder, spec)
+        read = {text: tokenize(text) for text in dict.fromkeys(texts)}
+        cut = sum(bool(tokens.cut) for tokens in read.values())
+        _tell_cut(cut, len(read) - ("" in read), spec.max_length)
+        return torch.tensor([read[text].ids for text in texts])
     name = tokenizer_of(text_encoder)
     kind = getattr(transformers, student.class_of(name)[1])
     return token_ids(kind.from_pretrained(str(student.folder / name)), texts)
 
 
 def _text_key(shop: Workshop) -> str:
-    """Identifies the student's text encoders."""
-    names = Student.unfinished(shop.student).family.text_encoders
-    return " ".join(_weights_key(shop.student / name) for name in names)
+    """Identifies the student's text encoders, what they are given, and what is made of it."""
+    student = Student.unfinished(shop.student)
+    family, names = student.family, student.family.text_encoders
+    told = [family.name, family.no_prompt(student)]
+    told += [_weights_key(shop.student / name) for name in names]
+    told += [folder_sha256(shop.student / tokenizer_of(name)) for name in names]
+    return " ".join(map(str, told))
 
 
 def latent_shape(shop: Workshop, unet: Any) -> tuple[int, int, int]:

@@ -82,7 +82,7 @@ class Process:
 
         config = DDPMScheduler.load_config(str(folder / "scheduler"))
         if is_flow(config):
-            return Flow.until(config["num_train_timesteps"], device)
+            return Flow.until(config.get("num_train_timesteps", 1000), device)
         if "beta_schedule" not in config:
             name = config.get("_class_name")
             raise EdgeflashError(f"{folder / 'scheduler'}: {name} has no variance-preserving noise")

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 
-from edgeflash import shelf
 from edgeflash.disk import TRAINING, check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded, located
 from edgeflash.errors import EdgeflashError
@@ -31,9 +30,10 @@ from edgeflash.student import (
 )
 from edgeflash.tokenizer import write_vocabulary
 
+from . import fit
 from .data import open_store
 from .folders import copy_folder, halve
-from .loop import Outcome, parts, train
+from .loop import Outcome, train
 from .lora import add_lora, save_and_fuse
 from .stage import Stage, Workshop
 
@@ -74,13 +74,13 @@ def distill(
     for folder in filter(None, (teacher, base)):
         _check(Student.open(folder), recipe, out)
     for spec, method in zip(recipe.stage, methods, strict=True):
-        _check_wants(spec.by, method, recipe)
+        fit.check_wants(spec.by, method, recipe)
         if method.lora_rank:
             require(f"{spec.by}.lora_rank", ["peft"])
-    _check_families(recipe, list(filter(None, (teacher, base))))
+    fit.check_families(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
     accelerator = _accelerator()
-    _check_parts(recipe, methods, accelerator.num_processes)
+    fit.check_parts(recipe, methods, accelerator.num_processes)
     with accelerator.main_process_first():
         store = open_store(recipe.data, recipe.seed, cache or work / "cache")
         student = base or _empty(work / "0-empty")
@@ -132,45 +132,6 @@ def _check(student: Student, recipe: Recipe, out: Path) -> None:
         raise EdgeflashError(
             f"[data] size_px = {side}: {student.folder} wants a multiple of {unit} px"
         )
-
-
-def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
-    """Refuses what would only fail when the student is put together."""
-    names = sorted({Student.unfinished(folder).family.name for folder in folders})
-    if len(names) > 1:
-        raise EdgeflashError(
-            f"teacher and base: are of the families {' and '.join(names)}, which do not hear "
-            "prompts alike: choose two of one"
-        )
-    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
-        if method.families and not set(names) <= set(method.families):
-            raise EdgeflashError(
-                f"method {spec.by!r} makes parts of {', '.join(method.families)} alone, not of "
-                f"{names[0]}: leave it out; {names[0]} is taken by {', '.join(_takers(names[0]))}"
-            )
-
-
-def _takers(family: str) -> list[str]:
-    """The methods that make parts of a family."""
-    methods = {name: shelf.find(Method, name, check=False) for name in shelf.names(Method)}
-    return [n for n, m in methods.items() if not m.families or family in m.families]
-
-
-def _check_wants(name: str, method: Method, recipe: Recipe) -> None:
-    if "teacher" in method.wants and not recipe.teacher:
-        raise EdgeflashError(f"method {name!r} needs a teacher in the recipe")
-    if "shapes" in method.wants and recipe.data.kind != "shapes":
-        raise EdgeflashError(f"method {name!r} needs [data] kind = 'shapes'")
-
-
-def _check_parts(recipe: Recipe, methods: list[Method], processes: int) -> None:
-    """Refuses batches that the processes cannot share evenly."""
-    for spec, method in zip(recipe.stage, methods, strict=True):
-        if method.batch_size % parts(method, processes):
-            raise EdgeflashError(
-                f"{spec.by}.batch_size {method.batch_size}: {processes} processes cannot share it "
-                f"in equal parts, {parts(method, processes)} or a multiple"
-            )
 
 
 def _check_steps(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ from edgeflash.networks_sd import load_network
 from edgeflash.student import Student
 
 from .data import Store
-from .process import Flow, Process, predicts
+from .process import Process, predicts
 
 Batch = dict[str, Tensor]
 CONTEXT = (  # how a denoiser's config calls the width of c
@@ -128,14 +128,14 @@ class Workshop:
         """What the loop computes losses in, for what is computed beside it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-    def process(self, *, flow: bool = False) -> Process:
+    def process(self) -> Process:
         """The teacher's noise, which the student so far must know; without a teacher its own.
 
-        ``flow``: the method also learns a `Flow`.
+        It is a `Flow` for methods that say that they learn those, and for no others.
 
         Raises:
             EdgeflashError: the student predicts something else than the teacher, of the same x_t
-                and c, or is made for other latents or texts; or a flow, where none is learnt.
+                and c, or is made for other latents or texts.
         """
         if self.teacher:
             theirs, ours = _kind(self.teacher), _kind(self.student)
@@ -145,13 +145,7 @@ class Workshop:
                         f"{self.student}: {what} is {ours[what]}, but the teacher's is {wanted}, "
                         "and neither is converted: name a base, or a teacher, of the same kind"
                     )
-        found = Process.of(self.teacher or self.student, self.device)
-        if isinstance(found, Flow) and not flow:
-            raise EdgeflashError(
-                f"{self.teacher or self.student}: is a flow from picture to noise, which this "
-                "method does not learn so far: choose perflow"
-            )
-        return found
+        return Process.of(self.teacher or self.student, self.device)
 
     def listening(self, denoiser: Any) -> Any:
         """A new denoiser of the student's, to be called as loaded ones are: denoiser(x, t, c)."""

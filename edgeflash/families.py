@@ -29,6 +29,7 @@ class Family(ABC):
         denoiser: its folder in students and bundles, by the ecosystem's convention.
         pipelines: diffusers pipeline classes that belong to it.
         folders: sub-folders that a folder of this family must have.
+        optional: those that it does without where its index says [null, null] of them.
         single_files: the kinds of single-file checkpoints, as diffusers calls them, that are of
             this family, each with the hub repository that has their configs.
         cfg_scale: that its diffusers pipeline guides with when nobody says.
@@ -38,6 +39,7 @@ class Family(ABC):
     denoiser: ClassVar[str] = "unet"
     pipelines: ClassVar[tuple[str, ...]]
     folders: tuple[str, ...]
+    optional: ClassVar[tuple[str, ...]] = ()
     single_files: ClassVar[dict[str, str]] = {}
     cfg_scale: ClassVar[float] = 7.5
 

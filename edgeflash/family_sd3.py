@@ -47,6 +47,7 @@ class StableDiffusion3(LatentDiffusion):
     name = "sd3"
     denoiser = "transformer"
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusion3Pipeline",)
+    optional: ClassVar[tuple[str, ...]] = (tokenizer_of(THIRD), THIRD)
     cfg_scale = 7.0
 
     def __init__(self, t5: bool = True) -> None:

@@ -90,6 +90,12 @@ class LatentDiffusion(Family):
             raise EdgeflashError(
                 f"size {height}x{width}: both sides must be multiples of {unit} px"
             )
+        most = student.config(self.denoiser).get("pos_embed_max_size")  # of SD 3's, in patches
+        if most and max(size) > most * unit:
+            raise EdgeflashError(
+                f"size {height}x{width}: the {self.denoiser} knows places (pos_embed_max_size) of "
+                f"at most {most * unit} px a side"
+            )
         z = (BATCH, latent.channels, height // cell, width // cell)
         pixels = (BATCH, 3, height, width)
         if component in self.text_encoders:

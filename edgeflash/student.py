@@ -261,7 +261,11 @@ class Student:
         self.class_of(name)
         home = self.folder / name
         if not home.is_dir():
-            raise EdgeflashError(f"{home}: missing; {INDEX} names it: copy the folder again")
+            spare = " and ".join(self.family.optional if name in self.family.optional else ())
+            instead = f", or say [null, null] of {spare} there" if spare else ""
+            raise EdgeflashError(
+                f"{home}: missing; {INDEX} names it: copy the folder again{instead}"
+            )
         if name == "scheduler":
             self.config(name)
         elif self.is_network(name):

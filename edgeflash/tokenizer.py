@@ -8,6 +8,7 @@ byte-pair encoding with ``</w>`` at the end of a word. Reads `tokenizer.json`, o
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,11 @@ class PromptTokenizer:
         ids = (*start, *found.ids[:room], spec.end_id)
         cut = prompt[found.offsets[room][0] :].strip() if len(found.ids) > room else ""
         return Tokens(ids + (spec.pad_id,) * (spec.max_length - len(ids)), len(ids), cut)
+
+
+def unread(tokenizers: Iterable[PromptTokenizer], prompt: str) -> str:
+    """The end of a prompt for which none of them has room; "" where one reads all of it."""
+    return min((tokenize(prompt).cut for tokenize in tokenizers), key=len)
 
 
 def read_tokenizer(bundle: Path, spec: Tokenizer) -> PromptTokenizer:

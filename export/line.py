@@ -26,7 +26,7 @@ from edgeflash.golden import Sampler
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
 from edgeflash.student import INSTEAD, Student, hashes_in, sha256_of_all
-from edgeflash.tokenizer import read_tokenizer
+from edgeflash.tokenizer import read_tokenizer, unread
 from edgeflash.verify import check_floors, refuse_below, verify
 
 from . import memory, pack
@@ -223,9 +223,11 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
 def _tell_changed(student: Student, options: ExportOptions, console: Console) -> None:
     """Says what becomes of the sampler and of prompts that no table or text encoder can hold."""
     _tell_sampler(student, options.timesteps, console)
-    tokenize = read_tokenizer(student.folder, student.family.tokenizer(student))
+    family, folder = student.family, student.folder
+    specs = [family.tokenizer(student, name) for name in family.text_encoders]
+    tokenizers = [read_tokenizer(folder, spec) for spec in specs]
     for prompt in options.prompts:
-        if cut := tokenize(prompt).cut:
+        if cut := unread(tokenizers, prompt):
             console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
 
 

@@ -22,20 +22,18 @@ import torch
 from onnx_ir.passes import common as passes
 from onnxscript.optimizer import constant_folding
 
-from edgeflash.conditioning import FROM_SIZE
 from edgeflash.errors import EdgeflashError
 from edgeflash.golden import Array
 
 from .capture import Captured
 from .plan import layer_of
+from .wide import LAYER, kept
 
 OPSET = 20  # the first with Gelu; ONNX Runtime 1.17 and later
 EXTERNAL_SUFFIX = "_data"  # never .bin, which hub downloads for ONNX leave out
 HALF, BF16 = ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 BF16_OPSET = 22  # the first in which convolutions take bfloat16; nothing else has changed
-ANGLES = ("timestep", *FROM_SIZE)  # inputs that become sinusoids
 SCOPES = "pkg.torch.onnx.name_scopes"  # modules around an operator, and its own name in torch
-LAYER = "layer"  # what becomes of that in the metadata of nodes
 KEEPS_FLOAT = {("Resize", 1), ("Resize", 2)}  # inputs that stay float32 by definition: roi, scales
 
 
@@ -160,13 +158,12 @@ def load(path: Path) -> ir.Model:
 def to_half(model: ir.Model, kind: ir.DataType = HALF) -> None:
     """Makes weights and sums float16 or bfloat16; inputs and outputs stay float32.
 
-    What computes sinusoids of timestep and sizes stays float32 too: half precision has no room for
-    angles up to 1000 radians.
+    So does what `wide.kept` names.
     """
     graph = model.graph
     if kind == BF16:
         graph.opset_imports[""] = max(BF16_OPSET, graph.opset_imports[""])
-    island = _sinusoids(graph)
+    island = kept(graph, narrow_range=kind == HALF)
     inside = {value for node in island for value in node.outputs}
     crossed: dict[ir.Value, ir.Value] = {}
     for value in list(graph.initializers.values()):
@@ -174,6 +171,9 @@ def to_half(model: ir.Model, kind: ir.DataType = HALF) -> None:
     for node in list(graph):
         if node not in island:
             _halve_node(graph, node, kind, inside, crossed)
+    for node in list(graph):
+        if node in island:
+            _widen_inputs(graph, node, kind, crossed)
     for i, value in enumerate(graph.outputs):
         if value.dtype == kind:
             graph.outputs[i] = _widened(graph, value)
@@ -229,16 +229,15 @@ def _halve_node(
             value.dtype = kind
 
 
-def _sinusoids(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes from the timestep, and from sizes in px, to their sines and cosines."""
-    found: set[ir.Node] = set()
-    reached = {value for value in graph.inputs if value.name in ANGLES}
-    for node in graph:
-        if any(value in reached for value in node.inputs):
-            found.add(node)
-            if node.op_type not in ("Sin", "Cos", "Shape"):
-                reached |= set(node.outputs)
-    return found
+def _widen_inputs(
+    graph: ir.Graph, node: ir.Node, kind: ir.DataType, crossed: dict[ir.Value, ir.Value]
+) -> None:
+    """Casts what a node that stays float32 takes of the others."""
+    for i, value in enumerate(node.inputs):
+        if value is not None and value.dtype == kind and node.op_type != "Cast":
+            if value not in crossed:
+                crossed[value] = _cast(graph, value, ir.DataType.FLOAT, before=node)
+            node.replace_input_with(i, crossed[value])
 
 
 def _widened(graph: ir.Graph, value: ir.Value) -> ir.Value:

@@ -89,7 +89,7 @@ def _check(bundle: Bundle, job: Job, counts: Sequence[int]) -> list[str]:
     pipeline = TextToImage(bundle, shelf.make(Runtime, job.runtime, job.options))
     for count in counts:
         pipeline.check(Request(job.prompts, seed=job.seed, steps=count, guidance=job.guidance))
-    return [cut for prompt in job.prompts if (cut := pipeline.tokenizer(prompt).cut)]
+    return [cut for prompt in job.prompts if (cut := pipeline.prompts.unread(prompt))]
 
 
 def _system(bundle: Bundle, job: Job, out: Path, images: str, tell: Tell) -> System:

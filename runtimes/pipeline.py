@@ -72,7 +72,7 @@ class Result:
         images: uint8 [n, height, width, 3].
         latent: after the last step, float32 [n, c, h, w].
         tokens: token ids of the prompts, int64 [n, s].
-        cut: per prompt, the text beyond the tokenizer's length that was not seen; "" where all was.
+        cut: per prompt, the end that no text encoder has room for; "" where one read all of it.
     """
 
     images: UInt8
@@ -219,9 +219,8 @@ class TextToImage:
         with self._stage("vae_decoder") as (part, clock):
             images = self._decode(part, x, request.edit)
             told = clock.ms()
-        tokens = [self.tokenizer(prompt) for prompt in request.prompts]
-        ids = np.array([token.ids for token in tokens], np.int64)
-        result = Result(images, x, ids, tuple(token.cut for token in tokens))
+        ids = np.array([self.tokenizer(prompt).ids for prompt in request.prompts], np.int64)
+        result = Result(images, x, ids, tuple(map(self.prompts.unread, request.prompts)))
         yield Event("vae_decoder", steps, steps, told, x, result)
 
     def check(self, request: Request) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from edgeflash.bundle import Bundle
 from edgeflash.conditioning import Conditioning, joined
 from edgeflash.runtimes.feed import Part
-from edgeflash.tokenizer import read_tokenizer
+from edgeflash.tokenizer import read_tokenizer, unread
 
 
 class Prompts:
@@ -46,6 +46,10 @@ class Prompts:
         if zeros:
             told = {k: np.concatenate([np.zeros_like(v), v]) for k, v in told.items()}
         return told
+
+    def unread(self, prompt: str) -> str:
+        """The end of a prompt that no text encoder reads; "" where one reads all of it."""
+        return unread(self.tokenizers.values(), prompt)
 
     def joined(self, answers: Sequence[Conditioning], size: tuple[int, int]) -> Conditioning:
         """What the denoiser takes of all answers, for pictures of ``size`` (height, width)."""

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
 from exported import Exported, attempt, export
+from onnxruntime import InferenceSession
 from PIL import Image
 from tiny_pixart import WIDTH, write_pixart
 from transformers import T5Tokenizer
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle
+from edgeflash.distill import encoded
+from edgeflash.distill.data import open_store
 from edgeflash.distill.run import distill
+from edgeflash.distill.stage import Workshop
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import onnx_graph
+from edgeflash.export.stand_in import round_results
 from edgeflash.family_pixart import LENGTH
 from edgeflash.lora import Lora
 from edgeflash.noise import randn
 from edgeflash.parity import psnr_db
-from edgeflash.recipe import recipe_of
+from edgeflash.recipe import Data, recipe_of
 from edgeflash.roles import Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
@@ -125,22 +132,49 @@ def test_the_manifest_names_denoiser_mask_and_sizes(onnx: Exported) -> None:
         TextToImage(lame, runtime_for(bundle))
 
 
-def test_half_precision_leaves_sizes_alone(onnx: Exported, tmp_path: Path) -> None:
-    """1024 px as an angle of up to 1024 radians."""
-    from onnxruntime import InferenceSession
-
-    whole = onnx.bundle.folder / "transformer/model.onnx"
-    model = onnx_graph.load(whole)
+def _in_halves(model: ir.Model, folder: Path, given: Any) -> tuple[Any, Any]:
+    """First answers of an ONNX model, and of its half, every result of which is rounded."""
+    onnx_graph.save(model, folder / "whole.onnx", 2**30)
     onnx_graph.to_half(model)
-    (path,) = onnx_graph.save(model, tmp_path / "model.onnx", 2**30)
+    round_results(model)
+    onnx_graph.save(model, folder / "half.onnx", 2**30)
+    paths = (folder / "whole.onnx", folder / "half.onnx")
+    wanted, found = (InferenceSession(path).run(None, given)[0] for path in paths)
+    return wanted, found
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["timestep-given", "timestep-folded"])
+def test_half_precision_leaves_angles_alone(onnx: Exported, folded: bool, tmp_path: Path) -> None:
+    """Timesteps, and 1024 px, as angles of up to some 1000 radians."""
+    model = onnx_graph.load(onnx.bundle.folder / "transformer/model.onnx")
     given = dict(onnx.captured["transformer"].samples[0].inputs)
     given["resolution"] = np.array([[1023, 771]], np.float32)
-    wanted, found = (InferenceSession(p).run(None, given)[0] for p in (whole, path))
-    assert psnr_db(wanted, found) > 60
+    if folded:
+        t = next(value for value in model.graph.inputs if value.name == "timestep")
+        model.graph.inputs.remove(t)
+        t.const_value = ir.tensor(given.pop("timestep"), name="timestep")
+        model.graph.register_initializer(t)
+    wanted, found = _in_halves(model, tmp_path, given)
+    assert psnr_db(wanted, found) > 50
+
+
+def test_half_precision_holds_what_t5_adds_up(onnx: Exported, tmp_path: Path) -> None:
+    """T5-XXL's feed-forward layers leave float16's range; its norms bring the sums back."""
+    model = onnx_graph.load(onnx.bundle.folder / "text_encoder/model.onnx")
+    for node in model.graph:
+        if node.metadata_props.get("layer", "").endswith(".wo"):
+            weight = node.inputs[1]
+            assert weight is not None and weight.const_value is not None
+            loud = 1e6 * weight.const_value.numpy()
+            weight.const_value = ir.tensor(loud, name=weight.name)
+    given = onnx.captured["text_encoder"].samples[0].inputs
+    wanted, found = _in_halves(model, tmp_path, given)
+    assert psnr_db(wanted, found) > 50
 
 
 def test_tokens_are_those_of_transformers(folder: Path) -> None:
     texts = ["a red star", "", "  Blue  RING? s ", "ring " * 200]
+    texts += ["a\tred\nstar\u3000ring\u00a0s", "É \ufb01 \U0001f600", "a <pad> b</s><unk>"]
     student = Student.open(folder)
     theirs = T5Tokenizer.from_pretrained(folder / "tokenizer")(
         [text.lower().strip() for text in texts],
@@ -152,6 +186,35 @@ def test_tokens_are_those_of_transformers(folder: Path) -> None:
     np.testing.assert_array_equal(found, theirs["input_ids"])
     read = read_tokenizer(folder, student.family.tokenizer(student))
     assert read(texts[3]).cut.startswith("ring") and not read(texts[0]).cut
+
+
+def test_captions_are_encoded_anew_for_another_tokenizer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is read once, for all captions."""
+    home = shutil.copytree(folder, tmp_path / "student")
+    data = Data(kind="folder", path=str(_pictures(tmp_path / "in")), size_px=16)
+    store = open_store(data, 0, tmp_path / "cache")
+    shop = Workshop(None, home, store, tmp_path, torch.device("cpu"))
+    reads: list[str] = []
+
+    def read(folder: Path, spec: Any) -> Any:
+        reads.append(spec.folder)
+        return read_tokenizer(folder, spec)
+
+    monkeypatch.setattr(encoded, "read_tokenizer", read)
+    rows, (before, _) = np.arange(len(store)), encoded.cached_conditioning(shop)
+    assert len(store) > 1 and len(reads) == 2, "for the captions, and for none"
+    path = home / "tokenizer/tokenizer.json"
+    told = json.loads(path.read_text())
+    swapped = {"▁red": "▁blue", "▁blue": "▁red"}
+    for piece in told["model"]["vocab"]:
+        piece[0] = swapped.get(piece[0], piece[0])
+    path.write_text(json.dumps(told))
+    after, _ = encoded.cached_conditioning(shop)
+    assert not torch.equal(before(rows), after(rows))
+    again, _ = encoded.cached_conditioning(shop)
+    assert len(reads) == 5 and torch.equal(again(rows), after(rows)), "else it is taken up"
 
 
 def test_methods_and_pipeline_hear_the_same(folder: Path, diffusers_pipeline: Any) -> None:
@@ -240,6 +303,7 @@ def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: P
         {"by": "progressive"},
         {"by": "consistency"},
         {"by": "scm"},
+        {"by": "add", "student_steps": 2},
         {"by": "imagine", "gan_weight": 0},
         {"by": "flash", "gan_weights": [0, 0, 0, 0]},
     ],

@@ -19,7 +19,8 @@ from test_distill import small_recipe
 
 from edgeflash.distill import draws, loop
 from edgeflash.distill.draws import Part
-from edgeflash.distill.run import _check_parts, distill
+from edgeflash.distill.fit import check_parts
+from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
 
 CURVE = 1e-4
@@ -106,6 +107,6 @@ def test_two_processes_and_four_micro_batches_learn_what_one_large_batch_does(
 
 def test_a_batch_that_the_processes_cannot_share(tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, stage=[{"by": "lcm", "batch_size": 12, "accumulate": 4}])
-    _check_parts(recipe, recipe.methods(), 6)
+    check_parts(recipe, recipe.methods(), 6)
     with pytest.raises(EdgeflashError, match=r"lcm\.batch_size 12: 8 processes cannot share it"):
-        _check_parts(recipe, recipe.methods(), 8)
+        check_parts(recipe, recipe.methods(), 8)

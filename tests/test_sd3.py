@@ -26,6 +26,7 @@ from edgeflash.noise import randn
 from edgeflash.recipe import recipe_of
 from edgeflash.roles import Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
+from edgeflash.runtimes.prompts import Prompts
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student
 from edgeflash.verify import refuse_below, runtime_for
@@ -138,6 +139,19 @@ def test_methods_and_pipeline_hear_the_same(t5: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(heard(x, t, c).sample, wanted)
 
 
+def test_a_prompt_is_cut_where_no_text_encoder_reads_on(onnx: Exported) -> None:
+    """CLIP's have room for fewer words than T5."""
+    prompts = Prompts(onnx.bundle)
+    long, longer = "ring " * 2 * LENGTH, "ring " * 2 * T5_LENGTH
+    assert all(prompts.tokenizers[name](long).cut for name in ("text_encoder", "text_encoder_2"))
+    assert prompts.unread(long) == "" and prompts.unread(longer).startswith("ring")
+    with TextToImage(onnx.bundle, runtime_for(onnx.bundle)) as pipeline:
+        assert pipeline.generate(Request((long, longer), guidance=1.0)).cut == (
+            "",
+            prompts.unread(longer),
+        )
+
+
 def test_without_t5_the_joint_conditioning_ends_in_zeros(tmp_path: Path) -> None:
     from edgeflash.conditioning import joined
 
@@ -211,9 +225,21 @@ def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: P
         PROMPT, num_inference_steps=2, guidance_scale=1, latents=noise, output_type="pt"
     )
     assert told.images.shape == (1, 3, 16, 16) and told.images.isfinite().all()
-    plain["stage"] = [{"by": "lcm", "steps": 1, "batch_size": 1}]
-    with pytest.raises(EdgeflashError, match=r"is a flow from picture .*choose perflow"):
-        distill(recipe_of(plain, "test"), tmp_path / "other")
+    for by, said in (
+        ("lcm", r"is a flow from picture .*'lcm' does not learn so far: choose perflow$"),
+        ("ladd", r"makes parts of sd, sdxl alone.*; sd3 is taken by perflow$"),
+    ):
+        plain["stage"] = [{"by": by, "steps": 1, "batch_size": 1}]
+        with pytest.raises(EdgeflashError, match=said):
+            distill(recipe_of(plain, "test"), tmp_path / "other")
+        assert not (tmp_path / "other.run/cache").exists(), "before any work"
+
+
+def test_pictures_larger_than_its_places_reach_are_refused(folder: Path) -> None:
+    student = Student.open(folder)
+    assert student.family.signature(student, "transformer", (64, 64))
+    with pytest.raises(EdgeflashError, match=r"68x16: .* of at most 64 px a side"):
+        student.family.signature(student, "transformer", (68, 16))
 
 
 def test_full_size_networks_have_the_published_parameters() -> None:
@@ -239,3 +265,9 @@ def test_what_does_not_fit_is_said_in_one_line(folder: Path, tmp_path: Path) -> 
             Student.open(broken)
         assert "\n" not in str(caught.value)
         path.write_text(before)
+    (broken / "tokenizer_3").rename(tmp_path / "away")
+    with pytest.raises(
+        EdgeflashError,
+        match=r"tokenizer_3: missing; .*, or say \[null, null\] of tokenizer_3 and text_encoder_3",
+    ):
+        Student.open(broken)

@@ -1,0 +1,62 @@
+"""Whether a recipe's methods fit its folders and this machine, asked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgeflash import shelf
+from edgeflash.errors import EdgeflashError
+from edgeflash.recipe import Recipe
+from edgeflash.roles import Method
+from edgeflash.student import Student
+
+from .loop import parts
+from .process import FLOW, predicts
+
+
+def check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Refuses what would only fail when the student is put together."""
+    names = sorted({Student.unfinished(folder).family.name for folder in folders})
+    if len(names) > 1:
+        raise EdgeflashError(
+            f"teacher and base: are of the families {' and '.join(names)}, which do not hear "
+            "prompts alike: choose two of one"
+        )
+    flow = next((folder for folder in folders if predicts(folder) == FLOW), None)
+    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
+        if method.families and not set(names) <= set(method.families):
+            takers = ", ".join(_takers(names[0], flow is not None))
+            raise EdgeflashError(
+                f"method {spec.by!r} makes parts of {', '.join(method.families)} alone, not of "
+                f"{names[0]}: leave it out; {names[0]} is taken by {takers}"
+            )
+        if flow and not method.flows:
+            raise EdgeflashError(
+                f"{flow}: is a flow from picture to noise, which method {spec.by!r} does not learn "
+                f"so far: choose {' or '.join(_takers(names[0], True))}"
+            )
+
+
+def _takers(family: str, flow: bool) -> list[str]:
+    """The methods that make parts of a family, and learn its flow if it is one."""
+    methods = {name: shelf.find(Method, name, check=False) for name in shelf.names(Method)}
+    takers = {n: m for n, m in methods.items() if not m.families or family in m.families}
+    return [name for name, method in takers.items() if method.flows or not flow]
+
+
+def check_wants(name: str, method: Method, recipe: Recipe) -> None:
+    if "teacher" in method.wants and not recipe.teacher:
+        raise EdgeflashError(f"method {name!r} needs a teacher in the recipe")
+    if "shapes" in method.wants and recipe.data.kind != "shapes":
+        raise EdgeflashError(f"method {name!r} needs [data] kind = 'shapes'")
+
+
+def check_parts(recipe: Recipe, methods: list[Method], processes: int) -> None:
+    """Refuses batches that the processes cannot share evenly."""
+    for spec, method in zip(recipe.stage, methods, strict=True):
+        if method.batch_size % parts(method, processes):
+            raise EdgeflashError(
+                f"{spec.by}.batch_size {method.batch_size}: {processes} processes cannot share it "
+                f"in equal parts, {parts(method, processes)} or a multiple"
+            )
