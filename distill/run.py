@@ -31,6 +31,7 @@ from edgeflash.student import (
 )
 from edgeflash.tokenizer import write_vocabulary
 
+from . import crew
 from .data import open_store
 from .folders import copy_folder, halve
 from .loop import Outcome, parts, train
@@ -41,7 +42,7 @@ STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weigh
 STEERING |= {"clip_norm", "precision", "accumulate"}  # a begun stage goes on with these changed
 NEEDED = ["model_index.json", "*/*"]  # the root holds the same weights once more
 NOT_NEEDED = ["*.ckpt", "*.onnx*", "*.msgpack", "*.h5", "*.bin", "*non_ema*", "*.png", "*.jpg"]
-PATIENCE = timedelta(days=7)  # of the other processes, while the main one fills caches
+PATIENCE = timedelta(days=7)  # of processes that are done with their share of a cache
 PROMPTS = 16  # captions that travel with the student, for calibration and parity
 
 
@@ -81,8 +82,8 @@ def distill(
     _check_steps(recipe)
     accelerator = _accelerator()
     _check_parts(recipe, methods, accelerator.num_processes)
-    with accelerator.main_process_first():
-        store = open_store(recipe.data, recipe.seed, cache or work / "cache")
+    store = open_store(recipe.data, recipe.seed, cache or work / "cache")
+    with crew.main_first():
         student = base or _empty(work / "0-empty")
     told: list[dict[str, Any]] = []
     for number, (spec, method) in enumerate(zip(recipe.stage, methods, strict=True), 1):
@@ -195,8 +196,7 @@ def _run_stage(
     name: str, method: Method, shop: Workshop, accelerator: Accelerator, seed: int, label: str
 ) -> None:
     """Trains one stage and writes its student and `outcome.json`, the mark that it is done."""
-    with accelerator.main_process_first():  # which fills the caches
-        stage = method.begin(shop)
+    stage = method.begin(shop)
     if method.lora_rank:
         add_lora(stage, method, name, seed)
     outcome = train(
