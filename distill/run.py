@@ -31,12 +31,13 @@ from edgeflash.student import (
 )
 from edgeflash.tokenizer import write_vocabulary
 
-from . import crew
+from . import crew, sharded
 from .data import open_store
 from .folders import copy_folder, halve
 from .loop import Outcome, parts, train
 from .lora import add_lora, save_and_fuse
 from .stage import Stage, Workshop
+from .telling import Costs
 
 STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
 STEERING |= {"clip_norm", "precision", "accumulate"}  # a begun stage goes on with these changed
@@ -116,13 +117,15 @@ def _check_no_export(work: Path) -> None:
 
 
 def _accelerator() -> Accelerator:
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),  # else it does not see other processes on CPUs
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE),
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
+    sharded.heed(accelerator)
+    return accelerator
 
 
 def _check(student: Student, recipe: Recipe, out: Path) -> None:
@@ -196,6 +199,7 @@ def _run_stage(
     name: str, method: Method, shop: Workshop, accelerator: Accelerator, seed: int, label: str
 ) -> None:
     """Trains one stage and writes its student and `outcome.json`, the mark that it is done."""
+    Costs.forget()
     stage = method.begin(shop)
     if method.lora_rank:
         add_lora(stage, method, name, seed)
@@ -218,7 +222,7 @@ def _run_stage(
 
 def _told(outcome: Outcome) -> dict[str, Any]:
     figures = {k: round(v, 5) for k, v in (outcome.terms | outcome.finished).items()}
-    return {"steps": outcome.steps, "seconds": round(outcome.seconds, 1), **figures}
+    return {"steps": outcome.steps, "seconds": round(outcome.seconds, 1)} | outcome.costs | figures
 
 
 def _line(label: str, told: dict[str, Any]) -> str:
