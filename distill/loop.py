@@ -64,7 +64,7 @@ class _Turn:
         self.rate = player.learning_rate or options.learning_rate
         self.weight_decay = options.weight_decay
         if accelerator.is_fsdp2:
-            sharded.laid_out(player.network)
+            sharded.lay_out(player.network, accelerator)
         optimizer = torch.optim.AdamW(
             [p for p in player.network.parameters() if p.requires_grad],
             lr=self.rate,

@@ -15,17 +15,25 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, str_to_bool
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel
 
 from edgeflash.errors import EdgeflashError
 
 from .stage import Stage
+
+BLOCKS = (  # gathered one at a time
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "JointTransformerBlock",
+    "AutoencoderTinyBlock",
+)
 
 
 def heed(accelerator: Accelerator) -> None:
@@ -42,13 +50,22 @@ def heed(accelerator: Accelerator) -> None:
     if plugin.fsdp_version != 2:
         raise EdgeflashError("FSDP 1: not taken; launch with --fsdp_version 2 (FSDP_VERSION=2)")
     if accelerator.distributed_type is DistributedType.MULTI_CPU:
-        accelerator.state.distributed_type = DistributedType.FSDP
+        for state in (PartialState(), accelerator.state):  # the second takes after the first
+            state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
 
 
-def laid_out(network: nn.Module) -> nn.Module:
-    """The same network, its weights as `fully_shard` takes them: channels last it does not."""
-    return network.to(memory_format=torch.contiguous_format)
+def lay_out(network: nn.Module, accelerator: Accelerator) -> None:
+    """Readies a network to be cut up: blocks by themselves, and what is left of it.
+
+    Which blocks is said for each network, as accelerate looks for all it is told of, or for what
+    the class of a network names, in every one; by size it takes `ModuleList`, which torch refuses.
+    Nor does torch take weights that are channels last.
+    """
+    network.to(memory_format=torch.contiguous_format)
+    plugin, there = accelerator.state.fsdp_plugin, {type(m).__name__ for m in network.modules()}
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = [name for name in BLOCKS if name in there]
 
 
 def settle(network: nn.Module) -> None:
@@ -66,7 +83,7 @@ def settle(network: nn.Module) -> None:
 
 def follow(average: AveragedModel, network: nn.Module, accelerator: Accelerator) -> None:
     """Cuts an average up as the network that it follows is."""
-    laid_out(average.module)
+    lay_out(average.module, accelerator)
     if isinstance(network, FSDPModule):
         fsdp2_prepare_model(accelerator, average.module)
         settle(average.module)
