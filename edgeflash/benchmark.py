@@ -338,12 +338,12 @@ def _row(name: str, entry: Entry, counts: Sequence[int]) -> str:
 HEAD = """# The methods, side by side
 
 `edgeflash benchmark-methods`: each method begins with the same student (pruned by `blocks`, and
-distilled to draw as its teacher does), and trains as many steps as fit into the same time, with the
-options of `benchmark.toml`, of which `ablations.toml` changes some. Figures are of 1 / 2 / 4 network calls a picture, where the method's
-sampler has them: prompt accuracy over 500 held-out prompts, all of them and those of one and of two
-objects; FD against held-out renders; diversity, the mean distance of pictures of one caption in the
-judge's features. The decoder is the teacher's own. Teacher and start, above, draw with the
-teacher's sampler, guided: two calls a step.
+distilled to draw as its teacher does), and trains as many steps as fit into the same time, with
+the options of `benchmark.toml`, of which `ablations.toml` changes some. Figures are of 1 / 2 / 4
+network calls a picture, where the method's sampler has them: prompt accuracy over 500 held-out
+prompts, all of them and those of one and of two objects; FD against held-out renders; diversity,
+the mean distance of pictures of one caption in the judge's features. The decoder is the teacher's
+own. Teacher and start, above, draw with the teacher's sampler, guided: two calls a step.
 """
 COLUMNS = "method", "accuracy, %", "one object", "two objects", "FD", "diversity"
 COSTS = "min", "steps", "samples/s", "peak RSS, MiB"
