@@ -1,17 +1,32 @@
 """The processes that train together, one or many: which one this is, and how they wait.
 
-Accelerate has set the group up by the time anything here is called; where it has not, there is one.
+Where nobody has assembled them there is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import distributed
 
+PATIENCE = timedelta(days=7)  # of processes that are done with their share of a cache
 T = TypeVar("T")
+
+
+def assemble() -> Accelerator:
+    """Joins the others that torchrun or accelerate launch has started, if any."""
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else it does not see other processes on CPUs
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
+    )
 
 
 def size() -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator
 from rich.console import Console
 
 from edgeflash import shelf
@@ -43,7 +42,6 @@ STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weigh
 STEERING |= {"clip_norm", "precision", "accumulate"}  # a begun stage goes on with these changed
 NEEDED = ["model_index.json", "*/*"]  # the root holds the same weights once more
 NOT_NEEDED = ["*.ckpt", "*.onnx*", "*.msgpack", "*.h5", "*.bin", "*non_ema*", "*.png", "*.jpg"]
-PATIENCE = timedelta(days=7)  # of processes that are done with their share of a cache
 PROMPTS = 16  # captions that travel with the student, for calibration and parity
 
 
@@ -81,7 +79,8 @@ def distill(
             require(f"{spec.by}.lora_rank", ["peft"])
     _check_families(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
-    accelerator = _accelerator()
+    accelerator = crew.assemble()
+    sharded.heed(accelerator)
     _check_parts(recipe, methods, accelerator.num_processes)
     store = open_store(recipe.data, recipe.seed, cache or work / "cache")
     with crew.main_first():
@@ -114,18 +113,6 @@ def _check_no_export(work: Path) -> None:
         raise EdgeflashError(
             f"{work}: holds stages of an export; choose another --out for the student"
         )
-
-
-def _accelerator() -> Accelerator:
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else it does not see other processes on CPUs
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
-    sharded.heed(accelerator)
-    return accelerator
 
 
 def _check(student: Student, recipe: Recipe, out: Path) -> None:
