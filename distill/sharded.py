@@ -37,22 +37,26 @@ BLOCKS = (  # gathered one at a time
 
 
 def heed(accelerator: Accelerator) -> None:
-    """Sees to it that FSDP is had where it was asked for, and in version 2.
+    """Sees to it that FSDP is had where it was asked for, in version 2, and of whole networks.
 
-    accelerate passes over it on CPUs, where torch has it.
+    accelerate passes over it on CPUs, where torch has it. And its launcher would have transformers
+    load weights in the first process alone, for accelerate to spread: but text encoders are never
+    cut up, and would stay empty in the others.
 
     Raises:
         EdgeflashError: FSDP 1 was asked for.
     """
     if not str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         return
-    plugin = FullyShardedDataParallelPlugin()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers looks there at each load
+    plugin = getattr(accelerator.state, "fsdp_plugin", None) or FullyShardedDataParallelPlugin()
+    plugin.cpu_ram_efficient_loading = False
     if plugin.fsdp_version != 2:
         raise EdgeflashError("FSDP 1: not taken; launch with --fsdp_version 2 (FSDP_VERSION=2)")
     if accelerator.distributed_type is DistributedType.MULTI_CPU:
         for state in (PartialState(), accelerator.state):  # the second takes after the first
             state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = plugin
+    accelerator.state.fsdp_plugin = plugin
 
 
 def lay_out(network: nn.Module, accelerator: Accelerator) -> None:

@@ -17,7 +17,11 @@ from test_processes import CURVE, curve, run, two
 from edgeflash.distill import loop
 from edgeflash.errors import EdgeflashError
 
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as accelerate launch says it
+FSDP = {  # as accelerate launch says it
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
