@@ -59,7 +59,7 @@ def heed(accelerator: Accelerator) -> None:
     accelerator.state.fsdp_plugin = plugin
 
 
-def lay_out(network: nn.Module, accelerator: Accelerator) -> None:
+def lay_out(network: Any, accelerator: Accelerator) -> None:
     """Readies a network to be cut up: blocks by themselves, and what is left of it.
 
     Which blocks is said for each network, as accelerate looks for all it is told of, or for what
@@ -141,7 +141,7 @@ def put_together(stage: Stage, moulds: dict[str, Any], accelerator: Accelerator)
 
 
 def _mould(network: nn.Module) -> nn.Module:
-    empty = {
+    empty: dict[int, Any] = {
         id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), weight.requires_grad)
         for weight in network.parameters()
     }

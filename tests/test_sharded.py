@@ -31,10 +31,10 @@ def cut_up(do: Any, dies_at: int | None = None) -> None:
     loop.CHECKPOINT_SECONDS = 300 if dies_at is None else 0
     step = loop._step
 
-    def mortal(*given: Any) -> dict[str, float]:
+    def mortal(*given: Any, **named: Any) -> dict[str, float]:
         if given[-1] == dies_at:
             os._exit(9)
-        return step(*given)
+        return step(*given, **named)
 
     loop._step = mortal
     do()

@@ -47,7 +47,7 @@ def fill(data: Data, cache: Path, *, dies_at: int | None = None) -> Store:
     read, asked = (cache.parent / f"{cache.name}-{what}-{name}" for what in ("read", "asked"))
     original = sources.read_picture
 
-    def noted(source: bytes, size_px: int) -> np.ndarray | None:
+    def noted(source: Path | bytes, size_px: int) -> np.ndarray | None:
         picture = original(source, size_px)
         with read.open("a") as note:
             note.write("bad\n" if picture is None else f"{picture[0, 0, 0] // 9}\n")
