@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from . import crew
 from .draws import randn
 from .encoded import at_once
 from .stage import Batch, Player, Stage, Terms, Workshop, average
@@ -38,7 +38,7 @@ class Autoencoder(Method):
         return self
 
     def begin(self, shop: Workshop) -> Stage:
-        if dist.is_initialized() and dist.get_world_size() > 1:  # DDP wraps `forward` alone
+        if crew.size() > 1:  # DDP wraps `forward` alone
             raise EdgeflashError("autoencoder trains in one process: start one")
         torch.manual_seed(0)
         if shop.store.size_px % (unit := 2 ** (len(self.widths) - 1)):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from . import crew
 from .draws import rand, randn, rows
 from .encoded import cached_samples, mistaken_latents
 from .process import Process
@@ -88,7 +89,8 @@ class Denoising(Method):
     def begin(self, shop: Workshop) -> Stage:
         torch.manual_seed(0)
         scheduler = self.scheduler()
-        scheduler.save_pretrained(str(shop.folder / "scheduler"))
+        with crew.main_first():
+            scheduler.save_pretrained(str(shop.folder / "scheduler"))
         process = Process.of(shop.folder, shop.device)
         batch, nothing = cached_samples(shop)
         sample = batch(np.arange(1))

@@ -10,13 +10,9 @@ norm, and "half of a batch" of ``own_steps``.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import signal
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,15 +23,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 
-from edgeflash.disk import is_disk_full, write_atomic
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from . import checkpoints, sharded
 from .draws import Part
 from .stage import Player, Stage, Terms
+from .telling import Clock, Costs, metrics, progress
 
 CHECKPOINT_SECONDS = 300
 LOG_STEPS = 20
@@ -43,11 +40,20 @@ LOG_STEPS = 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage went: optimizer steps done, seconds spent training, last logged loss terms."""
+    """How a stage went.
+
+    Attributes:
+        steps: optimizer steps done.
+        seconds: spent training.
+        terms: last logged loss terms.
+        costs: samples/s and peak memory in MiB, as the log's last line has them.
+        finished: what the stage measured of its networks at the end.
+    """
 
     steps: int
     seconds: float
     terms: dict[str, float]
+    costs: dict[str, float]
     finished: dict[str, float]
 
 
@@ -57,9 +63,13 @@ class _Turn:
     def __init__(self, player: Player, options: Method, accelerator: Accelerator) -> None:
         self.rate = player.learning_rate or options.learning_rate
         self.weight_decay = options.weight_decay
-        self.weights = [p for p in player.network.parameters() if p.requires_grad]
+        if accelerator.is_fsdp2:
+            sharded.lay_out(player.network, accelerator)
         optimizer = torch.optim.AdamW(
-            self.weights, lr=self.rate, betas=player.betas, weight_decay=self.weight_decay
+            [p for p in player.network.parameters() if p.requires_grad],
+            lr=self.rate,
+            betas=player.betas,
+            weight_decay=self.weight_decay,
         )
         course = get_scheduler(
             "constant_with_warmup" if options.decay == "constant" else options.decay,
@@ -71,6 +81,9 @@ class _Turn:
         self.network, self.optimizer, self.course = accelerator.prepare(
             player.network, optimizer, course
         )
+        if accelerator.is_fsdp2:
+            sharded.settle(self.network)
+        self.weights = [p for p in self.network.parameters() if p.requires_grad]
 
     def learns(self, now: bool) -> None:
         for weight in self.weights:
@@ -110,19 +123,27 @@ def train(
     Raises:
         EdgeflashError: interrupted (a checkpoint was written), or a loss that is not finite.
     """
+    moulds = sharded.moulds(stage) if accelerator.is_fsdp2 else {}
     turns = {name: _Turn(player, options, accelerator) for name, player in stage.players.items()}
-    for average in (*stage.averages.values(), *(average for average, _ in stage.targets)):
-        accelerator.register_for_checkpointing(average.to(accelerator.device))
-    state, main = _restore(accelerator, folder), accelerator.is_main_process
+    _keep_averages(stage, accelerator)
+    state, main = checkpoints.restore(accelerator, folder), accelerator.is_main_process
     for turn in turns.values():
         turn.steer()
-    clock = _Clock(state["seconds"])
+    clock, costs = Clock(state["seconds"]), Costs(state.get("costs", {}))
     order = Order(samples, options.batch_size, seed)
     terms: dict[str, float] = state["terms"]
     step = int(state["step"])
+
+    def spent() -> dict[str, float]:
+        return costs.told(step * options.batch_size, clock.seconds)
+
+    def save() -> None:
+        told = {"step": step, "seconds": clock.seconds, "terms": terms, "costs": spent()}
+        checkpoints.save(accelerator, folder, told)
+
     with ExitStack() as stack:
-        log = stack.enter_context(_metrics(folder, step)) if main else _silent
-        advance = stack.enter_context(_progress(label, options, step)) if main else _silent
+        log = stack.enter_context(metrics(folder, step)) if main else _silent
+        advance = stack.enter_context(progress(label, options, step)) if main else _silent
         stopped = stack.enter_context(_ctrl_c_waits())
         stack.callback(accelerator.free_memory)
         while step < options.steps:
@@ -132,17 +153,35 @@ def train(
             step += 1
             advance(step, terms, clock)
             if step % LOG_STEPS == 0 or step == options.steps:
-                log(step, terms, clock.seconds)
+                log(step, clock.seconds, spent() | terms)
             if _anywhere(main and clock.due(CHECKPOINT_SECONDS), accelerator):
-                _save(accelerator, folder, step, clock.seconds, terms)
-        _save(accelerator, folder, step, clock.seconds, terms)
+                save()
+        save()
         if _anywhere(stopped(), accelerator):
             raise EdgeflashError(
                 f"interrupted at step {step} of {options.steps} of {label}; "
                 "run the same command again to go on from there"
             )
-        finished = stage.finish(stage.final())
-    return Outcome(step, clock.seconds, terms, finished)
+        if accelerator.is_fsdp2:
+            sharded.put_together(stage, moulds, accelerator)
+        finished = stage.finish(stage.final()) if main else {}  # the main one saves
+    return Outcome(step, clock.seconds, terms, spent(), finished)
+
+
+def _keep_averages(stage: Stage, accelerator: Accelerator) -> None:
+    """Has checkpoints hold them too."""
+    for average, network in _followed(stage):
+        average.to(accelerator.device)
+        if accelerator.is_fsdp2:
+            sharded.follow(average, network, accelerator)
+        kept = sharded.Whole(average, accelerator) if accelerator.is_fsdp2 else average
+        accelerator.register_for_checkpointing(kept)
+
+
+def _followed(stage: Stage) -> list[tuple[AveragedModel, torch.nn.Module]]:
+    """Every average with the network that it follows."""
+    own = [(average, stage.results[name]) for name, average in stage.averages.items()]
+    return own + stage.targets
 
 
 def _silent(*_: Any) -> None:
@@ -205,7 +244,8 @@ def _step(
         turn.learns(True)
         for batch, generator in zip(batches, generators, strict=True):
             last = batch is batches[-1]
-            with nullcontext() if last else accelerator.no_sync(turn.network):
+            sync = nullcontext() if last else accelerator.no_sync(turn.network)
+            with sync, sharded.in_one_line(name, accelerator):
                 terms = _loss(turn, batch, generator, options, accelerator)
                 accelerator.backward(torch.stack(list(terms.values())).sum() / len(batches))
             for term, value in terms.items():  # after the backward pass, which need not wait for it
@@ -213,7 +253,8 @@ def _step(
             for term, value in terms.items():
                 key = term if len(turns) == 1 else f"{name}/{term}"
                 told[key] = told.get(key, 0.0) + value.item() / len(batches)
-        norm = accelerator.clip_grad_norm_(turn.network.parameters(), options.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(turn.weights, options.clip_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         _check_finite(norm, "gradient", name, step)  # else a checkpoint would hold what it leads to
         turn.optimizer.step()
         turn.course.scheduler.step()  # accelerate's own takes a step for each process
@@ -221,8 +262,7 @@ def _step(
         moved.update(turn.weights)
     for turn in turns.values():
         turn.learns(True)
-    followed = [(average, stage.results[name]) for name, average in stage.averages.items()]
-    for average, network in (*followed, *stage.targets):
+    for average, network in _followed(stage):
         if not moved.isdisjoint(network.parameters()):  # decays are a turn's, not a step's
             average.update_parameters(network)
     return _over_processes(told, accelerator)
@@ -280,121 +320,3 @@ class Order:
             rng = np.random.default_rng((self.seed, epoch))
             self._epoch, self._permutation = epoch, rng.permutation(self.samples)
         return int(self._permutation[place])
-
-
-class _Clock:
-    """Training time, summed over resumptions, and the time since the last checkpoint."""
-
-    def __init__(self, before_seconds: float) -> None:
-        self._start = time.monotonic() - before_seconds
-        self._checkpoint = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
-
-    def over(self, minutes: float | None) -> bool:
-        return minutes is not None and self.seconds >= minutes * 60
-
-    def due(self, seconds: float) -> bool:
-        if time.monotonic() - self._checkpoint < seconds:
-            return False
-        self._checkpoint = time.monotonic()
-        return True
-
-
-def _save(
-    accelerator: Accelerator, folder: Path, step: int, seconds: float, terms: dict[str, float]
-) -> None:
-    """Writes `checkpoint/` through a temporary folder, so that a kill leaves the older one."""
-    draft, final, old = (folder / f"checkpoint{tail}" for tail in (".new", "", ".old"))
-    main = accelerator.is_main_process
-    if main:
-        shutil.rmtree(draft, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(draft))
-        progress = {"step": step, "seconds": seconds, "terms": terms}
-        accelerator.wait_for_everyone()
-        if main:
-            (draft / "progress.json").write_text(json.dumps(progress))
-    except Exception as error:
-        full = is_disk_full(error, folder)
-        shutil.rmtree(draft, ignore_errors=True)
-        if not full:
-            raise
-        raise EdgeflashError(
-            f"{final}: disk full at step {step}; free some space and run the same command again: "
-            "it goes on from the checkpoint before"
-        ) from None
-    if main:
-        if final.exists():  # else the older one is all there is
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        draft.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def _restore(accelerator: Accelerator, folder: Path) -> dict[str, Any]:
-    """Loads the last whole checkpoint; step 0 when there is none."""
-    for name in ("checkpoint", "checkpoint.old"):
-        if (folder / name / "progress.json").is_file():
-            accelerator.load_state(str(folder / name))
-            return dict(json.loads((folder / name / "progress.json").read_text()))
-    return {"step": 0, "seconds": 0.0, "terms": {}}
-
-
-@contextmanager
-def _metrics(folder: Path, start: int) -> Iterator[Callable[[int, dict[str, float], float], None]]:
-    """Writes `metrics.jsonl` and TensorBoard events; lines after the checkpoint are cut off."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().split("\n") if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-    write_atomic(path, "".join(line + "\n" for line in kept))
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=start or None)
-    with path.open("a") as stream:
-
-        def log(step: int, terms: dict[str, float], seconds: float) -> None:
-            stream.write(json.dumps({"step": step, "seconds": round(seconds, 2), **terms}) + "\n")
-            stream.flush()
-            for name, value in terms.items():
-                board.add_scalar(name, value, step)
-
-        yield log
-    board.close()
-
-
-@contextmanager
-def _progress(
-    label: str, options: Method, start: int
-) -> Iterator[Callable[[int, dict[str, float], _Clock], None]]:
-    """A bar on a terminal; where there is none, a line every half minute."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[told]}"),
-    )
-    told_at = time.monotonic()
-    with Progress(
-        *columns, console=Console(file=sys.stderr), disable=not sys.stderr.isatty()
-    ) as bar:
-        task = bar.add_task(label, total=options.steps, completed=start, told="")
-
-        def advance(step: int, terms: dict[str, float], clock: _Clock) -> None:
-            nonlocal told_at
-            told = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
-            bar.update(task, completed=step, told=told)
-            if bar.disable and time.monotonic() - told_at > 30:
-                told_at = time.monotonic()
-                left = clock.seconds / step * (options.steps - step)
-                if options.minutes is not None:
-                    left = max(0.0, min(left, options.minutes * 60 - clock.seconds))
-                line = f"{label}: step {step}/{options.steps}, {left / 60:.0f} min left, {told}"
-                print(line, file=sys.stderr, flush=True)
-
-        yield advance

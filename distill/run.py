@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator
 from rich.console import Console
 
 from edgeflash.disk import TRAINING, check_replaceable, fresh_folder, write_atomic
@@ -30,18 +28,18 @@ from edgeflash.student import (
 )
 from edgeflash.tokenizer import write_vocabulary
 
-from . import fit
+from . import crew, fit, sharded
 from .data import open_store
 from .folders import copy_folder, halve
 from .loop import Outcome, train
 from .lora import add_lora, save_and_fuse
 from .stage import Stage, Workshop
+from .telling import Costs
 
 STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
 STEERING |= {"clip_norm", "precision", "accumulate"}  # a begun stage goes on with these changed
 NEEDED = ["model_index.json", "*/*"]  # the root holds the same weights once more
 NOT_NEEDED = ["*.ckpt", "*.onnx*", "*.msgpack", "*.h5", "*.bin", "*non_ema*", "*.png", "*.jpg"]
-PATIENCE = timedelta(days=7)  # of the other processes, while the main one fills caches
 PROMPTS = 16  # captions that travel with the student, for calibration and parity
 
 
@@ -79,10 +77,11 @@ def distill(
             require(f"{spec.by}.lora_rank", ["peft"])
     fit.check_families(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
-    accelerator = _accelerator()
+    accelerator = crew.assemble()
+    sharded.heed(accelerator)
     fit.check_parts(recipe, methods, accelerator.num_processes)
-    with accelerator.main_process_first():
-        store = open_store(recipe.data, recipe.seed, cache or work / "cache")
+    store = open_store(recipe.data, recipe.seed, cache or work / "cache")
+    with crew.main_first():
         student = base or _empty(work / "0-empty")
     told: list[dict[str, Any]] = []
     for number, (spec, method) in enumerate(zip(recipe.stage, methods, strict=True), 1):
@@ -112,16 +111,6 @@ def _check_no_export(work: Path) -> None:
         raise EdgeflashError(
             f"{work}: holds stages of an export; choose another --out for the student"
         )
-
-
-def _accelerator() -> Accelerator:
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else it does not see other processes on CPUs
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
-    )
 
 
 def _check(student: Student, recipe: Recipe, out: Path) -> None:
@@ -156,8 +145,8 @@ def _run_stage(
     name: str, method: Method, shop: Workshop, accelerator: Accelerator, seed: int, label: str
 ) -> None:
     """Trains one stage and writes its student and `outcome.json`, the mark that it is done."""
-    with accelerator.main_process_first():  # which fills the caches
-        stage = method.begin(shop)
+    Costs.forget()
+    stage = method.begin(shop)
     if method.lora_rank:
         add_lora(stage, method, name, seed)
     outcome = train(
@@ -179,7 +168,7 @@ def _run_stage(
 
 def _told(outcome: Outcome) -> dict[str, Any]:
     figures = {k: round(v, 5) for k, v in (outcome.terms | outcome.finished).items()}
-    return {"steps": outcome.steps, "seconds": round(outcome.seconds, 1), **figures}
+    return {"steps": outcome.steps, "seconds": round(outcome.seconds, 1)} | outcome.costs | figures
 
 
 def _line(label: str, told: dict[str, Any]) -> str:

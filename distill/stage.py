@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from edgeflash.bundle import DENOISERS
@@ -174,7 +175,13 @@ def average(network: nn.Module, decay: float | Callable[[int], float]) -> Averag
 
     def move(averages: Any, weights: Any, steps: Any) -> None:
         now = decay(int(steps)) if callable(decay) else decay
-        get_ema_multi_avg_fn(now)(averages, weights, steps)  # type: ignore[no-untyped-call]
+        own, theirs = _here(averages), _here(weights)
+        get_ema_multi_avg_fn(now)(own, theirs, steps)  # type: ignore[no-untyped-call]
 
     copy = AveragedModel(network, multi_avg_fn=move, use_buffers=True)
     return copy.requires_grad_(False).eval()
+
+
+def _here(tensors: list[Tensor]) -> list[Tensor]:
+    """What of tensors lies in this process, where FSDP has cut them up."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

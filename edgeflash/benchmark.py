@@ -81,14 +81,16 @@ def benchmark(out: Path, names: Sequence[str] = (), *, minutes: float = 20) -> l
     Args:
         out: folder; each method's figures are `results/NAME.json` there, its student is below
             `students`.
-        names: methods; none: all that `benchmark.toml` has options for.
+        names: methods, or what `ablations.toml` has of them; none: all that `benchmark.toml` has
+            options for.
         minutes: of training, each.
 
     Raises:
         EdgeflashError: a method that the benchmark has no options for, or an interruption.
     """
     console = Console(stderr=True, highlight=False)
-    options = _options()
+    methods = _options()
+    options = methods | _ablations()
     for name in names:
         if name not in options:
             raise unknown("method in the benchmark", name, options)
@@ -106,7 +108,7 @@ def benchmark(out: Path, names: Sequence[str] = (), *, minutes: float = 20) -> l
                 Entry(name=name, drawn=_judge(name, folder, out, counts), machine=Machine.here()),
             )
     failed = []
-    for name in names or options:
+    for name in names or methods:
         if not _result(out, name).exists():
             console.print(f"[bold]{name}[/bold]")
             try:
@@ -122,29 +124,55 @@ def benchmark(out: Path, names: Sequence[str] = (), *, minutes: float = 20) -> l
 
 def _options() -> dict[str, dict[str, Any]]:
     """Options of each method, those of ``[all]`` among them."""
-    spec = find_spec("edgeflash.distill")
-    assert spec is not None and spec.origin
-    path = Path(spec.origin).with_name("benchmark.toml")
-    tables: dict[str, dict[str, Any]] = tomllib.loads(path.read_text(encoding="utf-8"))
+    tables = _tables("benchmark.toml")
     common = tables.pop("all")
     return {name: common | own for name, own in tables.items()}
+
+
+def _ablations() -> dict[str, dict[str, Any]]:
+    """Options of each ablation: its method's, some changed; with "by", and where it begins."""
+    methods, common = _options(), _tables("benchmark.toml")["all"]
+    ablations = _tables("ablations.toml")
+    return {name: methods.get(own["by"], common) | own for name, own in ablations.items()}
+
+
+def _tables(name: str) -> dict[str, dict[str, Any]]:
+    spec = find_spec("edgeflash.distill")
+    assert spec is not None and spec.origin
+    path = Path(spec.origin).with_name(name)
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def _start_recipe() -> Recipe:
     """The shipped student's first stage: pruned, and distilled to draw as its teacher does."""
     shapes = read_recipe(find_recipe("shapes"))
-    guidance = Student.open(embedded("shapes-teacher")).guidance().scale
-    sampling = Sampling(steps=COUNTS, default_steps=4, guidance="cfg", guidance_scale=guidance)
     return shapes.model_copy(
-        update={"name": "start", "stage": shapes.stage[:1], "sampling": sampling}
+        update={"name": "start", "stage": shapes.stage[:1], "sampling": _guided()}
     )
 
 
+def _guided() -> Sampling:
+    """By the teacher's sampler, guided as the teacher is."""
+    guidance = Student.open(embedded("shapes-teacher")).guidance().scale
+    return Sampling(steps=COUNTS, default_steps=4, guidance="cfg", guidance_scale=guidance)
+
+
 def _recipe(name: str, options: dict[str, Any], start: Path, steps: int) -> Recipe:
-    plain = {"name": name, "teacher": "embedded", "base": str(start), "licence": "apache-2.0"}
+    """The recipe of a method or an ablation; its teacher and base may be "teacher" and "start"."""
+    places = {"teacher": "embedded", "start": str(start)}
+    from_whom = {
+        key: places[options.get(key, usual)]
+        for key, usual in (("teacher", "teacher"), ("base", "start"))
+    }
+    plain = {"name": name, "licence": "apache-2.0"} | from_whom
     data = read_recipe(find_recipe("shapes")).data.model_dump(exclude_none=True)
-    stage = {"by": name} | options | {"steps": steps}
-    return recipe_of(plain | {"data": data, "stage": [stage]}, "benchmark.toml")
+    own = {key: value for key, value in options.items() if key not in from_whom}
+    stage = {"by": name} | own | {"steps": steps}
+    recipe = recipe_of(plain | {"data": data, "stage": [stage]}, "benchmark.toml")
+    (method,) = recipe.methods()
+    if method.step_counts() is None:  # it makes no sampler of its own
+        recipe = recipe.model_copy(update={"sampling": _guided()})
+    return recipe
 
 
 def _entry(name: str, options: dict[str, Any], start: Path, out: Path, minutes: float) -> Entry:
@@ -310,12 +338,12 @@ def _row(name: str, entry: Entry, counts: Sequence[int]) -> str:
 HEAD = """# The methods, side by side
 
 `edgeflash benchmark-methods`: each method begins with the same student (pruned by `blocks`, and
-distilled to draw as its teacher does), and trains as many steps as fit into the same time, with the
-options of `benchmark.toml`. Figures are of 1 / 2 / 4 network calls a picture, where the method's
-sampler has them: prompt accuracy over 500 held-out prompts, all of them and those of one and of two
-objects; FD against held-out renders; diversity, the mean distance of pictures of one caption in the
-judge's features. The decoder is the teacher's own. Teacher and start, above, draw with the
-teacher's sampler, guided: two calls a step.
+distilled to draw as its teacher does), and trains as many steps as fit into the same time, with
+the options of `benchmark.toml`, of which `ablations.toml` changes some. Figures are of 1 / 2 / 4
+network calls a picture, where the method's sampler has them: prompt accuracy over 500 held-out
+prompts, all of them and those of one and of two objects; FD against held-out renders; diversity,
+the mean distance of pictures of one caption in the judge's features. The decoder is the teacher's
+own. Teacher and start, above, draw with the teacher's sampler, guided: two calls a step.
 """
 COLUMNS = "method", "accuracy, %", "one object", "two objects", "FD", "diversity"
 COSTS = "min", "steps", "samples/s", "peak RSS, MiB"

@@ -267,7 +267,10 @@ def demo(
 
 @app.command()
 def benchmark_methods(
-    methods: Annotated[list[str] | None, typer.Argument(help="Default: all of them.")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(help="Or ablations, of distill/ablations.toml. Default: all methods."),
+    ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("benchmark"),
     minutes: Annotated[float, typer.Option(min=0.01, help="Of training, each.")] = 20,
 ) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_distill import small_recipe
 
 from edgeflash import benchmark as bench
 from edgeflash.benchmark import Drawn, Entry, benchmark
+from edgeflash.distill.run import _check_steps, distill
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.shelf import make, names
+from edgeflash.student import read_json
 
 
 def drawn(accuracy: float) -> Drawn:
@@ -81,6 +84,77 @@ def test_every_few_step_method_has_options_that_fit() -> None:
     rule = {"blocks": {"rule": "base"}}
     few = {name for name in names(Method) if make(Method, name, rule.get(name, {})).step_counts()}
     assert few <= set(options), few - set(options)
+
+
+SAID = {  # what each is without, as the issue of a paper's ablations has it
+    "imagine-no-backward": {"backward": False},
+    "imagine-no-shift": {"shift": 1.0},
+    "imagine-no-critic": {"gan_weight": 0},
+    "imagine-no-correction": {"noise_correction": False},
+    "add-critic-alone": {"distill_weight": 0},
+    "add-teacher-alone": {"adversarial_weight": 0},
+    "flash-no-matching": {"dmd_weights": (0,) * 4},
+    "flash-no-critic": {"gan_weights": (0,) * 4},
+    "sdxs-no-scores": {"feature_share": 1},
+    "blocks-no-features": {"feature_weight": 0},
+    "lcm-of-itself": {},
+}
+
+
+def test_ablations_are_a_method_of_the_benchmark_less_something(tmp_path: Path) -> None:
+    """A dry run of each: the recipe stands, and differs from its method's by what is said."""
+    methods, ablations = bench._options(), bench._ablations()
+    assert not methods.keys() & ablations.keys()
+    for name, own in ablations.items():
+        recipe = bench._recipe(name, own, tmp_path, 7)
+        _check_steps(recipe)
+        (made,) = recipe.methods()
+        whole = methods.get(own["by"]) or ablations[own["by"]]
+        plain = bench._recipe(own["by"], whole, tmp_path, 7)
+        (full,) = plain.methods()
+        less = {k: v for k, v in made if v != getattr(full, k)}
+        assert (made.steps, made.batch_size) == (7, 32) and less.keys() <= own.keys()
+        assert less or name in ("blocks", "lcm-of-itself")
+        assert SAID.get(name, {}).items() <= less.items(), name
+        assert (recipe.teacher, recipe.base) == {
+            "blocks": ("embedded", "embedded"),
+            "lcm-of-itself": (str(tmp_path), str(tmp_path)),
+        }.get(name.removesuffix("-no-features"), ("embedded", str(tmp_path)))
+        counts = made.step_counts()
+        drawn = recipe.sampling.steps if recipe.sampling else counts
+        assert drawn and set(drawn) & set(bench.COUNTS), name
+        assert bool(recipe.sampling) == (own["by"] == "blocks")
+    assert SAID.keys() <= ablations.keys()
+
+
+def test_an_ablation_is_trained_when_it_is_asked_for(tmp_path: Path, trained: list[str]) -> None:
+    benchmark(tmp_path, ("sdxs-no-scores",))
+    assert trained == ["sdxs-no-scores"]
+    with pytest.raises(EdgeflashError, match=r"did you mean 'sdxs-no-scores'\?"):
+        benchmark(tmp_path, ("sdxs-no-score",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bench._ablations())
+def test_ablations_train(name: str, tmp_path: Path) -> None:
+    """Two steps of small networks, as many parts of the loss as are left."""
+    own = bench._ablations()[name]
+    options = {k: v for k, v in own.items() if k not in ("teacher", "base")}
+    small = {"steps": 2, "batch_size": 2, "warmup_steps": 0}
+    sampling = {"steps": [1], "default_steps": 1} if own["by"] == "blocks" else None
+    recipe = small_recipe(tmp_path, stage=[options | small], sampling=sampling)
+    (told,) = read_json(distill(recipe, tmp_path / "student") / "edgeflash.json")["lineage"][
+        "stages"
+    ]
+    gone = {
+        "imagine-no-critic": "critic/critic",
+        "add-critic-alone": "student/distillation",
+        "add-teacher-alone": "critic/hinge",
+        "flash-no-critic": "critic/critic",
+        "sdxs-no-scores": "student/scores",
+    }
+    assert gone.get(name, "-") not in told and told["steps"] == 2
+    assert told["samples_per_s"] > 0 < told["peak_rss_mib"]
 
 
 def test_a_method_without_options_is_told(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_packing_and_encoding_tell_how_far_they_are(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("edgeflash.distill.data.TELL_SECONDS", -1)
+    monkeypatch.setattr("edgeflash.distill.packing.TELL_SECONDS", -1)
     open_store(Data(samples=3), 0, tmp_path)
     store.cached("latents a", Encoder(store))
     told = capsys.readouterr().err
@@ -115,7 +115,7 @@ def test_a_packing_that_was_cut_off_leaves_no_draft_in_the_way(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("edgeflash.distill.data._read_picture", press)
+        patch.setattr("edgeflash.distill.sources.read_picture", press)
         with pytest.raises(KeyboardInterrupt):
             open_store(data, 0, cache)
     assert not list(cache.rglob("pictures*"))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from test_distill import Toy
+from test_distill import Toy, run_toy
 from torch import nn
 
 from edgeflash.distill.loop import _Turn, train
 from edgeflash.distill.stage import Player, Stage, average
+from edgeflash.distill.telling import Costs
 from edgeflash.errors import EdgeflashError
+from edgeflash.machine import peak_rss_mib
 
 
 def test_a_turn_costs_no_gradients_of_other_players_weights(tmp_path: Path) -> None:
@@ -66,3 +69,26 @@ def test_a_gradient_that_is_not_finite_stops_before_it_is_taken(tmp_path: Path) 
     with pytest.raises(EdgeflashError, match=r"gradient of 'student' is nan at step 0; the last"):
         train(stage, Toy(steps=1), tmp_path, Accelerator(cpu=True), samples=9, seed=0, label="x")
     assert torch.equal(net.weight, before) and not (tmp_path / "checkpoint").exists()
+
+
+def test_the_log_tells_what_the_steps_cost_over_all_resumptions(tmp_path: Path) -> None:
+    with pytest.raises(EdgeflashError, match="interrupted at step 5"):
+        run_toy(tmp_path, stop_at=5)
+    progress = tmp_path / "checkpoint/progress.json"
+    told = json.loads(progress.read_text())
+    assert told["costs"].keys() == {"samples_per_s", "peak_rss_mib"}
+    told |= {"seconds": 1000.0, "costs": {"peak_rss_mib": 1e6}}
+    progress.write_text(json.dumps(told))
+    run_toy(tmp_path)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["samples_per_s"] == pytest.approx(8 * 4 / 1000, rel=0.02)
+    assert last["peak_rss_mib"] == 1e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone begins anew")
+def test_the_peak_of_a_stage_is_not_that_of_the_one_before() -> None:
+    torch.ones(2**26)  # 256 MiB, and gone
+    before = peak_rss_mib()
+    Costs.forget()
+    after = Costs({}).told(1, 1.0)["peak_rss_mib"]
+    assert before and 0 < after < before - 128
