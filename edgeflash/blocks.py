@@ -63,6 +63,11 @@ class Anatomist:
         self._inputs = student.family.signature(student, "unet", size)[0]
         self._met: dict[Block, Block] = {}
 
+    @property
+    def distinct(self) -> int:
+        """How many blocks it has met."""
+        return len(self._met)
+
     def apart(self, config: Config) -> Anatomy:
         """The blocks of a UNet with that config.
 
