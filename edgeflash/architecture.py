@@ -7,7 +7,7 @@ are counted from the outermost, 1, inwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +50,19 @@ def _listed(value: Any) -> Any:
     return [_listed(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def smaller(config: Config, *, blocks: bool = True, widths: bool = True) -> list[Smaller]:
+def smaller(
+    config: Config, *, blocks: bool = True, widths: bool = True, least: Sequence[int] = ()
+) -> list[Smaller]:
     """Every way to remove one thing.
 
     Args:
         config: as `spelled` gives it.
         blocks: whether blocks, transformers and stages may go.
         widths: whether channels may.
+        least: channels that each stage keeps, the outermost first; none named: a group.
     """
     found = list(_fewer_blocks(config)) if blocks else []
-    return found + (list(_narrower(config)) if widths else [])
+    return found + (list(_narrower(config, least)) if widths else [])
 
 
 def _fewer_blocks(config: Config) -> Iterator[Smaller]:
@@ -101,14 +104,15 @@ def _without_innermost(config: Config) -> Config:
     return new
 
 
-def _narrower(config: Config) -> Iterator[Smaller]:
+def _narrower(config: Config, least: Sequence[int]) -> Iterator[Smaller]:
     """Norms want whole groups of channels; heads keep their number, or else their width."""
     name = "num_attention_heads" if config["num_attention_heads"] else "attention_head_dim"
     heads, widths = config[name], config["block_out_channels"]  # the number of heads, either way
     for i, width in enumerate(widths):
         unit = width // heads[i] if isinstance(heads, list) else heads
         step = math.lcm(config["norm_num_groups"] or 1, unit)
-        if (left := int(width * NARROWER) // step * step) <= 0:
+        left = int(width * NARROWER) // step * step
+        if left < max([step, *least[i : i + 1]]):
             continue
         new = _with(config, "block_out_channels", i, left)
         if isinstance(heads, list):

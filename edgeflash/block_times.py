@@ -10,7 +10,6 @@ import copy
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,10 +55,9 @@ class Estimated(Times):
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self._gflop = lru_cache(None)(gflop_of)
 
     def block_ms(self, block: Block) -> float:
-        return self.device.estimate_ms("unet", self._gflop(block))
+        return self.device.estimate_ms("unet", gflop_of(block))
 
     def part_ms(self, student: Student, component: str, size: tuple[int, int]) -> float:
         return self.device.estimate_ms(component, gflops(student, size, [component])[component])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from edgeflash.errors import EdgeflashError
@@ -134,6 +135,7 @@ def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     return [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
 
 
+@cache
 def gflop_of(block: Block) -> float:
     """GFLOP of one call, as torch counts them; see `edgeflash.price.gflops`."""
     import torch

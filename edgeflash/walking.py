@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 
-from edgeflash.architecture import Config, smaller
+from edgeflash.architecture import Config, Smaller, smaller
 from edgeflash.block_times import Times
 from edgeflash.blocks import Anatomist, Anatomy, gflop_of
 from edgeflash.devices import Device
@@ -120,22 +120,29 @@ class Walker:
         return replace(proposal, value=self._values[key])
 
     def walk(self, start: Proposal, name: str, **kinds: bool) -> Proposal | None:
-        """The first one within the budget on the way; None where the way ends before."""
-        at = replace(start, name=name)
+        """The best one within the budget on the way; None where the way ends before."""
+        at, within = replace(start, name=name), list[Proposal]()
         while at.image_ms > self.wish.budget_ms:
             steps = [
                 self.look(name, each.config, (*at.removed, each.removed))
-                for each in smaller(at.config, **kinds)
+                for each in self._smaller(start, at.config, kinds)
             ]
             worth = [self.valued(s) for s in steps if s.step_ms < at.step_ms * (1 - WORTH)]
             if not worth:
                 self.console.print(f"{name}: ends at {told(at.image_ms)} ms", highlight=False)
                 return None
+            within += [each for each in worth if each.image_ms <= self.wish.budget_ms]
             before = at
             at = min(worth, key=lambda s: (before.value - s.value) / (before.step_ms - s.step_ms))
             line = f"{name}: {at.removed[-1]} goes, {told(at.image_ms)} ms"
             self.console.print(line, highlight=False)
-        return self._given_back(start, at, **kinds)
+        best = max(within, key=lambda each: each.value, default=at)
+        return self._given_back(start, best, **kinds)
+
+    def _smaller(self, start: Proposal, config: Config, kinds: Mapping[str, bool]) -> list[Smaller]:
+        """Stages keep half of their channels: by a count of weights outer ones would starve."""
+        least = [width // 2 for width in start.config["block_out_channels"]]
+        return smaller(config, least=least, **kinds)
 
     def _given_back(self, start: Proposal, end: Proposal, **kinds: bool) -> Proposal:
         """Without removals that were not needed, after what went later: the first ones first."""
@@ -153,7 +160,7 @@ class Walker:
     ) -> Proposal | None:
         config = start.config
         for what in removed:
-            found = [s.config for s in smaller(config, **kinds) if s.removed == what]
+            found = [s.config for s in self._smaller(start, config, kinds) if s.removed == what]
             if not found:
                 return None
             config = found[0]
