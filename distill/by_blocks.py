@@ -194,9 +194,10 @@ def prune_to(
 ) -> tuple[UNet2DConditionModel, float]:
     """A UNet with blocks removed, and the share of its weights that come from the teacher.
 
-    Weights are copied by name; down blocks keep their first pairs, up blocks the first ones and the
-    last, and count on from the stages removed below them. What fits no teacher tensor keeps its
-    fresh initialisation.
+    Weights are copied by name. Down blocks keep their first pairs; up blocks the first, which takes
+    what comes from below, and of the others the last, to which the skips of those lead; they count
+    on from the stages removed below them. What fits no teacher tensor keeps its fresh
+    initialisation.
     """
     student = UNet2DConditionModel.from_config(config)
     dropped = len(teacher.up_blocks) - len(student.up_blocks)
@@ -224,8 +225,8 @@ def teacher_name(name: str, dropped: int, lasts: Sequence[tuple[int, int]]) -> s
     def up(match: re.Match[str]) -> str:
         block, kind, pair = match.groups()
         ours, theirs = lasts[int(block)]
-        if kind in ("resnets", "attentions") and int(pair) == ours:
-            pair = str(theirs)
+        if kind in ("resnets", "attentions") and pair != "0":
+            pair = str(int(pair) + theirs - ours)
         return f"up_blocks.{int(block) + dropped}.{kind}.{pair}."
 
     return re.sub(r"^up_blocks\.(\d+)\.(\w+)\.(\d+)\.", up, name)
