@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,8 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeflash.architecture import FROM_THE_TOP, spelled
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
+from edgeflash.student import read_json
 
 from .draws import rand, randint, randn
 from .encoded import cached_samples
@@ -23,7 +26,6 @@ from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
 
 Rule = Literal["base", "small", "tiny", "sdxs"]
-FROM_THE_TOP = ("up_block_types", "reverse_transformer_layers_per_block")  # innermost stage first
 
 
 class Blocks(Method):
@@ -47,6 +49,12 @@ class Blocks(Method):
         description="transformer layers kept, the first of each block, per stage; none: all. SDXL "
         "with base and 1,2,6 has the size of KOALA-1B, with small and 1,2,5 that of KOALA-700M",
     )
+    architecture: str | None = Field(
+        None,
+        description="instead of a rule: config.json of the UNet that is left, as edgeflash search "
+        "writes one; where it is narrower than the teacher's its weights are fresh, and features "
+        "of another width are not compared",
+    )
     denoising_weight: float = Field(1.0, ge=0, description="of the data term")
     output_weight: float = Field(1.0, ge=0, description="of the teacher's output")
     feature_weight: float = Field(1.0, ge=0, description="of the teacher's block outputs")
@@ -63,7 +71,7 @@ class Blocks(Method):
         before = shop.load(shop.student, "unet")
         if _plain(before.config) != _plain(teacher.config):
             raise EdgeflashError("method 'blocks' prunes the teacher's UNet: let it come first")
-        student, copied = prune(before, self.rule, self.depths)
+        student, copied = prune_to(before, self.left_of(dict(before.config)))
         student = shop.listening(student)
         student.to(shop.device, memory_format=torch.channels_last)
         process = shop.process()
@@ -85,7 +93,8 @@ class Blocks(Method):
                 wanted = teacher(x_t, t, c).sample.float()
             output = network(x_t, t, c).sample.float()
             features = zip(taught.outputs, learnt.outputs, strict=True)
-            distances = [self.distance(s.float(), t.float()) for t, s in features]
+            distances = [output.new_zeros(())]
+            distances += [self.distance(s.float(), t.float()) for t, s in features]
             denoising = F.mse_loss(output, process.target(x_0, eps, t))
             terms = {
                 "denoising": self.denoising_weight * denoising,
@@ -106,6 +115,28 @@ class Blocks(Method):
             averages={"unet": average(student, self.ema)} if self.ema else {},
             finish=lambda _: {"copied_share": copied},
         )
+
+    def left_of(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config of the UNet that is left of a teacher's.
+
+        Raises:
+            EdgeflashError: nothing would go, or it could not stand in for the teacher.
+        """
+        if self.architecture is None:
+            return pruned_config(config, self.rule, self.depths)
+        if self.depths:
+            raise EdgeflashError("depths: the architecture has its own: leave one of them out")
+        whole = _plain(config)
+        told = spelled(read_json(Path(self.architecture)))
+        for key in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
+            if told[key] != whole[key]:
+                raise EdgeflashError(
+                    f"{self.architecture}: {key} is {told[key]}, the teacher's is {whole[key]}: "
+                    "search with this teacher"
+                )
+        if told == spelled(whole):
+            raise EdgeflashError(f"{self.architecture}: nothing to remove, it is the teacher's")
+        return told
 
     def distance(self, learnt: Tensor, taught: Tensor) -> Tensor:
         """Of two block outputs, of which some may be far larger than others."""
@@ -154,35 +185,48 @@ def pruned_config(
 def prune(
     teacher: UNet2DConditionModel, rule: Rule, depths: Sequence[int] | None = None
 ) -> tuple[UNet2DConditionModel, float]:
+    """`prune_to` what a rule leaves."""
+    return prune_to(teacher, pruned_config(dict(teacher.config), rule, depths))
+
+
+def prune_to(
+    teacher: UNet2DConditionModel, config: dict[str, Any]
+) -> tuple[UNet2DConditionModel, float]:
     """A UNet with blocks removed, and the share of its weights that come from the teacher.
 
-    Weights are copied by name; up blocks keep their first and last pair, and count on from the
-    stages removed below them. What fits no teacher tensor keeps its fresh initialisation.
+    Weights are copied by name. Down blocks keep their first pairs; up blocks the first, which takes
+    what comes from below, and of the others the last, to which the skips of those lead; they count
+    on from the stages removed below them. What fits no teacher tensor keeps its fresh
+    initialisation.
     """
-    student = UNet2DConditionModel.from_config(pruned_config(dict(teacher.config), rule, depths))
+    student = UNet2DConditionModel.from_config(config)
     dropped = len(teacher.up_blocks) - len(student.up_blocks)
+    kept = zip(student.up_blocks, teacher.up_blocks[dropped:], strict=True)
+    lasts = [(len(our.resnets) - 1, len(their.resnets) - 1) for our, their in kept]
     theirs, ours = teacher.state_dict(), student.state_dict()
     copied = 0
     for name, weight in ours.items():
-        source = theirs.get(teacher_name(name, dropped, len(teacher.up_blocks[-1].resnets) - 1))
+        source = theirs.get(teacher_name(name, dropped, lasts))
         if source is not None and source.shape == weight.shape:
             weight.copy_(source)
             copied += weight.numel()
     return student, copied / sum(w.numel() for w in ours.values())
 
 
-def teacher_name(name: str, dropped: int, last: int) -> str:
+def teacher_name(name: str, dropped: int, lasts: Sequence[tuple[int, int]]) -> str:
     """Where a student's tensor comes from.
 
     Args:
         name: of the student's tensor.
         dropped: stages removed at the bottom.
-        last: index of the last pair of the teacher's up blocks.
+        lasts: indices of the last pair of each up block, the student's and the teacher's.
     """
 
     def up(match: re.Match[str]) -> str:
         block, kind, pair = match.groups()
-        pair = str(last) if kind in ("resnets", "attentions") and pair == "1" else pair
+        ours, theirs = lasts[int(block)]
+        if kind in ("resnets", "attentions") and pair != "0":
+            pair = str(int(pair) + theirs - ours)
         return f"up_blocks.{int(block) + dropped}.{kind}.{pair}."
 
     return re.sub(r"^up_blocks\.(\d+)\.(\w+)\.(\d+)\.", up, name)
@@ -194,7 +238,7 @@ def feature_pairs(
     """Modules of teacher and student whose outputs are compared: every down and up block.
 
     The innermost down block of a student that lost a stage has no downsampler; the teacher's output
-    before its own downsampler is its match.
+    before its own downsampler is its match. Blocks of other widths have none.
     """
     dropped = len(teacher.up_blocks) - len(student.up_blocks)
     pairs: list[tuple[nn.Module, nn.Module]] = []
@@ -204,7 +248,13 @@ def feature_pairs(
         else:
             pairs.append((theirs, ours))
     pairs += zip(teacher.up_blocks[dropped:], student.up_blocks, strict=True)
-    return pairs
+    return [(theirs, ours) for theirs, ours in pairs if _width(theirs) == _width(ours)]
+
+
+def _width(block: Any) -> int:
+    """Of what a block, or its last layer, gives, in channels."""
+    last = block.resnets[-1] if hasattr(block, "resnets") else block
+    return int(last.out_channels)
 
 
 def _last_layer(block: Any) -> nn.Module:

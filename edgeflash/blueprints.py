@@ -164,6 +164,17 @@ class Blueprint:
                 network.save_pretrained(folder / component)
         self.write_rest(folder)
 
+    def write_configs(self, folder: Path) -> None:
+        """The same folder without weights, for what is asked of configs alone."""
+        import torch
+
+        with torch.device("meta"):
+            networks = self.networks()
+        for component, network in networks.items():
+            save = getattr(network, "save_config", None) or network.config.save_pretrained
+            save(folder / component)
+        self.write_rest(folder)
+
     def write_rest(self, folder: Path) -> None:
         """What has no weights: tokenizer, scheduler and index."""
         from diffusers import LCMScheduler

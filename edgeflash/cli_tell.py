@@ -185,6 +185,38 @@ def price(
 
 
 @telling.command()
+def search(
+    budget_ms: Annotated[float, typer.Option(min=0, help="Of a picture.")],
+    teacher: Annotated[
+        str, typer.Option(help="sd15 …, a UNet's config.json, or a folder: its weights then tell.")
+    ] = "sd15",
+    decoder: Annotated[str | None, typer.Option(help="kl, tiny or lite.")] = None,
+    size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 1,
+    on: Annotated[str | None, typer.Option(help="Runtime to measure blocks on, here.")] = None,
+    precision: Annotated[str, typer.Option(help="There, as in int8.")] = "fp32",
+    device: Annotated[str | None, typer.Option(help="Or: estimate them there.")] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Counted runs of whole students.")] = 5,
+    out_dir: Annotated[Path, typer.Option("--out", help="Its folder.")] = Path("search"),
+) -> None:
+    """Search what to remove from a UNet, under a budget: a student's architecture, and why."""
+    from edgeflash.devices import Device
+    from edgeflash.price import Way, asked_for
+    from edgeflash.searching import FILE, found_tables
+    from edgeflash.searching import search as look
+    from edgeflash.walking import Wish
+
+    way, there = Way(on, precision) if on else None, Device.timed(device) if device else None
+    wish = Wish(budget_ms, steps, way, there, read_size(size))
+    found = look(
+        asked_for(teacher, decoder), wish, out_dir, runs=runs, command=typed(), console=err
+    )
+    out.print(found_tables(found))
+    print(f"wrote {out_dir / FILE} and {out_dir / 'search.json'}; to train it:")
+    print(f"edgeflash distill --by blocks --set blocks.architecture={out_dir / FILE} …")
+
+
+@telling.command()
 def lint(
     bundle: Annotated[Path, typer.Argument(help="Bundle folder.")],
     device: Annotated[list[str], typer.Option(help="May be given several times.")],

@@ -169,12 +169,15 @@ def _bench(bundle: Bundle, way: Way, name: str, steps: int, runs: int, console: 
     return system_of(label, bundle, job, run_apart(job, lambda done, of: None))
 
 
-def gflops(student: Student, size: tuple[int, int] | None = None) -> dict[str, float]:
+def gflops(
+    student: Student, size: tuple[int, int] | None = None, components: Sequence[str] = ()
+) -> dict[str, float]:
     """GFLOP of one call of each component, for one picture; no weights are read.
 
     Args:
         student: whose configs say how the networks are built.
         size: (height, width) in px; None: what the UNet was made for.
+        components: which; none named: all.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -182,10 +185,10 @@ def gflops(student: Student, size: tuple[int, int] | None = None) -> dict[str, f
     from edgeflash.networks_sd import quiet
 
     found, pixels = {}, size or student.family.size(student)
-    for component in student.family.components():
+    for component in components or student.family.components():
         inputs, _ = student.family.signature(student, component, pixels)
         with torch.device("meta"), torch.no_grad(), quiet():
-            network = student.family.wrap(_without_weights(student, component), component).eval()
+            network = student.family.wrap(without_weights(student, component), component).eval()
             given = [
                 torch.zeros(
                     [1 if isinstance(side, str) else side for side in spec.shape],
@@ -199,7 +202,8 @@ def gflops(student: Student, size: tuple[int, int] | None = None) -> dict[str, f
     return found
 
 
-def _without_weights(student: Student, component: str) -> Any:
+def without_weights(student: Student, component: str) -> Any:
+    """A component as its config says, with random weights, or none on the meta device."""
     folder = "vae" if component.startswith("vae") else component
     library, name = student.class_of(folder)
     built = getattr(importlib.import_module(library), name)

@@ -7,13 +7,8 @@ lowered, the next one may be recorded, where memory suffices for both.
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-
-from rich.console import Console
-from rich.status import Status
 
 from edgeflash.errors import EdgeflashError
 
@@ -21,22 +16,8 @@ from . import memory, recorded
 from .apart import Child, Message, Request, memory_named
 from .capture import Tape
 from .journal import Outcome, Stage
+from .progress import Stages
 from .stages import Run, lower_stage, make_component, record_stage
-
-
-@contextmanager
-def told(console: Console, stage: str) -> Iterator[None]:
-    """Shows a stage while it runs, and how long it took when it is done."""
-    start = time.perf_counter()
-    with console.status(stage):
-        yield
-    tell_end(console, stage, time.perf_counter() - start)
-
-
-def tell_end(console: Console, stage: str, seconds: float, mib: float | None = None) -> None:
-    """Says how long a stage took, and what memory the process it ran in had taken by then."""
-    peak = f"  {mib / 1024:6.2f} GiB" if mib else ""
-    console.print(f"{stage:<36} {seconds:7.1f} s{peak}", highlight=False)
 
 
 def make_all(
@@ -46,7 +27,7 @@ def make_all(
     apart: Request | None,
     large: Collection[str],
     at_once: int,
-    console: Console,
+    stages: Stages,
 ) -> list[Outcome]:
     """Every component's files, as far as they are not there yet; winds the tape to its end.
 
@@ -57,9 +38,9 @@ def make_all(
         apart: what children are told; None: there are none.
         large: components for children.
         at_once: so many children, at most.
-        console: where progress is told.
+        stages: where progress is told.
     """
-    crew, made = _Crew(run, at_once, console), list[tuple[Stage, Outcome | None]]()
+    crew, made = _Crew(run, at_once, stages), list[tuple[Stage, Outcome | None]]()
     after = before = ""
     try:
         for name in components:
@@ -71,7 +52,7 @@ def make_all(
                 made.append((lower_stage(tape, name, run, calls), None))
             else:
                 with memory_named(name, advice):
-                    calls, lowered = make_component(tape, name, run, before, crew.told)
+                    calls, lowered = make_component(tape, name, run, before, stages.told)
                 if name in large:  # networks and programs hold themselves in circles
                     gc.collect()
                 made.append((lower_stage(tape, name, run, calls), lowered))
@@ -117,18 +98,12 @@ def _changed_meanwhile(stage: Stage) -> EdgeflashError:
 
 @dataclass
 class _Crew:
-    """The children at work, and what is told of them."""
+    """The children at work."""
 
     run: Run
     at_once: int
-    console: Console
+    stages: Stages
     children: list[Child] = field(default_factory=list)
-    begun: list[str] = field(default_factory=list)
-    status: Status | None = None
-
-    def told(self, stage: str) -> AbstractContextManager[None]:
-        """Of what is done here."""
-        return told(self.console, stage)
 
     def recorded(self, tape: Tape, record: Stage, request: Request) -> Outcome:
         """Sets a child to work, and goes on as soon as its calls are written."""
@@ -136,8 +111,7 @@ class _Crew:
             self._wait(self.children[0])
         child = Child(request, self.run.hashes, self._tell)
         self.children.append(child)
-        with self._showing():
-            child.recorded.wait()
+        child.recorded.wait()
         if (calls := record.read()) is None:
             self._wait(child)
             raise _changed_meanwhile(record)
@@ -154,23 +128,13 @@ class _Crew:
             child.end()
 
     def _wait(self, child: Child) -> None:
-        with self._showing():
-            child.result()
+        child.result()
         self.children.remove(child)
         child.end()
-
-    @contextmanager
-    def _showing(self) -> Iterator[None]:
-        with self.console.status(", ".join(self.begun)) as self.status:
-            yield
-        self.status = None
 
     def _tell(self, message: Message) -> None:
         """Of a child's listener."""
         if stage := message.get("begin"):
-            self.begun.append(stage)
+            self.stages.begin(stage)
         else:
-            self.begun.remove(message["end"])
-            tell_end(self.console, message["end"], message["seconds"], message["mib"])
-        if self.status:
-            self.status.update(", ".join(self.begun))
+            self.stages.end(message["end"], message["seconds"], message["mib"])

@@ -7,6 +7,7 @@ on with. The bundle takes its place only when it has passed the ladder.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,9 +34,10 @@ from . import memory, pack
 from .apart import request_of
 from .caching import Way, check_rows, rows_of
 from .capture import Tape
-from .components import make_all, told, unfinished
+from .components import make_all, unfinished
 from .journal import Outcome, Stage, drop_others, run_folder
 from .merging import MOST
+from .progress import Rates, Stages
 from .stages import Run, component_of, target_name
 from .ways import way_of
 
@@ -83,20 +85,25 @@ def export_student(
     check_replaceable(out, student.folder, kind="bundle")
     plan = planned(student, target, options)
     _tell_changed(student, options, console)
-    with run_folder(out, lasting=lasting) as folder, ThreadPoolExecutor(1) as hashing:
+    stages = Stages(console, _rates(plan, target))
+    with (
+        run_folder(out, lasting=lasting) as folder,
+        ThreadPoolExecutor(1) as hashing,
+        stages.showing(),
+    ):
         hashes = hashing.submit(hashes_in, student.folder)
         run = Run(folder, hashes, student.lora_scales(), pack.made_by(student, target))
         request = request_of(student, target, options, folder)
         large = memory.large(student, plan.components)
         left = unfinished(plan.tape, plan.components, run)
         at_once = memory.check(student, target, left, console)
-        lowered = make_all(plan.tape, plan.components, run, request, large, at_once, console)
+        lowered = make_all(plan.tape, plan.components, run, request, large, at_once, stages)
         _tell_losses(plan.tape, console)
         with fresh_folder(out, folder / "bundle") as draft:
-            with told(console, "pack"):
+            with stages.told("pack"):
                 manifest = _pack(plan, target, lowered, run, draft, console)
             on = "a stand-in" if unproven else target.runtime
-            with told(console, f"verify on {on}"):
+            with stages.told(f"verify on {on}"):
                 figures = _proved(Bundle(draft, manifest), prover, options, run)
             proof = {"parity": figures, "unproven": unproven}
             pack.write_manifest(manifest.model_copy(update=proof), draft)
@@ -106,6 +113,14 @@ def export_student(
     if unproven:
         console.print(unproven, markup=False, highlight=False)
     return Bundle.open(out)
+
+
+def _rates(plan: _Plan, target: Target) -> Rates:
+    """How long its stages took the last time, for the work of this one."""
+    tape = plan.tape
+    numbers = {name: memory.numbers_of(plan.student, name) for name in plan.components}
+    pictures = len(tape.prompts) * len(tape.sampler.schedule.steps)
+    return Rates(target_name(target), numbers, math.prod(tape.size) * pictures)
 
 
 def _check_target(target: Target, student: Student, options: ExportOptions) -> None:

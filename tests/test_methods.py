@@ -290,7 +290,7 @@ def test_rules_reproduce_the_published_parameter_counts(
     ],
 )
 def test_weights_come_from_where_bk_sdm_takes_them(name: str, dropped: int, source: str) -> None:
-    assert teacher_name(name, dropped, 2) == source
+    assert teacher_name(name, dropped, [(1, 2)] * 4) == source
 
 
 POOLED = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}

@@ -53,13 +53,7 @@ def test_blueprints_have_the_published_sizes(name: str) -> None:
 
 def skeleton(blueprint: Blueprint, folder: Path) -> Student:
     """The folder without its weights."""
-    with torch.device("meta"):
-        networks = blueprint.networks()
-    for name in networks.keys() - {"unet", "vae"}:
-        networks[name].config.save_pretrained(folder / name)
-    for name in ("unet", "vae"):
-        networks[name].save_config(folder / name)
-    blueprint.write_rest(folder)
+    blueprint.write_configs(folder)
     return Student.unfinished(folder)
 
 
