@@ -115,6 +115,10 @@ class Target(Plugin, ABC):
         """Why it cannot lower a denoiser in two graphs with these options; "" where it can."""
         return ""
 
+    def refuse_conditions(self) -> str:
+        """Why it cannot lower a denoiser that sees more than x_t; "" where it can."""
+        return ""
+
     @abstractmethod
     def lower(self, captured: Captured, out: Path) -> list[Path]:
         """Writes one component below ``out`` and returns its files, the one to open first."""

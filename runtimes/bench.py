@@ -32,8 +32,8 @@ from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Conditions, Percentiles, Report, Sustained, System
 from edgeflash.report_html import write_html
 from edgeflash.roles import Runtime
-from edgeflash.runtimes.measure import Job, Measured
-from edgeflash.runtimes.pipeline import Request, TextToImage
+from edgeflash.runtimes.measure import Job, Measured, request_of
+from edgeflash.runtimes.pipeline import TextToImage
 
 Tell = Callable[[str, int, int], None]
 PAGE = "report.html"
@@ -88,7 +88,7 @@ def _check(bundle: Bundle, job: Job, counts: Sequence[int]) -> list[str]:
     """
     pipeline = TextToImage(bundle, shelf.make(Runtime, job.runtime, job.options))
     for count in counts:
-        pipeline.check(Request(job.prompts, seed=job.seed, steps=count, guidance=job.guidance))
+        pipeline.check(request_of(bundle, job.model_copy(update={"steps": count}), job.prompts))
     return [cut for prompt in job.prompts if (cut := pipeline.tokenizer(prompt).cut)]
 
 
