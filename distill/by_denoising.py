@@ -13,12 +13,16 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
+from edgeflash.conditions import inpainting, width
 from edgeflash.errors import EdgeflashError
+from edgeflash.family_sd import INPAINTING
 from edgeflash.roles import Method
+from edgeflash.student import Student
 
 from .draws import rand, randn, rows
 from .encoded import cached_samples, mistaken_latents
 from .process import Process
+from .seen import dropped
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
 
@@ -35,10 +39,12 @@ class Denoising(Method):
     cached. With ``attribute_weight`` a `Witness` says which objects the predicted x_0 shows. With
     ``mistakes`` the noise of some samples holds a part of the scene as it should not be, in the
     manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
-    errors, and must learn to trust the caption more than them.
+    errors, and must learn to trust the caption more than them. With ``inpaint`` it also sees a
+    mask, and the picture without what the mask covers (arXiv 2112.10752, sec. 4.5).
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd",)
+    conditioned: ClassVar[bool] = True
 
     widths: tuple[int, ...] = Field((64, 128), description="UNet channels at each resolution")
     attention: tuple[bool, ...] = Field((True, True), description="transformers at each resolution")
@@ -68,6 +74,9 @@ class Denoising(Method):
     warm: bool = Field(
         False, description="go on from the UNet that an earlier stage or the base left"
     )
+    inpaint: bool = Field(
+        False, description="paint into pictures: a mask and the rest of the picture are seen too"
+    )
 
     @model_validator(mode="after")
     def _one_for_each(self) -> Denoising:
@@ -82,10 +91,14 @@ class Denoising(Method):
         scheduler = self.scheduler()
         scheduler.save_pretrained(str(shop.folder / "scheduler"))
         process = Process.of(shop.folder, shop.device)
-        batch, nothing = cached_samples(shop)
+        before = Student.unfinished(shop.student)
+        channels = before.family.latent(before).channels
+        conditions = inpainting(channels) if self.inpaint else ()
+        batch, nothing = cached_samples(shop, conditions)
         sample = batch(np.arange(1))
-        _, channels, size, _ = sample["x_0"].shape
-        unet = self.unet(channels, size, nothing.shape[-1]).to(shop.device)
+        size = sample["x_0"].shape[-1]
+        unet = self.unet(channels, width(conditions), size, nothing.shape[-1])
+        unet = shop.listening(unet).to(shop.device)
         unet.to(memory_format=torch.channels_last)
         if self.warm:
             self.go_on(unet, shop)
@@ -101,7 +114,7 @@ class Denoising(Method):
             eps = randn(x_0.shape, generator).to(x_0.device)
             t = self.times(count, process.timesteps, generator).to(x_0.device)
             empty = rand(count, generator) < self.caption_dropout
-            c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
+            c = dropped(batch["c"], nothing, empty)
             if self.mistakes:
                 part = self.parts(empty, generator).to(x_0.device)
                 eps = eps + part * process.alpha(t) * (batch["mistaken"] - x_0)
@@ -120,10 +133,13 @@ class Denoising(Method):
             batch=batch,
             results={"unet": unet, "scheduler": scheduler},
             averages={"unet": average(unet, self.ema)} if self.ema else {},
+            pipeline=INPAINTING if self.inpaint else "",
         )
 
     def go_on(self, unet: Any, shop: Workshop) -> None:
         """Gives a new UNet the weights of the student's so far.
+
+        One that sees more than the student's begins blind to it, with zeros.
 
         Raises:
             EdgeflashError: there is none, or the options describe another network.
@@ -135,12 +151,18 @@ class Denoising(Method):
             )
         before = shop.load(shop.student, "unet")
         here, there = (json.loads(each.to_json_string()) for each in (unet, before))
-        if told := [key for key in here if key[0] != "_" and there.get(key) != here[key]]:
+        told = [key for key in here if key[0] != "_" and there.get(key) != here[key]]
+        weights, more = before.state_dict(), here["in_channels"] - there["in_channels"]
+        if self.inpaint and there["in_channels"] == there["out_channels"]:
+            told.remove("in_channels")
+            first = weights["conv_in.weight"]  # [w, c, 3, 3]
+            weights["conv_in.weight"] = F.pad(first, (0, 0, 0, 0, 0, more))
+        if told:
             raise EdgeflashError(
                 f"denoising.warm: {shop.student / 'unet'} is another network than the options "
                 f"describe (differs: {', '.join(told)})"
             )
-        unet.load_state_dict(before.state_dict())
+        unet.load_state_dict(weights)
 
     def with_mistakes(
         self, shop: Workshop, batch: Callable[[np.ndarray], Batch]
@@ -179,11 +201,12 @@ class Denoising(Method):
             return DDPMScheduler(**common)
         return DDIMScheduler(**common, set_alpha_to_one=False)
 
-    def unet(self, latent_channels: int, latent_size: int, text_width: int) -> Any:
+    def unet(self, latent_channels: int, more: int, latent_size: int, text_width: int) -> Any:
+        """A new one; it sees so many channels ``more`` than those of x_t."""
         kinds = ["CrossAttn" if there else "" for there in self.attention]
         return UNet2DConditionModel(
             sample_size=latent_size,
-            in_channels=latent_channels,
+            in_channels=latent_channels + more,
             out_channels=latent_channels,
             block_out_channels=self.widths,
             down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),

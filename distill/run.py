@@ -78,6 +78,7 @@ def distill(
         if method.lora_rank:
             require(f"{spec.by}.lora_rank", ["peft"])
     _check_families(recipe, list(filter(None, (teacher, base))))
+    _check_conditions(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
     accelerator = _accelerator()
     _check_parts(recipe, methods, accelerator.num_processes)
@@ -147,6 +148,18 @@ def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
             raise EdgeflashError(
                 f"method {spec.by!r} makes parts of {', '.join(method.families)} alone, not of "
                 f"{names[0]}: leave it out; {names[0]} is taken by {', '.join(_takers(names[0]))}"
+            )
+
+
+def _check_conditions(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Refuses methods that show a denoiser nothing but x_t where it sees more."""
+    students = map(Student.unfinished, folders)
+    seeing = next((s for s in students if s.family.conditions(s)), None)
+    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
+        if seeing and not method.conditioned:
+            raise EdgeflashError(
+                f"{seeing.folder}: its denoiser sees a picture beside x_t, which method "
+                f"{spec.by!r} does not show it so far: choose another, such as lcm"
             )
 
 
@@ -237,6 +250,7 @@ def _save_components(stage: Stage, draft: Path) -> None:
         _forget_path(draft / name / "config.json")
         library = type(network).__module__.partition(".")[0]
         index[name] = [library, type(network).__name__]
+    index["_class_name"] = stage.pipeline or index["_class_name"]
     index_path.write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -5,8 +5,8 @@ A golden's safetensors file holds, float32 if not said otherwise::
     ids, ids_empty                    [1, s] int64   tokens of the prompt, and of no prompt
     conditioning, conditioning_empty  [1, s, d]      what the text encoder makes of them
     rows                              [k] int64      recorded rows of the schedule, of each graph
-    input.<row>                       [1, c + k, …]  what the denoiser saw there: behind the latent's
-                                                     channels those of the manifest's conditions
+    input.<row>                       [1, c + k, …]  what the denoiser saw there: the latent, and
+                                                     behind it the manifest's conditions
     output.<row>, output_empty.<row>  [1, c, h, w]   its raw answer with the prompt, and with none
     output_shifted                    [1, c, h, w]   its answer to the first row's input at the last
                                                      recorded row's time; only where k > 1

@@ -46,6 +46,7 @@ class Method(Plugin, ABC):
     )
     wants: ClassVar[tuple[str, ...]] = ()  # of the recipe: "teacher", "shapes"
     families: ClassVar[tuple[str, ...]] = ()  # whose components it can make; none named: all
+    conditioned: ClassVar[bool] = False  # also learns from denoisers that see more than x_t
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")

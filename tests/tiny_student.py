@@ -19,6 +19,7 @@ def write_student(
     widths: tuple[int, ...] = (16, 32),
     scheduler: str = "LCMScheduler",
     guidance_channels: int | None = None,
+    inpaints: bool = False,
     seed: int = 0,
 ) -> Path:
     """A Stable Diffusion student: 16x16 px with the 2x tiny decoder, latents 8x8."""
@@ -27,11 +28,12 @@ def write_student(
     torch.manual_seed(seed)
     write_tokenizer(folder / "tokenizer")
     _text_encoder().save_pretrained(folder / "text_encoder")
-    _unet(mid_block, widths, guidance_channels).save_pretrained(folder / "unet")
+    unet = _unet(mid_block, widths, guidance_channels, 9 if inpaints else 4)
+    unet.save_pretrained(folder / "unet")
     _vae(tiny_decoder).save_pretrained(folder / "vae")
     _scheduler(scheduler).save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{'Inpaint' * inpaints}Pipeline",
         "_diffusers_version": "0.35.0",
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
@@ -80,13 +82,16 @@ def _text_encoder() -> Any:
     )
 
 
-def _unet(mid_block: bool, widths: tuple[int, ...], guidance_channels: int | None) -> Any:
+def _unet(
+    mid_block: bool, widths: tuple[int, ...], guidance_channels: int | None, sees: int
+) -> Any:
     """Listens to prompt and time, as trained ones do and fresh ones hardly."""
     from diffusers import UNet2DConditionModel
 
     crossed = len(widths) - 1
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=sees,
         block_out_channels=widths,
         layers_per_block=1,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * crossed,
