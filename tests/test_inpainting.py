@@ -11,6 +11,7 @@ import pytest
 import torch
 from exported import QUIET, Exported
 from test_denoising import shop as shop  # a fixture
+from test_distill import picture_folder
 from tiny_student import write_student
 from typer.testing import CliRunner
 
@@ -19,6 +20,7 @@ from edgeflash.bundle import Bundle
 from edgeflash.conditions import beside, example, inpainting
 from edgeflash.disk import MANIFEST
 from edgeflash.distill.by_denoising import Denoising
+from edgeflash.distill.run import distill
 from edgeflash.distill.seen import painted, unprompted
 from edgeflash.distill.stage import Workshop
 from edgeflash.errors import EdgeflashError
@@ -27,7 +29,8 @@ from edgeflash.export_options import ExportOptions
 from edgeflash.golden import load_tensors
 from edgeflash.latent_diffusion import as_rows
 from edgeflash.noise import randn
-from edgeflash.roles import Target
+from edgeflash.recipe import changed, find_recipe, read_recipe, recipe_of
+from edgeflash.roles import Method, Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student
@@ -45,7 +48,7 @@ def inpainter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_student(folder, tiny_decoder=False, scheduler="DDIMScheduler", inpaints=True)
 
 
-@pytest.fixture(scope="module", params=["onnx", "torch"])
+@pytest.fixture(scope="module", params=["onnx", pytest.param("torch", marks=pytest.mark.slow)])
 def painter(
     request: pytest.FixtureRequest, inpainter: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
@@ -66,6 +69,8 @@ def by_diffusers(folder: Path, patch: pytest.MonkeyPatch) -> Any:
     patch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator: self.mode())
     pipeline = StableDiffusionInpaintPipeline.from_pretrained(folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
+    sampler = pipeline.scheduler  # only the plain pipeline sets this right
+    pipeline.scheduler = type(sampler).from_config(sampler.config, clip_sample=False)
     return pipeline(
         PROMPT,
         image=Image.fromarray(PICTURE),
@@ -232,3 +237,64 @@ def test_a_network_is_shown_what_travels_with_the_captions(inpainter: Path) -> N
         fresh = student.family.load(student, "unet")
         wanted = fresh(torch.cat([x, seen], 1), t, text)
     assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def inpainting_recipe(tmp_path: Path, teacher: Path, **stage: Any) -> Any:
+    data = {"kind": "folder", "path": str(tmp_path / "in"), "samples": 4, "size_px": 16}
+    picture_folder(tmp_path / "in", 4, 16)
+    stage = {"steps": 2, "batch_size": 2} | stage
+    plain = {"name": "small", "teacher": str(teacher), "data": data, "stage": [stage]}
+    return recipe_of(plain, "test")
+
+
+METHODS = {name: shelf.find(Method, name, check=False) for name in shelf.names(Method)}
+SHAPED: dict[str, dict[str, Any]] = {"decoder": {"width": 8, "blocks": [1, 1], "own_steps": 1}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [n for n, m in METHODS.items() if m.conditioned])
+def test_methods_that_say_so_teach_networks_that_see_more(
+    by: str, inpainter: Path, tmp_path: Path
+) -> None:
+    if by == "denoising":
+        pytest.skip("makes one of its own")
+    recipe = inpainting_recipe(tmp_path, inpainter, by=by, **SHAPED.get(by, {}))
+    out = distill(recipe, tmp_path / by)
+    student = Student.open(out)
+    assert student.family.conditions(student) == inpainting(4)
+    seen = student.family.load(student, "unet").network.conv_in.weight[:, 4:]
+    before = Student.open(inpainter).family.load(Student.open(inpainter), "unet").network
+    moved = (seen - before.conv_in.weight[:, 4:]).abs().amax((0, 2, 3))
+    assert (moved > 0).all() or by == "decoder"
+
+
+def test_methods_that_do_not_are_refused(inpainter: Path, tmp_path: Path) -> None:
+    with pytest.raises(EdgeflashError, match="sees a picture beside x_t, which method 'gan' does"):
+        distill(inpainting_recipe(tmp_path, inpainter, by="gan"), tmp_path / "student")
+
+
+def test_the_recipes_scaled_down(tmp_path: Path) -> None:
+    """From the embedded teacher to a student of few steps, which diffusers paints with."""
+    from diffusers import StableDiffusionInpaintPipeline
+
+    small = {"steps": 1, "batch_size": 2, "data.samples": 4}
+    made = tmp_path / "teacher"
+    distill(changed(read_recipe(find_recipe("shapes-inpainting-teacher")), small), made)
+    recipe = read_recipe(find_recipe("shapes-inpainting"))
+    out = distill(changed(recipe, small | {"teacher": str(made)}), tmp_path / "student")
+    student = Student.open(out)
+    assert student.family.conditions(student) == inpainting(student.family.latent(student).channels)
+    assert student.manifest and list(student.manifest.schedules) == [1, 2, 4]
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(str(out), safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    picture, mask = example(0, (64, 64))
+    assert type(pipeline.scheduler).__name__ == "LCMScheduler"
+    painted = pipeline(
+        "star",
+        image=torch.from_numpy(picture.transpose(2, 0, 1)[None] / 127.5 - 1).float(),
+        mask_image=torch.from_numpy(mask[None, None]).float(),
+        num_inference_steps=1,
+        guidance_scale=0,
+        output_type="np",
+    ).images
+    assert painted.shape == (1, 64, 64, 3) and np.isfinite(painted).all()
