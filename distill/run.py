@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from rich.console import Console
 
-from edgeflash import shelf
 from edgeflash.disk import TRAINING, check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded, located
 from edgeflash.errors import EdgeflashError
@@ -32,6 +31,7 @@ from edgeflash.student import (
 from edgeflash.tokenizer import write_vocabulary
 
 from .data import open_store
+from .fits import check_kind
 from .folders import copy_folder, halve
 from .loop import Outcome, parts, train
 from .lora import add_lora, save_and_fuse
@@ -77,8 +77,7 @@ def distill(
         _check_wants(spec.by, method, recipe)
         if method.lora_rank:
             require(f"{spec.by}.lora_rank", ["peft"])
-    _check_families(recipe, list(filter(None, (teacher, base))))
-    _check_conditions(recipe, list(filter(None, (teacher, base))))
+    check_kind(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
     accelerator = _accelerator()
     _check_parts(recipe, methods, accelerator.num_processes)
@@ -133,40 +132,6 @@ def _check(student: Student, recipe: Recipe, out: Path) -> None:
         raise EdgeflashError(
             f"[data] size_px = {side}: {student.folder} wants a multiple of {unit} px"
         )
-
-
-def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
-    """Refuses what would only fail when the student is put together."""
-    names = sorted({Student.unfinished(folder).family.name for folder in folders})
-    if len(names) > 1:
-        raise EdgeflashError(
-            f"teacher and base: are of the families {' and '.join(names)}, which do not hear "
-            "prompts alike: choose two of one"
-        )
-    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
-        if method.families and not set(names) <= set(method.families):
-            raise EdgeflashError(
-                f"method {spec.by!r} makes parts of {', '.join(method.families)} alone, not of "
-                f"{names[0]}: leave it out; {names[0]} is taken by {', '.join(_takers(names[0]))}"
-            )
-
-
-def _check_conditions(recipe: Recipe, folders: Sequence[Path]) -> None:
-    """Refuses methods that show a denoiser nothing but x_t where it sees more."""
-    students = map(Student.unfinished, folders)
-    seeing = next((s for s in students if s.family.conditions(s)), None)
-    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
-        if seeing and not method.conditioned:
-            raise EdgeflashError(
-                f"{seeing.folder}: its denoiser sees a picture beside x_t, which method "
-                f"{spec.by!r} does not show it so far: choose another, such as lcm"
-            )
-
-
-def _takers(family: str) -> list[str]:
-    """The methods that make parts of a family."""
-    methods = {name: shelf.find(Method, name, check=False) for name in shelf.names(Method)}
-    return [n for n, m in methods.items() if not m.families or family in m.families]
 
 
 def _check_wants(name: str, method: Method, recipe: Recipe) -> None:
@@ -250,7 +215,9 @@ def _save_components(stage: Stage, draft: Path) -> None:
         _forget_path(draft / name / "config.json")
         library = type(network).__module__.partition(".")[0]
         index[name] = [library, type(network).__name__]
-    index["_class_name"] = stage.pipeline or index["_class_name"]
+    if stage.pipeline:  # diffusers' pipeline for inpainting asks for the version, too
+        index = {"_diffusers_version": version("diffusers")} | index
+        index["_class_name"] = stage.pipeline
     index_path.write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -248,7 +248,10 @@ def inpainting_recipe(tmp_path: Path, teacher: Path, **stage: Any) -> Any:
 
 
 METHODS = {name: shelf.find(Method, name, check=False) for name in shelf.names(Method)}
-SHAPED: dict[str, dict[str, Any]] = {"decoder": {"width": 8, "blocks": [1, 1], "own_steps": 1}}
+SHAPED: dict[str, dict[str, Any]] = {
+    "decoder": {"width": 8, "blocks": [1, 1], "own_steps": 1},
+    "blocks": {"rule": "small"},
+}
 
 
 @pytest.mark.slow
