@@ -13,9 +13,10 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
-from edgeflash.conditions import inpainting, width
+from edgeflash.bundle import Condition
+from edgeflash.conditions import inpainting, of_image, width
 from edgeflash.errors import EdgeflashError
-from edgeflash.family_sd import INPAINTING
+from edgeflash.family_sd import ENLARGES, ENLARGING, INPAINTING
 from edgeflash.roles import Method
 from edgeflash.student import Student
 
@@ -40,7 +41,8 @@ class Denoising(Method):
     ``mistakes`` the noise of some samples holds a part of the scene as it should not be, in the
     manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
     errors, and must learn to trust the caption more than them. With ``inpaint`` it also sees a
-    mask, and the picture without what the mask covers (arXiv 2112.10752, sec. 4.5).
+    mask, and the picture without what the mask covers, with ``enlarge`` the picture as a smaller
+    one has it (arXiv 2112.10752, secs. 4.5 and 4.4).
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd",)
@@ -77,6 +79,9 @@ class Denoising(Method):
     inpaint: bool = Field(
         False, description="paint into pictures: a mask and the rest of the picture are seen too"
     )
+    enlarge: int | None = Field(
+        None, ge=2, description="pictures so many times along a side: small ones are seen too"
+    )
 
     @model_validator(mode="after")
     def _one_for_each(self) -> Denoising:
@@ -84,6 +89,8 @@ class Denoising(Method):
             raise ValueError(f"{len(self.widths)} widths but {len(self.attention)} attention flags")
         if any(width % 16 for width in self.widths):
             raise ValueError("every width must be a multiple of 16")
+        if self.inpaint and self.enlarge:
+            raise ValueError("inpaint and enlarge do not go together")
         return self
 
     def begin(self, shop: Workshop) -> Stage:
@@ -93,11 +100,13 @@ class Denoising(Method):
         process = Process.of(shop.folder, shop.device)
         before = Student.unfinished(shop.student)
         channels = before.family.latent(before).channels
-        conditions = inpainting(channels) if self.inpaint else ()
+        conditions = self.conditions(channels, shop.store.size_px)
         batch, nothing = cached_samples(shop, conditions)
         sample = batch(np.arange(1))
         size = sample["x_0"].shape[-1]
         unet = self.unet(channels, width(conditions), size, nothing.shape[-1])
+        if self.enlarge:
+            unet.register_to_config(**{ENLARGES: self.enlarge})
         unet = shop.listening(unet).to(shop.device)
         unet.to(memory_format=torch.channels_last)
         if self.warm:
@@ -133,8 +142,18 @@ class Denoising(Method):
             batch=batch,
             results={"unet": unet, "scheduler": scheduler},
             averages={"unet": average(unet, self.ema)} if self.ema else {},
-            pipeline=INPAINTING if self.inpaint else "",
+            pipeline=INPAINTING if self.inpaint else ENLARGING if self.enlarge else "",
         )
+
+    def conditions(self, channels: int, side_px: int) -> tuple[Condition, ...]:
+        """What the UNet sees beside x_t, of latents of so many channels."""
+        if self.enlarge and side_px % self.enlarge:
+            raise EdgeflashError(
+                f"denoising.enlarge: {side_px} px is no multiple of {self.enlarge}"
+            )
+        if self.enlarge:
+            return of_image(channels, self.enlarge)
+        return inpainting(channels) if self.inpaint else ()
 
     def go_on(self, unet: Any, shop: Workshop) -> None:
         """Gives a new UNet the weights of the student's so far.
@@ -153,8 +172,8 @@ class Denoising(Method):
         here, there = (json.loads(each.to_json_string()) for each in (unet, before))
         told = [key for key in here if key[0] != "_" and there.get(key) != here[key]]
         weights, more = before.state_dict(), here["in_channels"] - there["in_channels"]
-        if self.inpaint and there["in_channels"] == there["out_channels"]:
-            told.remove("in_channels")
+        if more and there["in_channels"] == there["out_channels"]:
+            told = [key for key in told if key not in ("in_channels", ENLARGES)]
             first = weights["conv_in.weight"]  # [w, c, 3, 3]
             weights["conv_in.weight"] = F.pad(first, (0, 0, 0, 0, 0, more))
         if told:

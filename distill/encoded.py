@@ -118,12 +118,12 @@ def cached_conditioning(
 def _seen(shop: Workshop, conditions: Sequence[Condition]) -> Rows:
     """What denoisers see of the store's pictures beside x_t, [n, k, h, w]."""
     student, store = Student.unfinished(shop.teacher or shop.student), shop.store
-    cell = student.family.latent(student).downsampling
+    latent = student.family.latent(student)
 
     def cached(kind: str, pictures: Rows) -> Rows:
         return _cached_latents(shop, kind, pictures)
 
-    return seen_of(conditions, store.pictures, store.size_px, cell, cached)
+    return seen_of(conditions, store.pictures, store.size_px, latent, cached)
 
 
 def conditioning_of(shop: Workshop, text: str) -> Tensor:

@@ -42,6 +42,12 @@ def _check_conditions(recipe: Recipe, folders: Sequence[Path]) -> None:
     """Refuses methods that show a denoiser nothing but x_t where it sees more."""
     students = map(Student.unfinished, folders)
     seeing = next((s for s in students if s.family.conditions(s)), None)
+    seen = seeing.family.conditions(seeing) if seeing else ()
+    if seeing and any(each.kind == "image" and each.enlarges is None for each in seen):
+        raise EdgeflashError(
+            f"{seeing.folder}: its denoiser changes a picture that it sees, and no data here have "
+            "two of each: it can be exported and run, but teaches nobody so far"
+        )
     for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
         if seeing and not method.conditioned:
             raise EdgeflashError(

@@ -1,6 +1,6 @@
 """What denoisers see of the data beside x_t: masks, and what these leave of the pictures.
 
-It travels in the last rows of c [n, s, d]: all methods carry c to whatever denoiser they ask, which
+Of networks that enlarge, the pictures as small ones have them. It travels in the last rows of c [n, s, d]: all methods carry c to whatever denoiser they ask, which
 takes it off there (`Family.listening`). Guidance without a caption keeps it: see `unprompted`.
 """
 
@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from edgeflash.bundle import Condition
-from edgeflash.conditions import PICTURES, on_cells
+from edgeflash.bundle import Condition, Latent
+from edgeflash.conditions import PICTURES, as_seen, on_cells
 
 Rows = Callable[[np.ndarray], Tensor]
 
@@ -41,7 +42,7 @@ def seen_of(
     conditions: Sequence[Condition],
     pictures: Rows,
     side_px: int,
-    cell: int,
+    latent: Latent,
     cached: Callable[[str, Rows], Rows],
 ) -> Rows:
     """The channels behind those of x_t, float32 [n, k, h, w].
@@ -50,27 +51,33 @@ def seen_of(
         conditions: what they are.
         pictures: rows -> [n, 3, s, s] in [-1, 1].
         side_px: s.
-        cell: pixels along a side of a cell of latents.
+        latent: how large cells are, and how latents are scaled.
         cached: name and pictures -> their scaled latents [n, c, h, w].
     """
 
-    def shown(kind: str) -> Rows:
-        def of(indices: np.ndarray) -> Tensor:
-            seen: Tensor = PICTURES[kind](
-                pictures(indices), torch.from_numpy(painted(indices, side_px))
+    def part(condition: Condition) -> Rows:
+        if condition.kind not in PICTURES:
+            return lambda indices: torch.from_numpy(
+                on_cells(painted(indices, side_px), latent.downsampling)
             )
+        times = condition.enlarges or 1
+
+        def shown(indices: np.ndarray) -> Tensor:
+            some, places = coarse(pictures(indices), times), painted(indices, side_px)
+            seen: Tensor = PICTURES[condition.kind](some, torch.from_numpy(places))
             return seen
 
-        return of
+        encoded = cached(f"{condition.kind}-{times}", shown)
+        return lambda indices: as_seen(condition, encoded(indices), latent)
 
-    def masks(indices: np.ndarray) -> Tensor:
-        return torch.from_numpy(on_cells(painted(indices, side_px), cell))
+    parts = [part(condition) for condition in conditions]
+    return lambda indices: torch.cat([rows(indices) for rows in parts], 1)
 
-    parts = [
-        cached(each.kind, shown(each.kind)) if each.kind in PICTURES else masks
-        for each in conditions
-    ]
-    return lambda indices: torch.cat([part(indices) for part in parts], 1)
+
+def coarse(pictures: Tensor, times: int) -> Tensor:
+    """Pictures [n, 3, s, s] as ones so many times smaller along a side have them, at their size."""
+    small = F.avg_pool2d(pictures, times)
+    return small.repeat_interleave(times, 2).repeat_interleave(times, 3)
 
 
 def unprompted(c: Tensor, nothing: Tensor) -> Tensor:

@@ -164,8 +164,9 @@ class Image(Part):
 class Condition(Part):
     """What a denoiser sees beside x_t, as channels of its sample; see `edgeflash.conditions`."""
 
-    kind: Literal["mask", "masked_image"]
+    kind: Literal["mask", "masked_image", "image"]
     channels: int
+    enlarges: int | None = None  # so many times along a side; none: the image is seen at its size
 
 
 class Golden(Part):

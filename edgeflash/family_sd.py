@@ -2,7 +2,7 @@
 
 One CLIP text encoder, one `UNet2DConditionModel` of any depth, with or without a mid block, and an
 `AutoencoderKL` or `AutoencoderTiny`. UNets for inpainting see a mask and a masked picture behind
-x_t, in nine channels. Tensor names are those of optimum's ONNX pipelines.
+x_t, in nine channels, others a picture, in eight. Tensor names are those of optimum's ONNX pipelines.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeflash.bundle import Condition, Tokenizer
-from edgeflash.conditions import inpainting, width
+from edgeflash.conditions import inpainting, of_image, width
 from edgeflash.errors import EdgeflashError
 from edgeflash.families import tokenizer_of
 from edgeflash.latent_diffusion import (
@@ -40,6 +40,8 @@ CLASSES = {
     "vae": AUTOENCODERS,
 }
 INPAINTING = "StableDiffusionInpaintPipeline"
+ENLARGING = "StableDiffusionInstructPix2PixPipeline"
+ENLARGES = "enlarges"  # in the config of a UNet: so many times along a side
 ADDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of a UNet
 
 
@@ -51,6 +53,7 @@ class StableDiffusion(LatentDiffusion):
         "StableDiffusionPipeline",
         "LatentConsistencyModelPipeline",
         INPAINTING,
+        ENLARGING,
     )
     folders: tuple[str, ...] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
     classes = CLASSES
@@ -76,12 +79,15 @@ class StableDiffusion(LatentDiffusion):
                 )
 
     def conditions(self, student: Student) -> tuple[Condition, ...]:
-        if student.index["_class_name"] != INPAINTING:
+        pipeline = student.index["_class_name"]
+        if pipeline not in (INPAINTING, ENLARGING):
             return ()
-        channels, found = self.latent(student).channels, student.config("unet")["in_channels"]
+        channels, unet = self.latent(student).channels, student.config("unet")
+        if pipeline == ENLARGING:
+            return of_image(channels, unet.get(ENLARGES))
         seen = inpainting(channels)
         # diffusers' pipeline also takes a UNet of x_t alone, and then blends latents
-        return seen if found == channels + width(seen) else ()
+        return seen if unet["in_channels"] == channels + width(seen) else ()
 
     def width(self, student: Student) -> int:
         """Of the conditioning, [n, s, width]."""

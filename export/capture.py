@@ -289,9 +289,7 @@ class Tape:
         for number in range(len(self.goldens)):
             pixels, painted = example(self.seed(number), self.size)
             picture = pixels.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
-            found.append(
-                beside(conditions, picture, painted[None, None], space.downsampling, encode)
-            )
+            found.append(beside(conditions, picture, painted[None, None], space, encode))
         return found
 
     def _both(self, golden: Tensors) -> tuple[Tensors, Tensors]:

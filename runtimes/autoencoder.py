@@ -47,13 +47,13 @@ def looked_at(
     found = encoded(part, pixels, latent) if whole else None
     if not manifest.conditions:
         return found, None
-    assert mask is not None, "refused before"
 
     def encode(pictures: Float32) -> Float32:
         return encoded(part, (pictures + 1) * 127.5, latent)
 
-    shown, painted = pixels / 127.5 - 1, mask[None, None]
-    return found, beside(manifest.conditions, shown, painted, latent.downsampling, encode)
+    painted = np.zeros(pixels.shape[2:], np.bool_) if mask is None else mask
+    shown = pixels / 127.5 - 1
+    return found, beside(manifest.conditions, shown, painted[None, None], latent, encode)
 
 
 def decoded(part: Part, x: Float32, latent: Latent) -> Float32:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle
-from edgeflash.conditions import example
+from edgeflash.conditions import example, masks
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import peak_rss_mib
 from edgeflash.roles import Runtime
@@ -121,11 +121,12 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
 
 
 def request_of(bundle: Bundle, job: Job, prompts: tuple[str, ...]) -> Request:
-    """What is drawn; of bundles that paint into pictures, into an example."""
+    """What is drawn; of bundles that see a picture too, of an example."""
     image = mask = None
     if bundle.manifest.conditions:
         made = bundle.manifest.image
         image, mask = example(job.seed, (made.height, made.width))
+        mask = mask if masks(bundle.manifest.conditions) else None
     return Request(
         prompts, seed=job.seed, steps=job.steps, guidance=job.guidance, image=image, mask=mask
     )

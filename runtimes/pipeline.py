@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from edgeflash import noise
 from edgeflash.bundle import Bundle
-from edgeflash.conditions import on_cells
+from edgeflash.conditions import masks, on_cells, sized
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.autoencoder import decoded, encoded, finite, looked_at
@@ -46,9 +46,10 @@ class Request:
         guidance: scale of the guidance, >= 0; 1 is the unguided network.
         negative: text to steer away from, for bundles whose guidance kind is ``cfg``.
         size: (height, width) in px, for bundles whose networks leave the size free.
-        image: start from this picture: uint8 [height, width, 3], of the size above.
+        image: start from this picture: uint8 [height, width, 3], of the size above. Networks that
+            see a picture take a smaller one too.
         strength: share of the steps to run on ``image``, 0 to 1: how much is painted anew. None:
-            0.6, and with a mask 1, which begins with noise alone.
+            0.6, but 1 with a mask or where the network sees the picture: from noise alone.
         mask: paint where it is true, [height, width], and keep the rest of ``image``. Networks for
             inpainting see both; of others latents are blended at every step.
         edit: what is known of the picture, for samplers that noise it anew at every step.
@@ -201,7 +202,8 @@ class TextToImage:
         if request.image is not None:
             with self._stage("vae_encoder") as (part, clock):
                 whole = plan.blends or plan.entry is not None
-                latent, seen = looked_at(part, self.manifest, request.image, request.mask, whole)
+                image = sized(request.image, self._size(plan.shape))
+                latent, seen = looked_at(part, self.manifest, image, request.mask, whole)
                 told = clock.ms()
             yield Event("vae_encoder", 0, steps, told)
         if plan.blends:
@@ -247,10 +249,10 @@ class TextToImage:
         assert request.prompts, "no prompt"
         schedule, masked = self._schedule(request), request.mask is not None
         self._check_picture(request)
-        entry = None
+        entry, told = None, masked or bool(self.manifest.conditions)
         if request.image is not None:
-            strength = (1.0 if masked else 0.6) if request.strength is None else request.strength
-            entry = None if masked and strength == 1 else schedule.entry(strength)
+            strength = (1.0 if told else 0.6) if request.strength is None else request.strength
+            entry = None if told and strength == 1 else schedule.entry(strength)
         shape = self._shape(request)
         if request.edit:
             self._check_edit(request, request.edit, schedule, shape)
@@ -261,11 +263,11 @@ class TextToImage:
 
     def _check_picture(self, request: Request) -> None:
         """Raises where a picture or a mask is missing, or idle."""
-        image, mask = request.image, request.mask
-        if self.manifest.conditions and (image is None or mask is None or request.edit):
-            what = "edit as others do" if request.edit else "draw from a prompt alone"
-            why = "it paints into pictures: give it --image and --mask, and no --edit"
-            raise self._cannot(what, why)
+        image, mask, conditions = request.image, request.mask, self.manifest.conditions
+        idle = (mask is None) == masks(conditions) or request.edit
+        if conditions and (image is None or idle):
+            given = "--image and --mask" if masks(conditions) else "--image"
+            raise self._cannot("do that", f"it sees a picture too: give {given}, and no more of it")
         if image is not None and "vae_encoder" not in self.parts:
             raise self._cannot("start from an image", "it has no vae_encoder")
         if mask is None:
@@ -329,7 +331,9 @@ class TextToImage:
             raise self._cannot(
                 f"draw {height}x{width} px", f"it was exported for {default.height}x{default.width}"
             )
-        if request.image is not None and request.image.shape != (height, width, 3):
+        if request.image is not None and self.manifest.conditions:
+            sized(request.image, (height, width))
+        elif request.image is not None and request.image.shape != (height, width, 3):
             raise self._cannot(
                 f"start from an image {request.image.shape}", f"it takes ({height}, {width}, 3)"
             )

@@ -16,8 +16,8 @@ from tiny_student import write_student
 from typer.testing import CliRunner
 
 from edgeflash import shelf
-from edgeflash.bundle import Bundle
-from edgeflash.conditions import beside, example, inpainting
+from edgeflash.bundle import Bundle, Latent
+from edgeflash.conditions import beside, example, inpainting, of_image
 from edgeflash.disk import MANIFEST
 from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.run import distill
@@ -116,8 +116,8 @@ def test_the_manifest_says_what_the_further_channels_are(painter: Bundle) -> Non
 def test_what_cannot_be_painted_is_said(painter: Bundle) -> None:
     pipeline = TextToImage(painter, runtime_for(painter))
     for options, said in (
-        ({}, "cannot draw from a prompt alone: it paints into pictures: give it --image and"),
-        ({"image": PICTURE}, "cannot draw from a prompt alone"),
+        ({}, "cannot do that: it sees a picture too: give --image and --mask, and no more of it"),
+        ({"image": PICTURE}, "give --image and --mask"),
         ({"image": PICTURE, "mask": MASK[:8]}, "the mask is 8x16 px, but the image 16x16"),
     ):
         with pytest.raises(EdgeflashError, match=said):
@@ -170,11 +170,15 @@ def test_a_mask_of_cells_is_that_of_their_first_pixels_and_holes_are_grey() -> N
         shown.append(pictures)
         return np.full((1, 4, 2, 2), 7, np.float32)
 
-    seen = beside(inpainting(4), picture, mask, 2, encode)
+    latent = Latent(channels=4, downsampling=2, scale=0.5, shift=1)
+    seen = beside(inpainting(4), picture, mask, latent, encode)
     assert seen.shape == (1, 5, 2, 2) and seen.dtype == np.float32
     np.testing.assert_array_equal(seen[0, 0], [[0, 0], [0, 1]])
     assert (seen[:, 1:] == 7).all()
     np.testing.assert_array_equal(shown[0], np.where(mask, 0, picture))
+    whole = beside(of_image(4, 2), picture, mask, latent, encode)
+    assert whole.shape == (1, 4, 2, 2) and (whole == 15).all()
+    np.testing.assert_array_equal(shown[1], picture)
 
 
 def test_examples_differ_and_leave_some_of_the_picture() -> None:
