@@ -1,7 +1,8 @@
 """What denoisers see of the data beside x_t: masks, and what these leave of the pictures.
 
-Of networks that enlarge, the pictures as small ones have them. It travels in the last rows of c [n, s, d]: all methods carry c to whatever denoiser they ask, which
-takes it off there (`Family.listening`). Guidance without a caption keeps it: see `unprompted`.
+Of networks that enlarge, the pictures as small ones have them. It travels in the last rows of
+c [n, s, d]: all methods carry c to whatever denoiser they ask, which takes it off there
+(`Family.listening`). Guidance without a caption keeps it: see `unprompted`.
 """
 
 from __future__ import annotations

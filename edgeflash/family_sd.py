@@ -2,7 +2,8 @@
 
 One CLIP text encoder, one `UNet2DConditionModel` of any depth, with or without a mid block, and an
 `AutoencoderKL` or `AutoencoderTiny`. UNets for inpainting see a mask and a masked picture behind
-x_t, in nine channels, others a picture, in eight. Tensor names are those of optimum's ONNX pipelines.
+x_t, in nine channels, those that enlarge or change pictures one of these, in eight. Tensor names
+are those of optimum's ONNX pipelines.
 """
 
 from __future__ import annotations

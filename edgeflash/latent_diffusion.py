@@ -47,8 +47,8 @@ class LatentDiffusion(Family):
         if takes != channels + width_of(self.conditions(student)) or gives != channels:
             raise EdgeflashError(
                 f"{student.folder}: {self.denoiser} takes {takes} and gives {gives} channels, but "
-                f"the vae's latents have {channels}: the two do not belong together (for inpainting "
-                "networks, model_index.json names a StableDiffusionInpaintPipeline)"
+                f"the vae's latents have {channels}: the two do not belong together (of inpainting "
+                "networks model_index.json names a StableDiffusionInpaintPipeline)"
             )
 
     def out_channels(self, student: Student) -> int:

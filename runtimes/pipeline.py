@@ -331,7 +331,8 @@ class TextToImage:
             raise self._cannot(
                 f"draw {height}x{width} px", f"it was exported for {default.height}x{default.width}"
             )
-        if request.image is not None and self.manifest.conditions:
+        conditions = self.manifest.conditions
+        if request.image is not None and conditions and not masks(conditions):
             sized(request.image, (height, width))
         elif request.image is not None and request.image.shape != (height, width, 3):
             raise self._cannot(

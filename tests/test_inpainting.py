@@ -45,7 +45,7 @@ MASK[3:11, 5:16] = True  # on no border of cells: where one is rounded to shows
 @pytest.fixture(scope="module")
 def inpainter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("students") / "inpainter"
-    return write_student(folder, tiny_decoder=False, scheduler="DDIMScheduler", inpaints=True)
+    return write_student(folder, tiny_decoder=False, scheduler="DDIMScheduler", task="Inpaint")
 
 
 @pytest.fixture(scope="module", params=["onnx", pytest.param("torch", marks=pytest.mark.slow)])
@@ -305,3 +305,64 @@ def test_the_recipes_scaled_down(tmp_path: Path) -> None:
         output_type="np",
     ).images
     assert painted.shape == (1, 64, 64, 3) and np.isfinite(painted).all()
+
+
+def test_pictures_are_enlarged_as_diffusers_changes_them(tmp_path: Path) -> None:
+    """A small picture, its pixels repeated, is what its pipeline is given at full size."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+    from PIL import Image
+
+    folder = tmp_path / "student"
+    write_student(folder, scheduler="DDIMScheduler", task="InstructPix2Pix")
+    config = json.loads((folder / "unet/config.json").read_text()) | {"enlarges": 4}
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    bundle = export_student(
+        Student.open(folder),
+        shelf.make(Target, "onnx", {}),
+        tmp_path / "bundle",
+        ExportOptions(steps=(2,), guidance=Guidance(), prompts=(PROMPT,)),
+        console=QUIET,
+    )
+    (seen,) = bundle.manifest.conditions
+    assert (seen.kind, seen.channels, seen.enlarges) == ("image", 4, 4)
+    small = PICTURE[:4, :4]
+    with TextToImage(bundle, runtime_for(bundle)) as pipeline:
+        ours = pipeline.generate(Request(PROMPT, seed=SEED, image=small)).images[0]
+        with pytest.raises(EdgeflashError, match="3x4 px, of which 16x16 is no whole multiple"):
+            pipeline.check(Request(PROMPT, image=small[:3]))
+        with pytest.raises(EdgeflashError, match="give --image, and no more of it"):
+            pipeline.check(Request(PROMPT, image=PICTURE, mask=MASK))
+        changed = pipeline.generate(Request(PROMPT, seed=SEED, image=255 - small)).images[0]
+    theirs = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder, safety_checker=None)
+    theirs.set_progress_bar_config(disable=True)
+    wanted = theirs(
+        PROMPT,
+        image=Image.fromarray(small.repeat(4, 0).repeat(4, 1)),
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        latents=torch.from_numpy(randn((1, 4, 8, 8), SEED)),
+        output_type="np",
+    ).images[0]
+    assert np.abs(ours / 255 - wanted).max() < 1 / 255
+    assert np.abs(changed.astype(int) - ours).max() > 8
+
+
+def test_a_network_learns_to_enlarge_of_small_pictures(shop: Workshop) -> None:
+    stage = Denoising(widths=(16, 16), layers_per_block=1, enlarge=4).begin(shop)
+    unet, batch = stage.results["unet"], stage.batch(np.arange(2))
+    assert stage.pipeline == "StableDiffusionInstructPix2PixPipeline"
+    assert unet.config.in_channels == 8 and unet.config["enlarges"] == 4
+    seen = batch["c"][:, 16:].flatten(1)[:, : 4 * 32 * 32].view(2, 4, 32, 32)
+    small = shop.store.pictures(np.arange(2)).view(2, 3, 16, 4, 16, 4).mean((3, 5))
+    vae = shop.load(shop.student, "vae")
+    with torch.no_grad():
+        wanted = vae.encode(small.repeat_interleave(4, 2).repeat_interleave(4, 3)).latent_dist.mean
+    assert torch.allclose(seen, wanted, atol=2e-2)
+    with pytest.raises(EdgeflashError, match=r"denoising\.enlarge: 64 px is no multiple of 3"):
+        Denoising(widths=(16, 16), enlarge=3).begin(shop)
+
+
+def test_networks_that_change_pictures_teach_nobody(tmp_path: Path) -> None:
+    teacher = write_student(tmp_path / "t", scheduler="DDIMScheduler", task="InstructPix2Pix")
+    with pytest.raises(EdgeflashError, match="can be exported and run, but teaches nobody so far"):
+        distill(inpainting_recipe(tmp_path, teacher, by="lcm"), tmp_path / "student")

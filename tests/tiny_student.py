@@ -19,23 +19,27 @@ def write_student(
     widths: tuple[int, ...] = (16, 32),
     scheduler: str = "LCMScheduler",
     guidance_channels: int | None = None,
-    inpaints: bool = False,
+    task: str = "",
     seed: int = 0,
 ) -> Path:
-    """A Stable Diffusion student: 16x16 px with the 2x tiny decoder, latents 8x8."""
+    """A Stable Diffusion student: 16x16 px with the 2x tiny decoder, latents 8x8.
+
+    ``task``: "" or, with a UNet that sees a picture, "Inpaint" or "InstructPix2Pix".
+    """
     import torch
 
     torch.manual_seed(seed)
     write_tokenizer(folder / "tokenizer")
     _text_encoder().save_pretrained(folder / "text_encoder")
-    unet = _unet(mid_block, widths, guidance_channels, 9 if inpaints else 4)
+    sees = {"": 4, "InstructPix2Pix": 8, "Inpaint": 9}[task]
+    unet = _unet(mid_block, widths, guidance_channels, sees)
     unet.save_pretrained(folder / "unet")
     _vae(tiny_decoder).save_pretrained(folder / "vae")
-    # the pipeline for inpainting does not set this right, as the plain one does
-    options = {"clip_sample": False} if inpaints else {}
+    # their pipelines do not set this right, as the plain one does
+    options = {"clip_sample": False} if task else {}
     _scheduler(scheduler, **options).save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {
-        "_class_name": f"StableDiffusion{'Inpaint' * inpaints}Pipeline",
+        "_class_name": f"StableDiffusion{task}Pipeline",
         "_diffusers_version": "0.35.0",
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
@@ -108,7 +112,7 @@ def _unet(
         if name.endswith(("attn2.to_out.0.weight", "time_emb_proj.weight")):
             parameter.data.mul_(10)
     unet.conv_in.weight.data[:, 4:5] *= 5  # and to what it sees, if anything, beside x_t
-    unet.conv_in.weight.data[:, 5:] *= 50
+    unet.conv_in.weight.data[:, 5:] *= 50 if sees == 9 else 5
     return unet
 
 
