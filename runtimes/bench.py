@@ -70,7 +70,7 @@ def bench(
         machine=machine,
         prompts=job.prompts,
         systems=tuple(systems),
-        notes=_notes(machine, cut),
+        notes=_notes(bundle, machine, cut),
     )
     report.save(out / REPORT)
     write_html(report, out / PAGE)
@@ -204,7 +204,7 @@ def _conditions(job: Job, found: Measured) -> Conditions:
     )
 
 
-def _notes(machine: Machine, cut: Sequence[str]) -> tuple[str, ...]:
+def _notes(bundle: Bundle, machine: Machine, cut: Sequence[str]) -> tuple[str, ...]:
     notes = [
         "Cold load: a fresh process with the page cache as it was; files read lately come from it.",
         "Peak RSS: of the measured process, interpreter included; not the memory of a GPU.",
@@ -214,6 +214,8 @@ def _notes(machine: Machine, cut: Sequence[str]) -> tuple[str, ...]:
             f"The machine was busy: load {machine.load_1min:g} on {machine.cores} cores before the "
             "first run. These times are longer than those of an idle machine."
         )
+    if bundle.manifest.conditions:
+        notes.append("The network sees a picture too: it was given patches of colour.")
     if cut:
         notes.append(
             f"Prompts longer than this bundle reads: {len(cut)}; not seen of the first: {cut[0]!r}."
