@@ -198,7 +198,7 @@ class TextToImage:
             yield Event(name, 0, steps, told)
         conditioning = self.prompts.joined(answers, self._size(plan.shape))
 
-        latent = seen = blend = None
+        latent = seen = None
         if request.image is not None:
             with self._stage("vae_encoder") as (part, clock):
                 whole = plan.blends or plan.entry is not None
@@ -206,11 +206,7 @@ class TextToImage:
                 latent, seen = looked_at(part, self.manifest, image, request.mask, whole)
                 told = clock.ms()
             yield Event("vae_encoder", 0, steps, told)
-        if plan.blends:
-            assert latent is not None and request.mask is not None
-            cells = on_cells(request.mask[None, None], self.manifest.latent.downsampling)
-            blend = Blend(plan.schedule, latent, fresh, cells)
-
+        blend = self._blend(request, plan, latent, fresh)
         start = None if latent is None else np.broadcast_to(latent, plan.shape)
         x, previous = plan.schedule.begin(fresh, start, plan.entry), None
         denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen)
@@ -352,6 +348,14 @@ class TextToImage:
         finally:
             if self.low_memory:
                 part.close()
+
+    def _blend(
+        self, request: Request, plan: _Plan, latent: Float32 | None, fresh: Float32
+    ) -> Blend | None:
+        if not plan.blends or latent is None or request.mask is None:
+            return None
+        cells = on_cells(request.mask[None, None], self.manifest.latent.downsampling)
+        return Blend(plan.schedule, latent, fresh, cells)
 
     @contextmanager
     def _denoising(self, denoiser: Denoiser) -> Iterator[_Clock]:
