@@ -22,6 +22,7 @@ from edgeflash.student import read_json
 from .draws import rand, randint, randn
 from .encoded import cached_samples
 from .features import Taps
+from .seen import dropped
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
 
@@ -38,6 +39,7 @@ class Blocks(Method):
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
+    conditioned: ClassVar[bool] = True
 
     rule: Rule = Field(
         "base",
@@ -87,7 +89,7 @@ class Blocks(Method):
             eps = randn(x_0.shape, generator).to(x_0.device)
             t = randint(0, process.timesteps, count, generator).to(x_0.device)
             empty = rand(count, generator) < self.caption_dropout
-            c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
+            c = dropped(batch["c"], nothing, empty)
             x_t = process.noised(x_0, eps, t)
             with torch.no_grad():
                 wanted = teacher(x_t, t, c).sample.float()

@@ -41,6 +41,7 @@ class Decoder(Method):
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl", "pixart")  # latents without a shift
+    conditioned: ClassVar[bool] = True
 
     target: Literal["decodings", "pictures"] = Field(
         "decodings", description="what a latent should become"

@@ -14,13 +14,18 @@ from pydantic import Field, model_validator
 from torch import nn
 from torch.nn import functional as F
 
+from edgeflash.bundle import Condition
+from edgeflash.conditions import inpainting, of_image, width
 from edgeflash.errors import EdgeflashError
+from edgeflash.family_sd import ENLARGES, ENLARGING, INPAINTING
 from edgeflash.roles import Method
+from edgeflash.student import Student
 
 from . import crew
 from .draws import rand, randn, rows
 from .encoded import cached_samples, mistaken_latents
 from .process import Process
+from .seen import dropped
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
 
@@ -38,10 +43,13 @@ class Denoising(Method):
     ``mistakes`` the noise of some samples holds a part of the scene as it should not be, in the
     manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
     errors, and must learn to trust the caption more than them. Stages whose rate begins anew end in
-    different places; with ``ends`` their mean is kept (arXiv 1803.05407, alg. 1).
+    different places; with ``ends`` their mean is kept (arXiv 1803.05407, alg. 1). With ``inpaint``
+    it also sees a mask, and the picture without what the mask covers, with ``enlarge`` the picture
+    as a smaller one has it (arXiv 2112.10752, secs. 4.5 and 4.4).
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd",)
+    conditioned: ClassVar[bool] = True
 
     widths: tuple[int, ...] = Field((64, 128), description="UNet channels at each resolution")
     attention: tuple[bool, ...] = Field((True, True), description="transformers at each resolution")
@@ -77,6 +85,12 @@ class Denoising(Method):
         description="save the mean of the weights that so many stages of denoising ended with, "
         "this one the last of them",
     )
+    inpaint: bool = Field(
+        False, description="paint into pictures: a mask and the rest of the picture are seen too"
+    )
+    enlarge: int | None = Field(
+        None, ge=2, description="pictures so many times along a side: small ones are seen too"
+    )
 
     @model_validator(mode="after")
     def _one_for_each(self) -> Denoising:
@@ -84,6 +98,8 @@ class Denoising(Method):
             raise ValueError(f"{len(self.widths)} widths but {len(self.attention)} attention flags")
         if any(width % 16 for width in self.widths):
             raise ValueError("every width must be a multiple of 16")
+        if self.inpaint and self.enlarge:
+            raise ValueError("inpaint and enlarge do not go together")
         return self
 
     def begin(self, shop: Workshop) -> Stage:
@@ -92,10 +108,16 @@ class Denoising(Method):
         with crew.main_first():
             scheduler.save_pretrained(str(shop.folder / "scheduler"))
         process = Process.of(shop.folder, shop.device)
-        batch, nothing = cached_samples(shop)
+        before = Student.unfinished(shop.student)
+        channels = before.family.latent(before).channels
+        conditions = self.conditions(channels, shop.store.size_px)
+        batch, nothing = cached_samples(shop, conditions)
         sample = batch(np.arange(1))
-        _, channels, size, _ = sample["x_0"].shape
-        unet = self.unet(channels, size, nothing.shape[-1]).to(shop.device)
+        size = sample["x_0"].shape[-1]
+        unet = self.unet(channels, width(conditions), size, nothing.shape[-1])
+        if self.enlarge:
+            unet.register_to_config(**{ENLARGES: self.enlarge})
+        unet = shop.listening(unet).to(shop.device)
         unet.to(memory_format=torch.channels_last)
         if self.warm:
             self.go_on(unet, shop)
@@ -112,7 +134,7 @@ class Denoising(Method):
             eps = randn(x_0.shape, generator).to(x_0.device)
             t = self.times(count, process.timesteps, generator).to(x_0.device)
             empty = rand(count, generator) < self.caption_dropout
-            c = torch.where(empty[:, None, None].to(x_0.device), nothing, batch["c"])
+            c = dropped(batch["c"], nothing, empty)
             if self.mistakes:
                 part = self.parts(empty, generator).to(x_0.device)
                 eps = eps + part * process.alpha(t) * (batch["mistaken"] - x_0)
@@ -132,6 +154,7 @@ class Denoising(Method):
             results={"unet": unet, "scheduler": scheduler},
             averages={"unet": average(unet, self.ema)} if self.ema else {},
             finish=lambda results: mean_with(results["unet"], earlier, shop),
+            pipeline=INPAINTING if self.inpaint else ENLARGING if self.enlarge else "",
         )
 
     def earlier_ends(self, unet: Any, shop: Workshop) -> list[Path]:
@@ -154,11 +177,23 @@ class Denoising(Method):
                 "here; lower it"
             )
         for folder in folders:
-            alike(unet, folder, "ends", shop)
+            check_alike(unet, shop.load(folder, "unet"), "ends", folder)
         return folders
+
+    def conditions(self, channels: int, side_px: int) -> tuple[Condition, ...]:
+        """What the UNet sees beside x_t, of latents of so many channels."""
+        if self.enlarge and side_px % self.enlarge:
+            raise EdgeflashError(
+                f"denoising.enlarge: {side_px} px is no multiple of {self.enlarge}"
+            )
+        if self.enlarge:
+            return of_image(channels, self.enlarge)
+        return inpainting(channels) if self.inpaint else ()
 
     def go_on(self, unet: Any, shop: Workshop) -> None:
         """Gives a new UNet the weights of the student's so far.
+
+        One that sees more than the student's begins blind to it, with zeros.
 
         Raises:
             EdgeflashError: there is none, or the options describe another network.
@@ -168,7 +203,16 @@ class Denoising(Method):
                 "denoising.warm: no earlier stage has made a UNet; name a base that has one, or "
                 "leave warm out"
             )
-        unet.load_state_dict(alike(unet, shop.student, "warm", shop).state_dict())
+        before = shop.load(shop.student, "unet")
+        weights, sees = before.state_dict(), before.config.in_channels
+        more = unet.config.in_channels - sees
+        widened = more > 0 and sees == before.config.out_channels
+        but = ("in_channels", ENLARGES) if widened else ()
+        check_alike(unet, before, "warm", shop.student, but)
+        if widened:  # what is seen anew has no say at first
+            first = weights["conv_in.weight"]  # [w, c, 3, 3]
+            weights["conv_in.weight"] = F.pad(first, (0, 0, 0, 0, 0, more))
+        unet.load_state_dict(weights)
 
     def with_mistakes(
         self, shop: Workshop, batch: Callable[[np.ndarray], Batch]
@@ -207,11 +251,12 @@ class Denoising(Method):
             return DDPMScheduler(**common)
         return DDIMScheduler(**common, set_alpha_to_one=False)
 
-    def unet(self, latent_channels: int, latent_size: int, text_width: int) -> Any:
+    def unet(self, latent_channels: int, more: int, latent_size: int, text_width: int) -> Any:
+        """A new one; it sees so many channels ``more`` than those of x_t."""
         kinds = ["CrossAttn" if there else "" for there in self.attention]
         return UNet2DConditionModel(
             sample_size=latent_size,
-            in_channels=latent_channels,
+            in_channels=latent_channels + more,
             out_channels=latent_channels,
             block_out_channels=self.widths,
             down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
@@ -226,16 +271,17 @@ class Denoising(Method):
         )
 
 
-def alike(unet: Any, folder: Path, option: str, shop: Workshop) -> Any:
-    """A folder's UNet, which must be the network that the options describe, as ``unet`` is."""
-    other = shop.load(folder, "unet")
+def check_alike(
+    unet: Any, other: Any, option: str, folder: Path, but: tuple[str, ...] = ()
+) -> None:
+    """Raises EdgeflashError where a folder's UNet is not the one that the options describe."""
     here, there = (json.loads(each.to_json_string()) for each in (unet, other))
-    if told := [key for key in here if key[0] != "_" and there.get(key) != here[key]]:
+    told = [k for k in here if k[0] != "_" and k not in but and there.get(k) != here[k]]
+    if told:
         raise EdgeflashError(
             f"denoising.{option}: {folder / 'unet'} is another network than the options "
             f"describe (differs: {', '.join(told)})"
         )
-    return other
 
 
 def mean_with(unet: nn.Module, earlier: list[Path], shop: Workshop) -> dict[str, float]:

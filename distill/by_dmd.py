@@ -44,6 +44,7 @@ class DMD(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
     clip_norm: float = Field(10.0, gt=0, description="largest gradient norm")

@@ -48,6 +48,7 @@ class Flash(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
     teacher_steps: int = Field(32, ge=1, description="steps of the teacher from pure noise, K")

@@ -71,7 +71,7 @@ class Diffusion2GAN(Method):
         pictures = sampled_latents(
             shop, teacher, process, texts, guidance=self.guidance, steps=self.solver_steps
         )
-        shape = latent_shape(shop, teacher)
+        shape = latent_shape(shop)
         critic = None
         if self.adversarial_weight:
             unet = shop.load(shop.teacher, shop.denoiser).train()

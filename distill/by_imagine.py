@@ -49,6 +49,7 @@ class Imagine(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
     denoising_steps: int = Field(3, ge=1, description="steps that the student is made for")

@@ -36,6 +36,7 @@ class LCM(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    conditioned: ClassVar[bool] = True
 
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
     target_ema: float = Field(

@@ -18,6 +18,7 @@ from .encoded import cached_samples
 from .few_steps import ddim_scheduler, source_of
 from .process import Process, noise_like
 from .rates import STEP, differentiable, rate
+from .seen import dropped, unprompted
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked
 
@@ -46,6 +47,7 @@ class MeanFlow(Method):
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it tells a UNet two times
+    conditioned: ClassVar[bool] = True
 
     kind: Literal["distillation", "training"] = Field(
         "distillation", description="from a teacher, or from data alone"
@@ -158,7 +160,7 @@ class Lesson:
             return eps - x_0, c
         if options.guidance == 1:
             return v, c
-        both, twice = torch.cat([c, self.nothing.expand_as(c)]), torch.cat([t, t])
+        both, twice = torch.cat([c, unprompted(c, self.nothing)]), torch.cat([t, t])
         with_c, without = mean_velocity(
             network, process, torch.cat([z, z]), twice, twice, both
         ).chunk(2)
@@ -167,7 +169,7 @@ class Lesson:
         guided = omega * v + kappa * with_c + (1 - omega - kappa) * without
         empty = rand(len(z), generator) < options.caption_dropout
         empty = empty.to(z.device)
-        c = torch.where(empty[:, None, None], self.nothing, c)
+        c = dropped(c, self.nothing, empty)
         return torch.where(empty[:, None, None, None], v, guided), c
 
 

@@ -19,6 +19,7 @@ from .draws import rand, randint
 from .encoded import cached_samples
 from .process import FLOW, Flow, Process, noise_config, noise_like, predicts
 from .rollout import ddim
+from .seen import dropped
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked
 
@@ -46,6 +47,7 @@ class PeRFlow(Method):
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
     flows: ClassVar[bool] = True
+    conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(8e-5, gt=0, description="peak learning rate of AdamW")
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
@@ -128,7 +130,7 @@ class Lesson:
         eps = noise_like(x_0, generator)
         t = self.times(count, generator).to(x_0.device)
         empty = rand(count, generator) < options.caption_dropout
-        c = torch.where(empty[:, None, None].to(x_0.device), self.nothing, batch["c"])
+        c = dropped(batch["c"], self.nothing, empty)
         start, end = options.window(t, process.timesteps)
         z_s = process.as_sampled(x_0, eps, start)  # as reflow's pairs begin
         ask = asked(self.teacher, process, c, self.nothing, options.guidance)

@@ -18,6 +18,7 @@ from .encoded import cached_samples
 from .few_steps import ddim_scheduler, trailing
 from .process import Process, noise_like
 from .rollout import ddim
+from .seen import dropped
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked
 
@@ -42,6 +43,7 @@ class Progressive(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    conditioned: ClassVar[bool] = True
 
     denoising_steps: int = Field(4, ge=1, description="of the student; its teacher takes two each")
     halves: Literal["teacher", "student"] = Field(
@@ -135,7 +137,7 @@ class Lesson:
         n = randint(0, options.denoising_steps, count, generator)
         t, u, s = (time.to(x_0.device) for time in options.times(n, process.timesteps))
         empty = rand(count, generator) < options.caption_dropout
-        c = torch.where(empty[:, None, None].to(x_0.device), self.nothing, batch["c"])
+        c = dropped(batch["c"], self.nothing, empty)
         kept = options.scales(count, generator)
         x_t = process.as_sampled(x_0, eps, t)
         ask = asked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +40,8 @@ class SCM(Method):
     A step asks the guided teacher once, and the student three times. Published, with networks made
     for it: CIFAR-10 FID 2.06 and ImageNet 512x512 1.88, both at 2 steps.
     """
+
+    conditioned: ClassVar[bool] = True
 
     kind: Literal["distillation", "training"] = Field(
         "distillation", description="from a teacher, or from data alone"

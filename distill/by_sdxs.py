@@ -114,7 +114,7 @@ class SDXS(Method):
             sees=encoder_maps(teacher),
             process=process,
             nothing=nothing,
-            shape=latent_shape(shop, teacher),
+            shape=latent_shape(shop),
         )
 
         def batch(indices: np.ndarray) -> Batch:

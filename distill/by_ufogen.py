@@ -42,6 +42,7 @@ class UFOGen(Method):
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
+    conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of both AdamWs")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ import transformers
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from edgeflash.bundle import Condition
 from edgeflash.families import tokenizer_of
+from edgeflash.latent_diffusion import as_rows
 from edgeflash.schedule import Schedule, advance
 from edgeflash.student import Student, folder_sha256
 from edgeflash.tokenizer import read_tokenizer
 
 from .process import Process, noise_config
 from .rollout import denoised
+from .seen import seen_of
 from .stage import Batch, Workshop
 from .teacher import asked
 
@@ -88,16 +91,39 @@ def _encoder(vae: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: (vae.encode(x).latent_dist.mean - shift) * vae.config.scaling_factor
 
 
-def cached_conditioning(shop: Workshop) -> tuple[Rows, Tensor]:
+def cached_conditioning(
+    shop: Workshop, conditions: Sequence[Condition] | None = None
+) -> tuple[Rows, Tensor]:
     """Conditioning [n, s, d] of the store's captions, and that of no caption [1, s, d].
 
     The text encoders are the student's, which are the teacher's unless a stage replaced them. What
-    c [n, s, d] consists of is the family's affair, which its networks know of.
+    c [n, s, d] consists of is the family's affair, which its networks know of. Where denoisers see
+    more than x_t, c has it in further rows behind, and that of no caption has none.
+
+    ``conditions``: what they see; None: as the student's does.
     """
     encoded = _text_encoders(shop)
     captions = cache(lambda: encoded(shop.store.captions))  # if there are any to encode
     rows = shop.store.cached(f"conditioning {_text_key(shop)}", lambda i: captions()(i))
-    return rows, encoded([""])(np.array([0])).float()
+    nothing = encoded([""])(np.array([0])).float()
+    if conditions is None:
+        student = Student.unfinished(shop.student)
+        conditions = student.family.conditions(student)
+    if not conditions:
+        return rows, nothing
+    seen, wide = _seen(shop, conditions), nothing.shape[-1]
+    return lambda i: torch.cat([rows(i), as_rows(seen(i).flatten(1), wide)], 1), nothing
+
+
+def _seen(shop: Workshop, conditions: Sequence[Condition]) -> Rows:
+    """What denoisers see of the store's pictures beside x_t, [n, k, h, w]."""
+    student, store = Student.unfinished(shop.teacher or shop.student), shop.store
+    latent = student.family.latent(student)
+
+    def cached(kind: str, pictures: Rows) -> Rows:
+        return _cached_latents(shop, kind, pictures)
+
+    return seen_of(conditions, store.pictures, store.size_px, latent, cached)
 
 
 def conditioning_of(shop: Workshop, text: str) -> Tensor:
@@ -151,12 +177,13 @@ def _text_key(shop: Workshop) -> str:
     return " ".join(map(str, told))
 
 
-def latent_shape(shop: Workshop, unet: Any) -> tuple[int, int, int]:
-    """Of one of the store's pictures as a latent of the teacher's, whose denoiser is given."""
+def latent_shape(shop: Workshop) -> tuple[int, int, int]:
+    """Of one of the store's pictures as a latent of the teacher's."""
     assert shop.teacher
     teacher = Student.unfinished(shop.teacher)
-    side = shop.store.size_px // teacher.family.latent(teacher).downsampling
-    return unet.config.in_channels, side, side
+    latent = teacher.family.latent(teacher)
+    side = shop.store.size_px // latent.downsampling
+    return latent.channels, side, side
 
 
 def noise_of(rows: np.ndarray, shape: tuple[int, int, int]) -> Tensor:
@@ -187,7 +214,7 @@ def sampled_latents(
         steps: DDIM steps, of two calls each.
     """
     assert shop.teacher
-    (conditioning, nothing), shape = texts, latent_shape(shop, unet)
+    (conditioning, nothing), shape = texts, latent_shape(shop)
     last = process.timesteps - 1
 
     def sample(rows: np.ndarray) -> Tensor:
@@ -217,7 +244,7 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
     student = Student.unfinished(shop.student)
     tables = student.schedules(range(1, most + 1))
     conditioning, _ = cached_conditioning(shop)
-    shape = latent_shape(shop, unet)
+    shape = latent_shape(shop)
 
     @torch.no_grad()
     def draw(rows: np.ndarray, table: Schedule) -> Any:
@@ -248,13 +275,16 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
     return shop.store.cached(f"drawings {json.dumps(told)}", make)
 
 
-def cached_samples(shop: Workshop) -> tuple[Callable[[np.ndarray], Batch], Tensor]:
+def cached_samples(
+    shop: Workshop, conditions: Sequence[Condition] | None = None
+) -> tuple[Callable[[np.ndarray], Batch], Tensor]:
     """Batches of the store's latents and their conditioning, and that of no caption [1, s, d].
 
     A batch has ``x_0`` [n, c, h, w], ``c`` [n, s, d] and, of the shapes scenes, ``labels`` of
-    `shapes.HEADS`, int64 [n, heads].
+    `shapes.HEADS`, int64 [n, heads]. ``conditions`` as of `cached_conditioning`.
     """
-    latents, (conditioning, nothing) = cached_latents(shop), cached_conditioning(shop)
+    latents = cached_latents(shop)
+    conditioning, nothing = cached_conditioning(shop, conditions)
     labels = shop.store.labels
 
     def batch(indices: np.ndarray) -> Batch:

@@ -15,8 +15,18 @@ from .loop import parts
 from .process import FLOW, predicts
 
 
-def check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
-    """Refuses what would only fail when the student is put together."""
+def check_kind(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Refuses what would only fail when the student is put together.
+
+    Raises:
+        EdgeflashError: teacher and base of two families, or a method that does not know theirs, or
+            not what its denoisers see.
+    """
+    _check_families(recipe, folders)
+    _check_conditions(recipe, folders)
+
+
+def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
     names = sorted({Student.unfinished(folder).family.name for folder in folders})
     if len(names) > 1:
         raise EdgeflashError(
@@ -35,6 +45,24 @@ def check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
             raise EdgeflashError(
                 f"{flow}: is a flow from picture to noise, which method {spec.by!r} does not learn "
                 f"so far: choose {' or '.join(_takers(names[0], True))}"
+            )
+
+
+def _check_conditions(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Refuses methods that show a denoiser nothing but x_t where it sees more."""
+    students = map(Student.unfinished, folders)
+    seeing = next((s for s in students if s.family.conditions(s)), None)
+    seen = seeing.family.conditions(seeing) if seeing else ()
+    if seeing and any(each.kind == "image" and each.enlarges is None for each in seen):
+        raise EdgeflashError(
+            f"{seeing.folder}: its denoiser changes a picture that it sees, and no data here have "
+            "two of each: it can be exported and run, but teaches nobody so far"
+        )
+    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
+        if seeing and not method.conditioned:
+            raise EdgeflashError(
+                f"{seeing.folder}: its denoiser sees a picture beside x_t, which method "
+                f"{spec.by!r} does not show it so far: choose another, such as lcm"
             )
 
 

@@ -75,7 +75,7 @@ def distill(
         fit.check_wants(spec.by, method, recipe)
         if method.lora_rank:
             require(f"{spec.by}.lora_rank", ["peft"])
-    fit.check_families(recipe, list(filter(None, (teacher, base))))
+    fit.check_kind(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
     accelerator = crew.assemble()
     sharded.heed(accelerator)
@@ -187,6 +187,9 @@ def _save_components(stage: Stage, draft: Path) -> None:
         _forget_path(draft / name / "config.json")
         library = type(network).__module__.partition(".")[0]
         index[name] = [library, type(network).__name__]
+    if stage.pipeline:  # diffusers' pipeline for inpainting asks for the version, too
+        index = {"_diffusers_version": version("diffusers")} | index
+        index["_class_name"] = stage.pipeline
     index_path.write_text(json.dumps(index, indent=2) + "\n")
 
 

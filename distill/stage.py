@@ -60,6 +60,7 @@ class Stage:
         results: component of the student -> network, tokenizer or scheduler that becomes it.
         averages: component -> exponential moving average of its network; saved in its stead.
         targets: averages that a loss looks at, with the network each one follows; not saved.
+        pipeline: class of diffusers that the student is from now on; "": as before.
         finish: called once on the networks about to be saved; its figures go to the log.
     """
 
@@ -68,6 +69,7 @@ class Stage:
     results: dict[str, Any]
     averages: dict[str, AveragedModel] = field(default_factory=dict)
     targets: list[tuple[AveragedModel, nn.Module]] = field(default_factory=list)
+    pipeline: str = ""
     finish: Callable[[dict[str, Any]], dict[str, float]] = lambda _: {}
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .process import Process
 from .rollout import Asked
+from .seen import unprompted
 
 
 def plain(unet: Any, process: Process, x_t: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +31,7 @@ def guided(
         w: guidance in LCM's convention, [n]; CFG's scale is 1 + w.
     """
     both = unet(
-        torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, nothing.expand_as(c)])
+        torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, unprompted(c, nothing)])
     ).sample.float()
     with_c, without = both.chunk(2)
     output = with_c + w[:, None, None, None] * (with_c - without)

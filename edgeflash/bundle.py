@@ -21,8 +21,9 @@ from edgeflash.disk import MANIFEST, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.schedule import Guidance, Schedule
 
-FORMAT_VERSION = 2  # the newest that is read
-CACHED_VERSION = 2  # of bundles with a cached graph; all others are still written as 1
+FORMAT_VERSION = 3  # the newest that is read
+CACHED_VERSION = 2  # of bundles with a cached graph; plain ones are still written as 1
+CONDITIONED_VERSION = 3  # of bundles whose denoiser sees more than x_t
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
     "text_encoder_2": "conditioning",
@@ -160,6 +161,14 @@ class Image(Part):
     width: int
 
 
+class Condition(Part):
+    """What a denoiser sees beside x_t, as channels of its sample; see `edgeflash.conditions`."""
+
+    kind: Literal["mask", "masked_image", "image"]
+    channels: int
+    enlarges: int | None = None  # so many times along a side; none: the image is seen at its size
+
+
 class Golden(Part):
     """One prompt whose whole way was recorded in torch, for the parity ladder on the device."""
 
@@ -228,6 +237,7 @@ class Manifest(Part):
     schedules: dict[int, Schedule]  # by number of steps
     default_steps: int
     guidance: Guidance
+    conditions: tuple[Condition, ...] = ()  # in sample's channels behind the latent's, in order
     merging: Merging | None = None
     caching: Caching | None = None
     fused: Component | None = None  # draws in default_steps, with the guidance above

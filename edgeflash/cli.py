@@ -220,9 +220,12 @@ def run(
     steps: Annotated[int | None, typer.Option(help="Network calls an image.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
-    strength: Annotated[float, typer.Option(min=0, max=1, help="How much to repaint.")] = 0.6,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="How much to repaint: 0.6, with a mask 1."),
+    ] = None,
     edit: Annotated[str | None, typer.Option(help="inpaint, colourise or enlarge it.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="White where inpaint paints.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="White where to paint.")] = None,
     low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,
     out_png: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("image.png"),
     set_: Set = None,
@@ -245,6 +248,7 @@ def run(
         guidance=guidance,
         image=None if edit else picture,
         strength=strength,
+        mask=None if edit or painted is None else painted[..., 0] >= 128,
         edit=edit_of(edit, picture, painted, (made.height, made.width)),
     )
     with TextToImage(opened, runtime, low_memory=low_memory) as pipeline:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from edgeflash.bundle import Latent, TensorSpec, Tokenizer
+from edgeflash.bundle import Condition, Latent, TensorSpec, Tokenizer
 from edgeflash.errors import unknown
 from edgeflash.schedule import Guidance
 
@@ -99,6 +99,10 @@ class Family(ABC):
     @abstractmethod
     def latent(self, student: Student) -> Latent:
         """The latent space between denoiser and decoder."""
+
+    def conditions(self, student: Student) -> tuple[Condition, ...]:
+        """What the denoiser sees beside x_t: in its sample's channels behind the latent's."""
+        return ()
 
     @abstractmethod
     def tokenizer(self, student: Student, text_encoder: str = "text_encoder") -> Tokenizer:

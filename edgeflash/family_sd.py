@@ -1,7 +1,9 @@
 """Stable Diffusion 1.x and 2.x, and the compact students made from them.
 
 One CLIP text encoder, one `UNet2DConditionModel` of any depth, with or without a mid block, and an
-`AutoencoderKL` or `AutoencoderTiny`. Tensor names are those of optimum's ONNX pipelines.
+`AutoencoderKL` or `AutoencoderTiny`. UNets for inpainting see a mask and a masked picture behind
+x_t, in nine channels, those that enlarge or change pictures one of these, in eight. Tensor names
+are those of optimum's ONNX pipelines.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeflash.bundle import Tokenizer
+from edgeflash.bundle import Condition, Tokenizer
+from edgeflash.conditions import inpainting, of_image, width
 from edgeflash.errors import EdgeflashError
 from edgeflash.families import tokenizer_of
 from edgeflash.latent_diffusion import (
@@ -23,6 +26,7 @@ from edgeflash.latent_diffusion import (
     Specs,
     floats,
     image,
+    of_rows,
     token_ids,
 )
 from edgeflash.student import Student, read_json
@@ -36,6 +40,9 @@ CLASSES = {
     "unet": ("UNet2DConditionModel",),
     "vae": AUTOENCODERS,
 }
+INPAINTING = "StableDiffusionInpaintPipeline"
+ENLARGING = "StableDiffusionInstructPix2PixPipeline"
+ENLARGES = "enlarges"  # in the config of a UNet: so many times along a side
 ADDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of a UNet
 
 
@@ -46,6 +53,8 @@ class StableDiffusion(LatentDiffusion):
     pipelines: ClassVar[tuple[str, ...]] = (
         "StableDiffusionPipeline",
         "LatentConsistencyModelPipeline",
+        INPAINTING,
+        ENLARGING,
     )
     folders: tuple[str, ...] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
     classes = CLASSES
@@ -70,15 +79,27 @@ class StableDiffusion(LatentDiffusion):
                     f"{student.folder}: unet has {key} {unet[key]!r}, which this family cannot feed"
                 )
 
+    def conditions(self, student: Student) -> tuple[Condition, ...]:
+        pipeline = student.index["_class_name"]
+        if pipeline not in (INPAINTING, ENLARGING):
+            return ()
+        channels, unet = self.latent(student).channels, student.config("unet")
+        if pipeline == ENLARGING:
+            return of_image(channels, unet.get(ENLARGES))
+        seen = inpainting(channels)
+        # diffusers' pipeline also takes a UNet of x_t alone, and then blends latents
+        return seen if unet["in_channels"] == channels + width(seen) else ()
+
     def width(self, student: Student) -> int:
         """Of the conditioning, [n, s, width]."""
         return int(student.config("text_encoder")["hidden_size"])
 
     def scheduler_config(self, student: Student) -> dict[str, Any]:
-        config = student.config("scheduler")
-        if student.index["_class_name"] == "StableDiffusionPipeline":
-            # Whatever the file says, this pipeline sets these two when it is built.
+        config, pipeline = student.config("scheduler"), student.index["_class_name"]
+        # Whatever the file says, these pipelines set that when they are built.
+        if pipeline in ("StableDiffusionPipeline", INPAINTING):
             config |= {"steps_offset": 1} if "steps_offset" in config else {}
+        if pipeline == "StableDiffusionPipeline":
             config |= {"clip_sample": False} if "clip_sample" in config else {}
         return config
 
@@ -91,13 +112,13 @@ class StableDiffusion(LatentDiffusion):
         )
 
     def _denoiser(self, student: Student, z: tuple[int | str, ...]) -> tuple[Specs, Specs]:
-        config = student.config("unet")
-        width = self.width(student)
+        config, wide = student.config("unet"), self.width(student)
         tokens = self.tokenizer(student).max_length
+        seen = (z[0], config["in_channels"], *z[2:])
         inputs = [
-            image("sample", "sample", z),
+            image("sample", "sample", seen),
             floats("timestep", "timestep", (), ""),
-            floats("encoder_hidden_states", "conditioning", (BATCH, tokens, width), "NSC"),
+            floats("encoder_hidden_states", "conditioning", (BATCH, tokens, wide), "NSC"),
         ]
         if channels := config.get("time_cond_proj_dim"):
             inputs.append(floats("timestep_cond", "guidance", (BATCH, channels), "NC"))
@@ -113,6 +134,22 @@ class StableDiffusion(LatentDiffusion):
     def encode_prompt(self, text_encoders: Sequence[Any], ids: Sequence[Tensor]) -> Tensor:
         hidden: Tensor = text_encoders[0](ids[0]).last_hidden_state
         return hidden
+
+    def listening(self, student: Student, denoiser: Any) -> Any:
+        """Takes what it sees beside x_t, if anything, off the last rows of c."""
+        import torch
+
+        channels = denoiser.config.in_channels - denoiser.config.out_channels
+
+        def seeing(_: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, t, c = given
+            height, width = x.shape[-2:]
+            text, seen = of_rows(c, channels * height * width)
+            return torch.cat([x, seen.view(-1, channels, height, width)], 1), t, text
+
+        if channels:
+            denoiser.register_forward_pre_hook(seeing)
+        return denoiser
 
 
 def clip_tokenizer(student: Student, text_encoder: str) -> Tokenizer:

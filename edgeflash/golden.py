@@ -5,7 +5,8 @@ A golden's safetensors file holds, float32 if not said otherwise::
     ids, ids_empty                    [1, s] int64   tokens of the prompt, and of no prompt
     conditioning, conditioning_empty  [1, s, d]      what the text encoder makes of them
     rows                              [k] int64      recorded rows of the schedule, of each graph
-    input.<row>                       [1, c, h, w]   what the denoiser saw there
+    input.<row>                       [1, c + k, …]  what the denoiser saw there: the latent, and
+                                                     behind it the manifest's conditions
     output.<row>, output_empty.<row>  [1, c, h, w]   its raw answer with the prompt, and with none
     output_shifted                    [1, c, h, w]   its answer to the first row's input at the last
                                                      recorded row's time; only where k > 1
@@ -61,12 +62,19 @@ class Sampler:
 
     It is the reference loop: the exporter records the student with it, and the ladder runs the
     exported components with it. ``gated``: the denoiser's cached graph hears no prompt.
+    ``beside``: what the denoiser sees behind x_t, [1, k, h, w].
     """
 
     schedule: Schedule
     guidance: Guidance
     shape: tuple[int, ...]
     gated: bool = False
+    beside: Array | None = None
+
+    def seen(self, step: Step, x: Array) -> Array:
+        """What the denoiser is shown of x [1, c, h, w] at a step, [1, c + k, h, w]."""
+        scaled = step.in_scale * x
+        return scaled if self.beside is None else np.concatenate([scaled, self.beside], 1)
 
     def loop(
         self,
@@ -84,7 +92,7 @@ class Sampler:
         x, previous = self.schedule.begin(randn(self.shape, seed)), None
         heard = [dict(each) for each in (conditioning, empty)[: 1 + self.guidance.doubles]]
         for i, step in enumerate(self.schedule.steps):
-            seen = step.in_scale * x
+            seen = self.seen(step, x)
             outputs = self._outputs(step, seen, heard, network, cached)
             guided = outputs[0]
             if len(outputs) > 1:
@@ -215,6 +223,12 @@ def left_for(
     head, end = f"cache{'_empty' * empty}.", f".{whole_row_before(schedule, row)}"
     names = [key for key in told if key.startswith(head) and key.endswith(end)]
     return {ROLE + key.removeprefix(head).removesuffix(end): told[key] for key in names}
+
+
+def seen_beside(told: Tensors) -> Array | None:
+    """Of a golden's table, what the denoiser saw behind x_t, [1, k, h, w]; None: nothing."""
+    beside = told[f"input.{told['rows'][0]}"][:, told["latent"].shape[1] :]
+    return beside if beside.size else None
 
 
 def noise_sha256(shape: tuple[int, ...], seed: int) -> str:

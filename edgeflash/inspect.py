@@ -121,6 +121,8 @@ def _bundle(folder: Path) -> RenderableType:
         "guidance": f"{manifest.guidance.kind} {manifest.guidance.scale:g}",
         "weights licence": manifest.lineage.weights_licence or "not told",
     }
+    if seen := ", ".join(f"{each.kind} ({each.channels})" for each in manifest.conditions):
+        facts["sees, in channels"] = seen
     if manifest.merging:
         told = manifest.merging
         facts["merged tokens"] = f"{told.share:.0%}: {told.image_psnr_db:g} dB from the student"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgeflash.bundle import Latent, TensorSpec
+from edgeflash.conditions import width as width_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.families import Family
 from edgeflash.schedule import Guidance
@@ -43,11 +44,11 @@ class LatentDiffusion(Family):
         config = student.config(self.denoiser)
         channels = self.latent(student).channels
         takes, gives = config["in_channels"], self.out_channels(student)
-        if takes != channels or gives != channels:
+        if takes != channels + width_of(self.conditions(student)) or gives != channels:
             raise EdgeflashError(
                 f"{student.folder}: {self.denoiser} takes {takes} and gives {gives} channels, but "
-                f"the vae's latents have {channels}: the two do not belong together (inpainting "
-                "networks are not supported)"
+                f"the vae's latents have {channels}: the two do not belong together (of inpainting "
+                "networks model_index.json names a StableDiffusionInpaintPipeline)"
             )
 
     def out_channels(self, student: Student) -> int:

@@ -47,6 +47,7 @@ class Method(Plugin, ABC):
     wants: ClassVar[tuple[str, ...]] = ()  # of the recipe: "teacher", "shapes"
     families: ClassVar[tuple[str, ...]] = ()  # whose components it can make; none named: all
     flows: ClassVar[bool] = False  # whether it learns flows from picture to noise too, as SD 3's
+    conditioned: ClassVar[bool] = False  # also learns from denoisers that see more than x_t
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")
@@ -114,6 +115,10 @@ class Target(Plugin, ABC):
 
     def refuse_caching(self) -> str:
         """Why it cannot lower a denoiser in two graphs with these options; "" where it can."""
+        return ""
+
+    def refuse_conditions(self) -> str:
+        """Why it cannot lower a denoiser that sees more than x_t; "" where it can."""
         return ""
 
     @abstractmethod

@@ -30,6 +30,7 @@ from edgeflash.golden import (
     left_for,
     load_tensors,
     noise_sha256,
+    seen_beside,
     told_by,
 )
 from edgeflash.noise import randn
@@ -81,8 +82,7 @@ def verify(
         floors: by metric, or by rung and metric ("L3.psnr_db"); None: those of the manifest, or
             the defaults of the precision.
 
-    Raises:
-        EdgeflashError: a floor of no metric, no goldens, or a component that does not load (L0).
+    Raises EdgeflashError for a floor of no metric, no goldens, or what does not load (L0).
     """
     check_floors(floors or {})
     if not bundle.manifest.goldens:
@@ -255,7 +255,8 @@ class _Climb:
     def _sampler(self, golden: tuple[Golden, Tensors]) -> Sampler:
         manifest, shape = self.bundle.manifest, golden[1]["latent"].shape
         schedule = manifest.schedules[golden[0].steps]
-        return Sampler(schedule, manifest.guidance, shape, manifest.gated)
+        beside = seen_beside(golden[1])
+        return Sampler(schedule, manifest.guidance, shape, manifest.gated, beside)
 
     def _text_encoder(self, part: Part) -> Found:
         name = part.component.name

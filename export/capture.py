@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
 from edgeflash.bundle import ANSWER, Latent, TensorSpec, kind_of
 from edgeflash.caching import ROLE, cached_name
 from edgeflash.conditioning import told_of
+from edgeflash.conditions import beside, example
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Array, Sampler, Tensors, heard, rows_to_record, told_by
 from edgeflash.parity import psnr_db
@@ -238,28 +240,57 @@ class Tape:
 
     def _run_denoiser(self, network: Eager) -> None:
         rows = rows_to_record(self.sampler.schedule)
-        cached = self._beside(network.network)
+        cached, seen = self._beside(network.network), self._seen_beside()
         for number, golden in enumerate(self.goldens):
-            both = self._both(golden)
-            golden |= self.sampler.record(network, *both, self.seed(number), rows, cached)
+            both, sampler = self._both(golden), replace(self.sampler, beside=seen[number])
+            golden |= sampler.record(network, *both, self.seed(number), rows, cached)
         if cached is not None:
             self.ahead[cached.network.component] = tuple(cached.samples)
         if self.merge:
             graphs = [each.network.module for each in (network, cached) if each is not None]
             with unmerged(*graphs):  # a gated one has blocks of its own
-                self._run_plain("merging", self.sampler, network, cached)
+                self._run_plain("merging", self.sampler, network, cached, seen)
         if self.way:
             whole = replace(self.sampler, schedule=without(self.sampler.schedule))
-            self._run_plain("caching", whole, network, None)
+            self._run_plain("caching", whole, network, None, seen)
 
-    def _run_plain(self, what: str, sampler: Sampler, network: Eager, cached: Eager | None) -> None:
+    def _run_plain(
+        self,
+        what: str,
+        sampler: Sampler,
+        network: Eager,
+        cached: Eager | None,
+        seen: Sequence[Array | None],
+    ) -> None:
         """What the denoiser makes of some goldens without that; not among the samples."""
         aside = Eager(network.network)
         other = Eager(cached.network) if cached else None
         self.plain[what] = [
-            sampler.loop(aside, *self._both(golden), self.seed(number), cached=other)
+            replace(sampler, beside=seen[number]).loop(
+                aside, *self._both(golden), self.seed(number), cached=other
+            )
             for number, golden in enumerate(self.goldens[:MOST_PLAIN])
         ]
+
+    def _seen_beside(self) -> list[Array | None]:
+        """What the denoiser sees behind x_t, of each golden: of examples, no picture is at hand."""
+        family, student = self.student.family, self.student
+        if not (conditions := family.conditions(student)):
+            return [None] * len(self.goldens)
+        space = family.latent(student)
+        encoder = family.load(student, "vae_encoder")
+
+        def encode(pictures: Array) -> Array:
+            with torch.no_grad():
+                mean: Array = encoder(torch.from_numpy(pictures))[:, : space.channels].numpy()
+            return (mean - space.shift) * space.scale
+
+        found: list[Array | None] = []
+        for number in range(len(self.goldens)):
+            pixels, painted = example(self.seed(number), self.size)
+            picture = pixels.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
+            found.append(beside(conditions, picture, painted[None, None], space, encode))
+        return found
 
     def _both(self, golden: Tensors) -> tuple[Tensors, Tensors]:
         """What the denoiser hears of a golden: its prompt, and no prompt."""

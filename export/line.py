@@ -17,7 +17,15 @@ from typing import Any
 from rich.console import Console
 
 from edgeflash import align_your_steps
-from edgeflash.bundle import CACHED_VERSION, Bundle, Figure, Image, Manifest, Merging
+from edgeflash.bundle import (
+    CACHED_VERSION,
+    CONDITIONED_VERSION,
+    Bundle,
+    Figure,
+    Image,
+    Manifest,
+    Merging,
+)
 from edgeflash.caching import cached_name
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
@@ -127,6 +135,11 @@ def _check_target(target: Target, student: Student, options: ExportOptions) -> N
     """Raises what keeps a target from lowering that."""
     _check_family(student, target)
     target.check()
+    if student.family.conditions(student) and (why := target.refuse_conditions()):
+        raise EdgeflashError(
+            f"{student.folder}: its {student.family.denoiser} sees a picture beside x_t, and "
+            f"--to {target_name(target)} {why}: choose another target, or other options"
+        )
     if way := way_of(options):
         _check_caching(target, student, way)
     merge_tokens = options.merge_tokens
@@ -205,7 +218,8 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     family.check_guidance(student, guidance)
     default_steps = student.default_steps(schedules)
     height, width = size = options.size or family.size(student)
-    components = family.components(encoder=options.image_to_image)
+    encoder = options.image_to_image or bool(family.conditions(student))
+    components = family.components(encoder=encoder)
     for name in components:
         family.signature(student, name, size)
     space = family.latent(student)
@@ -278,8 +292,10 @@ def _pack(
     goldens = pack.write_goldens(tape, plan.goldens, draft)
     sha256 = sha256_of_all(run.hashes.result())
     loss_db = {what: round(min(found), 2) for what, found in tape.loss_db.items()}
+    conditions = family.conditions(student)
+    usual = CACHED_VERSION if tape.way else 1
     manifest = Manifest(
-        format_version=CACHED_VERSION if tape.way else 1,
+        format_version=CONDITIONED_VERSION if conditions else usual,
         family=family.name,
         name=student.folder.resolve().name,
         components=components,
@@ -289,6 +305,7 @@ def _pack(
         schedules=plan.schedules,
         default_steps=plan.default_steps,
         guidance=tape.sampler.guidance,
+        conditions=conditions,
         no_prompt=family.no_prompt(student),
         goldens=goldens,
         files=pack.other_files(draft, [f for c in components for f in c.files]),

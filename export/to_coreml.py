@@ -106,6 +106,9 @@ class CoreMlTarget(Target):
     def refuse_caching(self) -> str:
         return "knows one graph of the denoiser so far, as Apple's Swift package does"
 
+    def refuse_conditions(self) -> str:
+        return "knows denoisers of x_t alone so far, as Apple's Swift package does"
+
     def precision_of(self, component: str) -> str:
         skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized
         return self.rest if skipped else self.precision

@@ -70,6 +70,9 @@ class OnnxTarget(Quantizing):
     def refuse_caching(self) -> str:
         return "puts one graph of the denoiser into fused=1 so far" if self.fused else ""
 
+    def refuse_conditions(self) -> str:
+        return "takes no pictures into fused=1 so far" if self.fused else ""
+
     def shaped_by(self, component: str) -> dict[str, Any]:
         return {k: v for k, v in super().shaped_by(component).items() if k != "fused"}
 

@@ -32,8 +32,8 @@ from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Conditions, Percentiles, Report, Sustained, System
 from edgeflash.report_html import write_html
 from edgeflash.roles import Runtime
-from edgeflash.runtimes.measure import Job, Measured
-from edgeflash.runtimes.pipeline import Request, TextToImage
+from edgeflash.runtimes.measure import Job, Measured, request_of
+from edgeflash.runtimes.pipeline import TextToImage
 
 Tell = Callable[[str, int, int], None]
 PAGE = "report.html"
@@ -70,7 +70,7 @@ def bench(
         machine=machine,
         prompts=job.prompts,
         systems=tuple(systems),
-        notes=_notes(machine, cut),
+        notes=_notes(bundle, machine, cut),
     )
     report.save(out / REPORT)
     write_html(report, out / PAGE)
@@ -88,7 +88,7 @@ def _check(bundle: Bundle, job: Job, counts: Sequence[int]) -> list[str]:
     """
     pipeline = TextToImage(bundle, shelf.make(Runtime, job.runtime, job.options))
     for count in counts:
-        pipeline.check(Request(job.prompts, seed=job.seed, steps=count, guidance=job.guidance))
+        pipeline.check(request_of(bundle, job.model_copy(update={"steps": count}), job.prompts))
     return [cut for prompt in job.prompts if (cut := pipeline.prompts.unread(prompt))]
 
 
@@ -204,7 +204,7 @@ def _conditions(job: Job, found: Measured) -> Conditions:
     )
 
 
-def _notes(machine: Machine, cut: Sequence[str]) -> tuple[str, ...]:
+def _notes(bundle: Bundle, machine: Machine, cut: Sequence[str]) -> tuple[str, ...]:
     notes = [
         "Cold load: a fresh process with the page cache as it was; files read lately come from it.",
         "Peak RSS: of the measured process, interpreter included; not the memory of a GPU.",
@@ -214,6 +214,8 @@ def _notes(machine: Machine, cut: Sequence[str]) -> tuple[str, ...]:
             f"The machine was busy: load {machine.load_1min:g} on {machine.cores} cores before the "
             "first run. These times are longer than those of an idle machine."
         )
+    if bundle.manifest.conditions:
+        notes.append("The network sees a picture too: it was given patches of colour.")
     if cut:
         notes.append(
             f"Prompts longer than this bundle reads: {len(cut)}; not seen of the first: {cut[0]!r}."

@@ -25,6 +25,7 @@ class Denoiser:
         parts: its components, among them the denoiser's graphs.
         guidance: how the prompt steers.
         conditioning: by role, [n, ...]; with guidance of two calls [2n, ...], without prompt first.
+        beside: what it sees behind x_t, [1 or n, k, h, w]; None: nothing.
     """
 
     def __init__(
@@ -33,11 +34,12 @@ class Denoiser:
         parts: Mapping[str, Part],
         guidance: Guidance,
         conditioning: Conditioning,
+        beside: Float32 | None = None,
     ) -> None:
         name = bundle.denoiser.name
         self._whole, self._cached = parts[name], parts.get(cached_name(name))
         self._gated, self._guidance = bundle.manifest.gated, guidance
-        self._conditioning = dict(conditioning)
+        self._conditioning, self._beside = dict(conditioning), beside
         self._left: dict[str, NDArray[Any]] = {}  # by role, of the last whole row
         self._joined = False
 
@@ -61,8 +63,11 @@ class Denoiser:
                 part.close()
 
     def __call__(self, step: Step, x: Float32) -> Float32:
-        """The guided output [n, c, h, w] for x, which is what the network sees."""
+        """The guided output [n, c, h, w] for x, which is what the network sees of the latent."""
         part = self._part(step)
+        if self._beside is not None:
+            beside = np.broadcast_to(self._beside, (len(x), *self._beside.shape[1:]))
+            x = np.concatenate([x, beside], axis=1)
         roles: dict[str, NDArray[Any]] = {"sample": x, "timestep": np.array(step.t)}
         if self._guidance.kind == "embedded":
             roles["guidance"] = np.repeat(self._guidance.embedding(), len(x), axis=0)

@@ -53,8 +53,6 @@ def edit_of(
         EdgeflashError: an unknown name, a picture or mask missing or idle, or a size that is off.
     """
     if name is None:
-        if mask is not None:
-            raise EdgeflashError("--mask says where to paint: add --edit inpaint")
         return None
     if name not in EDITS:
         raise unknown("edit", name, EDITS)
@@ -113,6 +111,33 @@ def enlarge(small: UInt8, size: tuple[int, int]) -> Edit:
         return moved
 
     return Edit(size, project)
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """Inpainting without training, for any sampler: what is known, noised as far as x is, stays.
+
+    As diffusers' `StableDiffusionInpaintPipeline` does with networks that see x_t alone, and
+    arXiv 2206.02779, alg. 1.
+
+    Attributes:
+        schedule: that is run.
+        latent: of the picture, [n, c, h, w].
+        noise: that x begins with, and the picture is noised with at every step, [n, c, h, w].
+        painted: cells to paint 1, others 0, [1, 1, h, w].
+    """
+
+    schedule: Schedule
+    latent: Float32
+    noise: Float32
+    painted: Float32
+
+    def __call__(self, x: Float32, row: int) -> Float32:
+        """x after a row of the schedule, with what is known in its place."""
+        entries, p, q = self.schedule.entries, 1.0, 0.0
+        if row + 1 < len(self.schedule.steps):
+            p, q = entries[row + 1].p, entries[row + 1].q
+        return np.where(self.painted > 0, x, p * self.latent + q * self.noise).astype(x.dtype)
 
 
 def renoises(schedule: Schedule) -> bool:

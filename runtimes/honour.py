@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from edgeflash.bundle import ANSWER, DENOISERS, PREDICTING, Bundle, Component, kind_of
 from edgeflash.caching import ROLE
 from edgeflash.conditioning import FROM_SIZE, JOINT
+from edgeflash.conditions import width
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 
@@ -45,7 +46,8 @@ def reasons(bundle: Bundle, runtime: Runtime) -> Iterator[str]:
             yield f"components: {component.name!r} is not known here: pip install -U edgeflash"
         else:
             yield from _about_component(component, runtime)
-    for about in (_about_prompts, _about_timesteps, _about_guidance, _about_caches):
+    told = (_about_prompts, _about_timesteps, _about_guidance, _about_conditions, _about_caches)
+    for about in told:
         yield from about(bundle, bundle.denoiser)
 
 
@@ -122,6 +124,19 @@ def _about_guidance(bundle: Bundle, denoiser: Component) -> Iterator[str]:
             f"guidance.channels: is {guidance.channels}, but components.{denoiser.name}."
             f"{spec.name} takes {spec.shape[-1]}; export it again"
         )
+
+
+def _about_conditions(bundle: Bundle, denoiser: Component) -> Iterator[str]:
+    """Whether the denoiser sees the latent and what the manifest says is beside it, no more."""
+    conditions, latent = bundle.manifest.conditions, bundle.manifest.latent
+    spec, seen = denoiser.input("sample"), latent.channels + width(conditions)
+    if spec and isinstance(spec.shape[1], int) and spec.shape[1] != seen:
+        yield (
+            f"components.{denoiser.name}.{spec.name}: takes {spec.shape[1]} channels, but latent "
+            f"and conditions have {seen}; export it again"
+        )
+    if conditions and not any(c.name == "vae_encoder" for c in bundle.manifest.components):
+        yield "conditions: they are of a picture, but vae_encoder is missing; export it again"
 
 
 def _about_caches(bundle: Bundle, denoiser: Component) -> Iterator[str]:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle
+from edgeflash.conditions import example, masks
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import peak_rss_mib
 from edgeflash.roles import Runtime
@@ -83,7 +84,7 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
     cold_load_ms = _since(start)
 
     texts = tuple(job.prompts[j % len(job.prompts)] for j in range(job.batch))
-    request = Request(texts, seed=job.seed, steps=job.steps, guidance=job.guidance)
+    request = request_of(pipeline.bundle, job, texts)
     of = 1 + job.warmup_runs + job.runs + len(job.prompts)
     stages_ms: dict[str, list[float]] = defaultdict(list)
     runs_ms = []
@@ -119,6 +120,18 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
     )
 
 
+def request_of(bundle: Bundle, job: Job, prompts: tuple[str, ...]) -> Request:
+    """What is drawn; of bundles that see a picture too, of an example."""
+    image = mask = None
+    if bundle.manifest.conditions:
+        made = bundle.manifest.image
+        image, mask = example(job.seed, (made.height, made.width))
+        mask = mask if masks(bundle.manifest.conditions) else None
+    return Request(
+        prompts, seed=job.seed, steps=job.steps, guidance=job.guidance, image=image, mask=mask
+    )
+
+
 def _sustain(
     pipeline: TextToImage, request: Request, seconds: float, tell: Callable[[int, int], None]
 ) -> tuple[float, ...]:
@@ -140,7 +153,7 @@ def _draw_each(pipeline: TextToImage, job: Job, tell: Callable[[int], None]) -> 
     Path(job.images).mkdir(parents=True, exist_ok=True)  # not before all else went well
     names = []
     for j, prompt in enumerate(job.prompts):
-        request = Request(prompt, seed=job.seed, steps=job.steps, guidance=job.guidance)
+        request = request_of(pipeline.bundle, job, (prompt,))
         names.append(f"{j}.png")
         Image.fromarray(pipeline.generate(request).images[0]).save(Path(job.images) / names[-1])
         tell(j)

@@ -13,17 +13,19 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeflash import noise
 from edgeflash.bundle import Bundle
+from edgeflash.conditions import masks, on_cells, sized
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
+from edgeflash.runtimes.autoencoder import decoded, encoded, finite, looked_at
 from edgeflash.runtimes.denoiser import Denoiser
-from edgeflash.runtimes.edit import Edit, renoises
+from edgeflash.runtimes.edit import Blend, Edit, renoises
 from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.honour import refuse
 from edgeflash.runtimes.prompts import Prompts
@@ -44,8 +46,12 @@ class Request:
         guidance: scale of the guidance, >= 0; 1 is the unguided network.
         negative: text to steer away from, for bundles whose guidance kind is ``cfg``.
         size: (height, width) in px, for bundles whose networks leave the size free.
-        image: start from this picture: uint8 [height, width, 3], of the size above.
-        strength: share of the steps to run on ``image``, 0 to 1: how much is painted anew.
+        image: start from this picture: uint8 [height, width, 3], of the size above. Networks that
+            see a picture take a smaller one too.
+        strength: share of the steps to run on ``image``, 0 to 1: how much is painted anew. None:
+            0.6, but 1 with a mask or where the network sees the picture: from noise alone.
+        mask: paint where it is true, [height, width], and keep the rest of ``image``. Networks for
+            inpainting see both; of others latents are blended at every step.
         edit: what is known of the picture, for samplers that noise it anew at every step.
     """
 
@@ -56,7 +62,8 @@ class Request:
     negative: str = ""
     size: tuple[int, int] | None = None
     image: UInt8 | None = None
-    strength: float = 0.6
+    strength: float | None = None
+    mask: NDArray[np.bool_] | None = None
     edit: Edit | None = None
 
     @property
@@ -110,6 +117,7 @@ class _Plan:
     entry: Entry | None
     guidance: Guidance
     shape: tuple[int, ...]  # of the latent [n, c, h, w]
+    blends: bool = False  # puts what is known of a picture back into the latent
 
     @property
     def doubled(self) -> bool:
@@ -138,8 +146,9 @@ class TextToImage:
         self.parts = {c.name: Part(bundle, runtime, c.name) for c in self.manifest.components}
 
     def load(self) -> None:
-        """Loads every component that a text-to-image request needs."""
-        for name in (*self.prompts.tokenizers, self.denoiser, "vae_decoder"):
+        """Loads every component that a request needs which asks for no more than it must."""
+        encoder = ("vae_encoder",) * bool(self.manifest.conditions)
+        for name in (*self.prompts.tokenizers, *encoder, self.denoiser, "vae_decoder"):
             self.parts[name].open()
         if self.bundle.cached:
             self.parts[self.bundle.cached.name].open()
@@ -189,16 +198,18 @@ class TextToImage:
             yield Event(name, 0, steps, told)
         conditioning = self.prompts.joined(answers, self._size(plan.shape))
 
-        latent = None
+        latent = seen = None
         if request.image is not None:
             with self._stage("vae_encoder") as (part, clock):
-                pixels = request.image.astype(np.float32).transpose(2, 0, 1)[None]
-                latent = np.broadcast_to(self._encode(part, pixels), plan.shape)
+                whole = plan.blends or plan.entry is not None
+                image = sized(request.image, self._size(plan.shape))
+                latent, seen = looked_at(part, self.manifest, image, request.mask, whole)
                 told = clock.ms()
             yield Event("vae_encoder", 0, steps, told)
-
-        x, previous = plan.schedule.begin(fresh, latent, plan.entry), None
-        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning)
+        blend = self._blend(request, plan, latent, fresh)
+        start = None if latent is None else np.broadcast_to(latent, plan.shape)
+        x, previous = plan.schedule.begin(fresh, start, plan.entry), None
+        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen)
         with self._denoising(denoiser) as clock:
             for i, step in enumerate(rows):
                 stage = denoiser.open(step)
@@ -209,8 +220,10 @@ class TextToImage:
                 following = advance(step, x, output, noise=fresh, previous=previous)
                 if request.edit and i + 1 < steps:
                     following = self._edited(request.edit, following, plan.schedule, i, fresh)
+                if blend:
+                    following = blend(following, len(plan.schedule.steps) - steps + i)
                 when = f"at step {i + 1} of {steps}"
-                x, previous = _finite(following, stage, when), (x, output)
+                x, previous = finite(following, stage, when), (x, output)
                 told = clock.ms()
                 if self.low_memory:
                     denoiser.close_all_but(rows[i + 1 :])
@@ -229,16 +242,36 @@ class TextToImage:
 
     def _plan(self, request: Request) -> _Plan:
         assert request.prompts, "no prompt"
-        schedule = self._schedule(request)
-        entry = None
+        schedule, masked = self._schedule(request), request.mask is not None
+        self._check_picture(request)
+        entry, told = None, masked or bool(self.manifest.conditions)
         if request.image is not None:
-            if "vae_encoder" not in self.parts:
-                raise self._cannot("start from an image", "it has no vae_encoder")
-            entry = schedule.entry(request.strength)
+            strength = (1.0 if told else 0.6) if request.strength is None else request.strength
+            entry = None if told and strength == 1 else schedule.entry(strength)
         shape = self._shape(request)
         if request.edit:
             self._check_edit(request, request.edit, schedule, shape)
-        return _Plan(schedule, entry, self._guidance(request), shape)
+        blends = masked and not self.manifest.conditions
+        if blends and len(schedule.entries) < len(schedule.steps):
+            raise self._cannot("blend latents", "its schedule does not tell how to noise a picture")
+        return _Plan(schedule, entry, self._guidance(request), shape, blends)
+
+    def _check_picture(self, request: Request) -> None:
+        """Raises where a picture or a mask is missing, or idle."""
+        image, mask, conditions = request.image, request.mask, self.manifest.conditions
+        idle = (mask is None) == masks(conditions) or request.edit
+        if conditions and (image is None or idle):
+            given = "--image and --mask" if masks(conditions) else "--image"
+            raise self._cannot("do that", f"it sees a picture too: give {given}, and no more of it")
+        if image is not None and "vae_encoder" not in self.parts:
+            raise self._cannot("start from an image", "it has no vae_encoder")
+        if mask is None:
+            return
+        if image is None:
+            raise EdgeflashError("a mask says where to paint into a picture: give --image too")
+        if mask.shape != image.shape[:2]:
+            has, of = ("x".join(map(str, each.shape[:2])) for each in (mask, image))
+            raise EdgeflashError(f"the mask is {has} px, but the image {of}: scale one of them")
 
     def _check_edit(
         self, request: Request, edit: Edit, schedule: Schedule, shape: tuple[int, ...]
@@ -288,12 +321,15 @@ class TextToImage:
         shape = (len(request.prompts), latent.channels, height // unit, width // unit)
         sample = self.parts[self.denoiser].component.input("sample")
         assert sample is not None
-        fixed = zip(sample.shape[1:], shape[1:], strict=True)
+        fixed = zip(sample.shape[2:], shape[2:], strict=True)
         if any(isinstance(a, int) and a != b for a, b in fixed):
             raise self._cannot(
                 f"draw {height}x{width} px", f"it was exported for {default.height}x{default.width}"
             )
-        if request.image is not None and request.image.shape != (height, width, 3):
+        conditions = self.manifest.conditions
+        if request.image is not None and conditions and not masks(conditions):
+            sized(request.image, (height, width))
+        elif request.image is not None and request.image.shape != (height, width, 3):
             raise self._cannot(
                 f"start from an image {request.image.shape}", f"it takes ({height}, {width}, 3)"
             )
@@ -312,6 +348,14 @@ class TextToImage:
             if self.low_memory:
                 part.close()
 
+    def _blend(
+        self, request: Request, plan: _Plan, latent: Float32 | None, fresh: Float32
+    ) -> Blend | None:
+        if not plan.blends or latent is None or request.mask is None:
+            return None
+        cells = on_cells(request.mask[None, None], self.manifest.latent.downsampling)
+        return Blend(plan.schedule, latent, fresh, cells)
+
     @contextmanager
     def _denoising(self, denoiser: Denoiser) -> Iterator[_Clock]:
         try:
@@ -327,36 +371,15 @@ class TextToImage:
         p, q = schedule.entries[i + 1].p, schedule.steps[i].c
         with self._stage("vae_decoder") as (part, _):
             clean = ((x - q * fresh) / p).astype(np.float32, copy=False)
-            pixels = edit.project(self._pixels(part, clean).clip(0, 255))
+            pixels = edit.project(decoded(part, clean, self.manifest.latent).clip(0, 255))
         with self._stage("vae_encoder") as (part, _):
-            return p * self._encode(part, pixels) + q * fresh
-
-    def _encode(self, part: Part, pixels: Float32) -> Float32:
-        """Latents [n, c, h, w] of pictures [n, 3, height, width] of 0 to 255."""
-        spec = part.component.input("image")
-        assert spec is not None
-        low, high = spec.range
-        # Encoders of the KL kind give mean and log-variance, in this order; the mean is the latent.
-        channels = self.manifest.latent.channels
-        mean = part(image=pixels * ((high - low) / 255) + low)[:, :channels].astype(np.float32)
-        latent = (mean - self.manifest.latent.shift) * self.manifest.latent.scale
-        encoded: Float32 = _finite(latent, "vae_encoder")
-        return encoded
+            return p * encoded(part, pixels, self.manifest.latent) + q * fresh
 
     def _decode(self, part: Part, x: Float32, edit: Edit | None) -> UInt8:
         """Images uint8 [n, height, width, 3] of latents [n, c, h, w]."""
-        pixels = self._pixels(part, x)
+        pixels = decoded(part, x, self.manifest.latent)
         pixels = np.rint(edit.project(pixels.clip(0, 255)) if edit else pixels)
         return np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1))
-
-    def _pixels(self, part: Part, x: Float32) -> Float32:
-        """Pictures [n, 3, height, width], 0 to 255 and what is beyond, of latents [n, c, h, w]."""
-        latent = self.manifest.latent
-        z = x if (latent.scale, latent.shift) == (1, 0) else x / latent.scale + latent.shift
-        image = _finite(part(latent=z), "vae_decoder")
-        low, high = part.answer.range
-        pixels: Float32 = (image.astype(np.float32) - low) * (255 / (high - low))
-        return pixels
 
 
 class _Clock:
@@ -373,13 +396,3 @@ class _Clock:
 def _draw(shape: tuple[int, ...], seeds: range, k: int) -> Float32:
     """Draw ``k`` of each seed -> [n, c, h, w]."""
     return np.concatenate([noise.randn((1, *shape[1:]), seed, k) for seed in seeds])
-
-
-def _finite(array: Any, stage: str, when: str = "") -> Any:
-    """``array`` itself, if it holds numbers: an overflow would pass as a black picture."""
-    if not np.isfinite(array).all():
-        raise EdgeflashError(
-            f"{stage} gave NaN or infinity{' ' * bool(when)}{when}: its precision overflows here; "
-            "export it with --precision fp32"
-        )
-    return array

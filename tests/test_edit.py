@@ -106,7 +106,6 @@ def test_what_cannot_be_edited_is_said(tmp_path: Path) -> None:
     ("name", "picture", "mask", "said"),
     [
         ("repaint", PICTURE, None, r"no edit 'repaint' .* did you mean 'inpaint'"),
-        (None, PICTURE, PICTURE, r"--mask says where to paint: add --edit inpaint"),
         ("colourise", None, None, r"give the picture with --image"),
         ("inpaint", PICTURE, None, r"--edit inpaint: give --mask, a picture that is white"),
         ("colourise", PICTURE, PICTURE, r"--edit colourise: leave out --mask"),
@@ -120,7 +119,7 @@ def test_a_request_for_an_edit_is_checked(name: Any, picture: Any, mask: Any, sa
 
 
 def test_no_edit_is_none() -> None:
-    assert edit_of(None, PICTURE, None, (8, 8)) is None
+    assert edit_of(None, PICTURE, PICTURE, (8, 8)) is None
 
 
 def test_the_command_edits(tmp_path: Path) -> None:

@@ -19,19 +19,27 @@ def write_student(
     widths: tuple[int, ...] = (16, 32),
     scheduler: str = "LCMScheduler",
     guidance_channels: int | None = None,
+    task: str = "",
     seed: int = 0,
 ) -> Path:
-    """A Stable Diffusion student: 16x16 px with the 2x tiny decoder, latents 8x8."""
+    """A Stable Diffusion student: 16x16 px with the 2x tiny decoder, latents 8x8.
+
+    ``task``: "" or, with a UNet that sees a picture, "Inpaint" or "InstructPix2Pix".
+    """
     import torch
 
     torch.manual_seed(seed)
     write_tokenizer(folder / "tokenizer")
     _text_encoder().save_pretrained(folder / "text_encoder")
-    _unet(mid_block, widths, guidance_channels).save_pretrained(folder / "unet")
+    sees = {"": 4, "InstructPix2Pix": 8, "Inpaint": 9}[task]
+    unet = _unet(mid_block, widths, guidance_channels, sees)
+    unet.save_pretrained(folder / "unet")
     _vae(tiny_decoder).save_pretrained(folder / "vae")
-    _scheduler(scheduler).save_pretrained(folder / "scheduler")
+    # their pipelines do not set this right, as the plain one does
+    options = {"clip_sample": False} if task else {}
+    _scheduler(scheduler, **options).save_pretrained(folder / "scheduler")
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": f"StableDiffusion{task}Pipeline",
         "_diffusers_version": "0.35.0",
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
@@ -80,13 +88,16 @@ def _text_encoder() -> Any:
     )
 
 
-def _unet(mid_block: bool, widths: tuple[int, ...], guidance_channels: int | None) -> Any:
+def _unet(
+    mid_block: bool, widths: tuple[int, ...], guidance_channels: int | None, sees: int
+) -> Any:
     """Listens to prompt and time, as trained ones do and fresh ones hardly."""
     from diffusers import UNet2DConditionModel
 
     crossed = len(widths) - 1
     unet = UNet2DConditionModel(
         sample_size=8,
+        in_channels=sees,
         block_out_channels=widths,
         layers_per_block=1,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * crossed,
@@ -100,6 +111,8 @@ def _unet(mid_block: bool, widths: tuple[int, ...], guidance_channels: int | Non
     for name, parameter in unet.named_parameters():
         if name.endswith(("attn2.to_out.0.weight", "time_emb_proj.weight")):
             parameter.data.mul_(10)
+    unet.conv_in.weight.data[:, 4:5] *= 5  # and to what it sees, if anything, beside x_t
+    unet.conv_in.weight.data[:, 5:] *= 50 if sees == 9 else 5
     return unet
 
 
@@ -122,8 +135,8 @@ def _vae(tiny: bool) -> Any:
     )
 
 
-def _scheduler(name: str) -> Any:
+def _scheduler(name: str, **more: Any) -> Any:
     import diffusers
 
     options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return getattr(diffusers, name)(**options)
+    return getattr(diffusers, name)(**options, **more)
