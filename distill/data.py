@@ -52,8 +52,8 @@ class Store:
             self.size_px = told["size_px"]
             self._pictures = _Joined(folder, told["shards"], self.size_px)
         else:
-            self._pictures = np.load(folder / PICTURES, mmap_mode="r")
-            self.size_px = int(self._pictures.shape[1])
+            pictures = np.load(folder / PICTURES, mmap_mode="r")
+            self._pictures, self.size_px = pictures, int(pictures.shape[1])
 
     def __len__(self) -> int:
         return len(self.captions)
