@@ -91,3 +91,15 @@ def test_a_student_that_was_cut_up_is_saved_whole(tmp_path: Path, name: str) -> 
         ours, theirs = load_file(tmp_path / "halves" / file), load_file(whole / file)
         assert ours.keys() == theirs.keys()
         assert all(torch.allclose(ours[k], v, atol=1e-3) for k, v in theirs.items()), file
+
+
+@pytest.mark.slow
+def test_a_second_derivative_is_refused_in_one_line(tmp_path: Path) -> None:
+    stage = {"by": "gan", "steps": 1, "batch_size": 4, "solver_steps": 2}
+    recipe = small_recipe(tmp_path, stage=[stage], sampling=None)
+
+    def refused() -> None:
+        with pytest.raises(EdgeflashError, match=r"^FSDP: the loss of 'critic' .*r1_weight = 0"):
+            distill(recipe, tmp_path / "student")
+
+    assert two(partial(cut_up, refused)) == [0, 0]
