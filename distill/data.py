@@ -52,8 +52,8 @@ class Store:
             self.size_px = told["size_px"]
             self._pictures = _Joined(folder, told["shards"], self.size_px)
         else:
-            pictures = np.load(folder / PICTURES, mmap_mode="r")
-            self._pictures, self.size_px = pictures, int(pictures.shape[1])
+            self._pictures = packed = np.load(folder / PICTURES, mmap_mode="r")
+            self.size_px = int(packed.shape[1])
 
     def __len__(self) -> int:
         return len(self.captions)

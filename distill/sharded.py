@@ -35,6 +35,8 @@ BLOCKS = (  # gathered one at a time
     "AutoencoderTinyBlock",
 )
 
+UNGATHERED = ("DTensor", "data is not allocated")  # in what torch says of weights that are cut up
+
 
 def heed(accelerator: Accelerator) -> None:
     """Sees to it that FSDP is had where it was asked for, in version 2, and of whole networks.
@@ -160,14 +162,19 @@ def _whole(network: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 @contextmanager
 def in_one_line(player: str, accelerator: Accelerator) -> Iterator[None]:
-    """Tells of what a loss does that weights cut up do not stand."""
+    """Tells of what a loss does that weights cut up do not stand.
+
+    torch gathers them for a network's own call and its backward pass, and frees them after each: a
+    derivative of a gradient finds them gone.
+    """
     try:
         yield
     except RuntimeError as error:
         told = str(error)
-        if not accelerator.is_fsdp2 or not any(word in told for word in ("DTensor", "storage")):
+        if not accelerator.is_fsdp2 or not any(word in told for word in UNGATHERED):
             raise
         raise EdgeflashError(
-            f"FSDP: the loss of {player!r} asks for weights outside of a network's own call, where "
-            f"they are cut up ({told.splitlines()[0]}); launch without FSDP"
+            f"FSDP: the loss of {player!r} asks for weights outside of a network's own call, or for "
+            f"a second derivative, as R1 does ({told.splitlines()[0]}); launch without FSDP, or "
+            "leave that term out (r1_weight = 0)"
         ) from None

@@ -141,6 +141,7 @@ def test_ablations_train(name: str, tmp_path: Path) -> None:
     own = bench._ablations()[name]
     options = {k: v for k, v in own.items() if k not in ("teacher", "base")}
     small = {"steps": 2, "batch_size": 2, "warmup_steps": 0}
+    small |= {"rule": "small"} if own["by"] == "blocks" else {}  # base leaves as much as there is
     sampling = {"steps": [1], "default_steps": 1} if own["by"] == "blocks" else None
     recipe = small_recipe(tmp_path, stage=[options | small], sampling=sampling)
     (told,) = read_json(distill(recipe, tmp_path / "student") / "edgeflash.json")["lineage"][

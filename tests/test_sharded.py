@@ -15,6 +15,7 @@ from test_distill import small_recipe
 from test_processes import CURVE, curve, run, two
 
 from edgeflash.distill import loop
+from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
 
 FSDP = {  # as accelerate launch says it
@@ -66,3 +67,39 @@ def test_two_halves_learn_what_one_whole_does_and_go_on_exactly(
     assert two(partial(cut_up, resumed)) == [0, 0]
     assert (tmp_path / "resumed" / UNET).read_bytes() == (tmp_path / "halves" / UNET).read_bytes()
     assert curve(tmp_path, "resumed") == curve(tmp_path, "halves")
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "lcm": {"target_ema": 0.5},  # a target that is cut up as its network is
+    "lora": {"by": "lcm", "lora_rank": 2, "target_ema": 0.5},
+    "blocks": {"rule": "small"},
+    "decoder": {"width": 8, "blocks": [1, 1], "adversarial_weight": 0.1},  # part of a player's
+    "tcd": {},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_student_that_was_cut_up_is_saved_whole(tmp_path: Path, name: str) -> None:
+    stage = {"by": name, "steps": 2, "batch_size": 4, "accumulate": 4, "ema": 0.5} | SMALL[name]
+    recipe = small_recipe(tmp_path, stage=[stage], sampling=None)
+    whole = distill(recipe, tmp_path / "whole")
+    assert two(partial(cut_up, partial(distill, recipe, tmp_path / "halves"))) == [0, 0]
+    files = [path.relative_to(whole) for path in whole.rglob("*.safetensors")]
+    assert files
+    for file in files:
+        ours, theirs = load_file(tmp_path / "halves" / file), load_file(whole / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[k], v, atol=1e-3) for k, v in theirs.items()), file
+
+
+@pytest.mark.slow
+def test_a_second_derivative_is_refused_in_one_line(tmp_path: Path) -> None:
+    stage = {"by": "gan", "steps": 1, "batch_size": 4, "solver_steps": 2}
+    recipe = small_recipe(tmp_path, stage=[stage], sampling=None)
+
+    def refused() -> None:
+        with pytest.raises(EdgeflashError, match=r"^FSDP: the loss of 'critic' .*r1_weight = 0"):
+            distill(recipe, tmp_path / "student")
+
+    assert two(partial(cut_up, refused)) == [0, 0]
