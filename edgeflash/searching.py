@@ -326,7 +326,8 @@ def _table(found: Found) -> Any:
     from rich.table import Table
 
     title = f"students of {found.teacher} within {told(found.wish.budget_ms)} ms"
-    how = f"{found.where}, {found.wish.steps} steps; {found.blocks} distinct blocks, {found.by}"
+    steps = f"{found.wish.steps} step{'s' * (found.wish.steps != 1)}"
+    how = f"{found.where}, {steps}; {found.blocks} distinct blocks, {found.by}"
     out = Table(title=f"{title}\n{how}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     lost = "output lost" if found.value == LOSS else "kept"
     for heading in ("", "M parameters", lost, "GFLOP", "step ms", "image ms"):
