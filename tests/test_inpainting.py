@@ -282,6 +282,7 @@ def test_methods_that_do_not_are_refused(inpainter: Path, tmp_path: Path) -> Non
         distill(inpainting_recipe(tmp_path, inpainter, by="gan"), tmp_path / "student")
 
 
+@pytest.mark.slow
 def test_the_recipes_scaled_down(tmp_path: Path) -> None:
     """From the embedded teacher to a student of few steps, which diffusers paints with."""
     from diffusers import StableDiffusionInpaintPipeline
