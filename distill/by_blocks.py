@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeflash.errors import EdgeflashError
+from edgeflash.networks_sd import quiet
 from edgeflash.roles import Method
 
 from .draws import rand, randint, randn
@@ -161,7 +162,9 @@ def prune(
     Weights are copied by name; up blocks keep their first and last pair, and count on from the
     stages removed below them. What fits no teacher tensor keeps its fresh initialisation.
     """
-    student = UNet2DConditionModel.from_config(pruned_config(dict(teacher.config), rule, depths))
+    config = pruned_config(dict(teacher.config), rule, depths)
+    with quiet():  # of what edgeflash has noted there
+        student = UNet2DConditionModel.from_config(config)
     dropped = len(teacher.up_blocks) - len(student.up_blocks)
     theirs, ours = teacher.state_dict(), student.state_dict()
     copied = 0
