@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from edgeflash.architecture import FROM_THE_TOP, spelled
 from edgeflash.errors import EdgeflashError
+from edgeflash.networks_sd import quiet
 from edgeflash.roles import Method
 from edgeflash.student import read_json
 
@@ -201,7 +202,8 @@ def prune_to(
     on from the stages removed below them. What fits no teacher tensor keeps its fresh
     initialisation.
     """
-    student = UNet2DConditionModel.from_config(config)
+    with quiet():  # of what edgeflash has noted there
+        student = UNet2DConditionModel.from_config(config)
     dropped = len(teacher.up_blocks) - len(student.up_blocks)
     kept = zip(student.up_blocks, teacher.up_blocks[dropped:], strict=True)
     lasts = [(len(our.resnets) - 1, len(their.resnets) - 1) for our, their in kept]

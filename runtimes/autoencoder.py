@@ -22,8 +22,7 @@ def encoded(part: Part, pixels: Float32, latent: Latent) -> Float32:
     low, high = spec.range
     # Encoders of the KL kind give mean and log-variance, in this order; the mean is the latent.
     mean = part(image=pixels * ((high - low) / 255) + low)[:, : latent.channels]
-    found: Float32 = (mean.astype(np.float32) - latent.shift) * latent.scale
-    finite(found, "vae_encoder")
+    found: Float32 = finite((mean.astype(np.float32) - latent.shift) * latent.scale, "vae_encoder")
     return found
 
 

@@ -247,7 +247,8 @@ def test_a_network_is_shown_what_travels_with_the_captions(inpainter: Path) -> N
 
 def inpainting_recipe(tmp_path: Path, teacher: Path, **stage: Any) -> Any:
     data = {"kind": "folder", "path": str(tmp_path / "in"), "samples": 4, "size_px": 16}
-    picture_folder(tmp_path / "in", 4, 16)
+    if not (tmp_path / "in").exists():
+        picture_folder(tmp_path / "in", 4, 16)
     stage = {"steps": 2, "batch_size": 2} | stage
     plain = {"name": "small", "teacher": str(teacher), "data": data, "stage": [stage]}
     return recipe_of(plain, "test")
@@ -277,11 +278,31 @@ def test_methods_that_say_so_teach_networks_that_see_more(
     assert (moved > 0).all() or by == "decoder"
 
 
+@pytest.mark.slow
+def test_students_of_networks_that_enlarge_see_as_much(tmp_path: Path) -> None:
+    teacher = write_student(
+        tmp_path / "t", tiny_decoder=False, scheduler="DDIMScheduler", task="InstructPix2Pix"
+    )
+    enlarging(teacher, 4)
+    small = inpainting_recipe(tmp_path, teacher, by="blocks", rule="small")
+    pruned = distill(small, tmp_path / "pruned")
+    few = inpainting_recipe(tmp_path, teacher, by="lcm").model_copy(update={"base": str(pruned)})
+    student = Student.open(distill(few, tmp_path / "few"))
+    assert student.family.conditions(student) == of_image(4, 4)
+    assert student.config("unet")["mid_block_type"] is None
+
+
+def enlarging(folder: Path, times: int) -> None:
+    config = json.loads((folder / "unet/config.json").read_text()) | {"enlarges": times}
+    (folder / "unet/config.json").write_text(json.dumps(config))
+
+
 def test_methods_that_do_not_are_refused(inpainter: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeflashError, match="sees a picture beside x_t, which method 'gan' does"):
         distill(inpainting_recipe(tmp_path, inpainter, by="gan"), tmp_path / "student")
 
 
+@pytest.mark.slow
 def test_the_recipes_scaled_down(tmp_path: Path) -> None:
     """From the embedded teacher to a student of few steps, which diffusers paints with."""
     from diffusers import StableDiffusionInpaintPipeline
@@ -316,8 +337,7 @@ def test_pictures_are_enlarged_as_diffusers_changes_them(tmp_path: Path) -> None
 
     folder = tmp_path / "student"
     write_student(folder, scheduler="DDIMScheduler", task="InstructPix2Pix")
-    config = json.loads((folder / "unet/config.json").read_text()) | {"enlarges": 4}
-    (folder / "unet/config.json").write_text(json.dumps(config))
+    enlarging(folder, 4)
     bundle = export_student(
         Student.open(folder),
         shelf.make(Target, "onnx", {}),

@@ -112,7 +112,7 @@ def _unet(
         if name.endswith(("attn2.to_out.0.weight", "time_emb_proj.weight")):
             parameter.data.mul_(10)
     unet.conv_in.weight.data[:, 4:5] *= 5  # and to what it sees, if anything, beside x_t
-    unet.conv_in.weight.data[:, 5:] *= 50 if sees == 9 else 5
+    unet.conv_in.weight.data[:, 5:] *= 50 if sees == 9 else 20
     return unet
 
 
