@@ -118,7 +118,7 @@ def _made_from(tape: Tape, name: str, run: Run) -> Inputs:
         found |= {
             "timestep": tape.timestep,
             "merge": tape.merge,
-            "way": tape.way and repr(tape.way),
+            "way": tape.way and tape.way.cuts,
         }
     return found
 
