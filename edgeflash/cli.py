@@ -147,6 +147,7 @@ def export(
         cache_branch=cache_branch,
         gate=gate,
         floors=read_floors(floor),
+        record_all=auto,
     )
     lower = partial(export_student, opened, options=asked, lasting=not auto)
     if auto:

@@ -26,6 +26,11 @@ class ExportOptions(BaseModel):
         description="recorded for calibration and parity, the first ones ship as goldens; "
         "none: the student's own, or some of all kinds",
     )
+    record_all: bool = Field(
+        False,
+        description="record every prompt even where nothing is calibrated, for exports to other "
+        "precisions to go on from what this one recorded",
+    )
     size: tuple[int, int] | None = Field(
         None, description="(height, width) of images in px; none: what the denoiser was made for"
     )

@@ -113,11 +113,19 @@ class _Search:
     scratch: Path
     console: Console
 
+    @property
+    def asked(self) -> ExportOptions:
+        """Of every export: all go on from what the first one, in floats, records."""
+        from edgeflash.export.plan import CALIBRATED
+
+        every = not set(self.words).isdisjoint(CALIBRATED)
+        return self.wish.asked.model_copy(update={"record_all": every})
+
     def lower(self, target: Target, folder: Path) -> Bundle:
         from edgeflash.export.line import export_student
 
         return export_student(
-            self.student, target, folder, self.wish.asked, console=self.console, lasting=False
+            self.student, target, folder, self.asked, console=self.console, lasting=False
         )
 
     def target(self, point: Point | None, precision: str) -> Quantizing:

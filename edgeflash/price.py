@@ -102,7 +102,7 @@ def price(
         folder, name = _folder(student, Path(scratch), console)
         opened = Student.open(folder)
         work = gflops(opened, size)
-        if opened.guidance().kind == "cfg":
+        if opened.guidance().doubles:
             work[opened.family.denoiser] *= 2
         for way, target in zip(ways, targets, strict=True):
             bundle = _export(opened, target, Path(scratch) / "bundle", steps, size, console)

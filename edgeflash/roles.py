@@ -9,7 +9,7 @@ functions that use them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -180,8 +180,11 @@ class Target(Plugin, ABC):
         """
         return None
 
-    def diverged(self, captured: Captured, out: Path) -> str:
-        """Where a lowered component below ``out`` first goes astray; "" where it cannot say."""
+    def diverged(self, component: str, capture: Callable[[], Captured], out: Path) -> str:
+        """Where a lowered component below ``out`` first goes astray; "" where it cannot say.
+
+        ``capture`` makes its program once more, which takes a while: only where it helps.
+        """
         return ""
 
 

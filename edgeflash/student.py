@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -313,17 +314,20 @@ def folder_sha256(folder: Path) -> str:
     return sha256_of_all(hashes_in(folder))
 
 
-def hashes_in(folder: Path) -> dict[str, str]:
+def hashes_in(folder: Path, homes: Collection[str] | None = None) -> dict[str, str]:
     """Path below the folder -> sha256 of each of its files, sorted.
 
     Neither hidden files and folders count, nor the card, which may be written later.
+
+    ``homes``: what to look at, of the files and folders right in it; None: all.
     """
     found = {}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and relative.as_posix() != "README.md":
-            found[relative.as_posix()] = sha256_of(path)
+    for home in sorted(os.listdir(folder) if homes is None else homes):
+        for path in sorted([folder / home, *(folder / home).rglob("*")]):
+            relative = path.relative_to(folder)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if path.is_file() and not hidden and relative.as_posix() != "README.md":
+                found[relative.as_posix()] = sha256_of(path)
     return found
 
 

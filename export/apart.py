@@ -1,7 +1,7 @@
 """A component's stages in a process of its own, whose memory goes back to the system at its end.
 
-The parent writes a request, then the hashes of the student's files, a line of JSON each; the child
-says in lines of JSON what it does. It ends when its parent does, however that ends.
+The parent writes a request, then the hashes of the files of that component, a line of JSON each;
+the child says in lines of JSON what it does. It ends when its parent does, however that ends.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from edgeflash import talk
 from edgeflash.bundle import Part
 from edgeflash.disk import is_disk_full
 from edgeflash.errors import INTERRUPTED, EdgeflashError, Stopped
@@ -31,16 +32,16 @@ from edgeflash.machine import peak_rss_mib
 from edgeflash.roles import Target
 from edgeflash.shelf import find, make, names
 from edgeflash.student import Student
+from edgeflash.talk import Message, Say
 
 from . import recorded
+from .hashing import Found, Hashes
 from .pack import made_by
-from .stages import Run, make_component, target_name
+from .stages import Run, homes_of, make_component, target_name
 
 COMMAND = [sys.executable, "-m", "edgeflash.export.apart"]
-KILLED, BY_CTRL_C = -9, (-2, INTERRUPTED)
+BY_CTRL_C = (-2, INTERRUPTED)
 NO_MEMORY = ("can't allocate memory", "bad_alloc", "bad allocation")  # torch's, C++'s, ONNX Runtime
-Message = dict[str, Any]
-Say = Callable[[Message], None]
 
 
 class Request(Part):
@@ -87,7 +88,7 @@ class Child:
     """
 
     def __init__(
-        self, request: Request, hashes: Future[dict[str, str]], tell: Callable[[Message], object]
+        self, request: Request, hashes: Future[Found], tell: Callable[[Message], object]
     ) -> None:
         self.component, self._advice = request.component, request.advice
         self.recorded = threading.Event()
@@ -108,7 +109,7 @@ class Child:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
-    def _pass_on(self, hashes: Future[dict[str, str]]) -> None:
+    def _pass_on(self, hashes: Future[Found]) -> None:
         assert self._process.stdin
         if hashes.cancelled() or hashes.exception():
             self._process.stdin.close()  # which ends it
@@ -127,7 +128,7 @@ class Child:
         assert self._process.stdout
         try:
             for line in self._process.stdout:
-                self._hear(_message(line))
+                self._hear(talk.heard(line))
         finally:
             self.recorded.set()  # whatever happens: the parent waits for it
 
@@ -153,7 +154,7 @@ class Child:
             self._hashes.result()
         if str(self._error):
             raise self._error
-        if code == KILLED:
+        if code == talk.KILLED:
             raise out_of_memory(self.component, "its process was killed", self._advice)
         if code in BY_CTRL_C:
             raise KeyboardInterrupt
@@ -170,14 +171,6 @@ class Child:
             with suppress(BrokenPipeError):  # of words that it did not hear any more
                 assert stream
                 stream.close()
-
-
-def _message(line: str) -> Message:
-    """What a child says; empty where somebody else spoke."""
-    with suppress(ValueError):
-        if isinstance(said := json.loads(line), dict):
-            return said
-    return {}
 
 
 def out_of_memory(component: str, how: str, advice: str) -> EdgeflashError:
@@ -203,10 +196,10 @@ def memory_named(component: str, advice: str) -> Iterator[None]:
 
 def main() -> None:
     """The child."""
-    say = _speaker()
+    say = talk.speaker()
     heard = io.FileIO(0, closefd=False)  # a thread in a buffered read would block the exit
     request = Request.model_validate_json(heard.readline())
-    hashes: Future[dict[str, str]] = Future()
+    hashes: Future[Found] = Future()
     threading.Thread(target=_hear, args=(heard, hashes), daemon=True).start()
     try:
         with memory_named(request.component, request.advice):
@@ -225,7 +218,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _hear(heard: io.FileIO, hashes: Future[dict[str, str]]) -> None:
+def _hear(heard: io.FileIO, hashes: Future[Found]) -> None:
     """Takes what the parent says, and ends with it."""
     if line := heard.readline():
         hashes.set_result(json.loads(line))
@@ -233,25 +226,15 @@ def _hear(heard: io.FileIO, hashes: Future[dict[str, str]]) -> None:
     os._exit(1)
 
 
-def _speaker() -> Say:
-    """Speaks to the parent alone: what libraries print goes where complaints go."""
-    words = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def say(message: Message) -> None:
-        print(json.dumps(message), file=words, flush=True)
-
-    return say
-
-
-def _work(request: Request, hashes: Future[dict[str, str]], say: Say) -> None:
+def _work(request: Request, hashes: Future[Found], say: Say) -> None:
     from .line import planned  # which starts children, and so imports this file
 
     loras = [Lora(Path(file), scale) for file, scale in request.loras]
     student = Student.open(request.student, loras)
     target = make(Target, request.to, request.target)
     tape = planned(student, target, request.options).tape
-    run = Run(Path(request.run), hashes, student.lora_scales(), made_by(student, target))
+    own = Hashes({homes_of(student, request.component): hashes})
+    run = Run(Path(request.run), own, student.lora_scales(), made_by(student, target))
     if request.after:
         recorded.take_up(tape, request.after, run.folder / f"record-{request.after}")
     tell, done = partial(_told, say), lambda _: say({"recorded": True})

@@ -31,6 +31,10 @@ class Way(Protocol):
         """How it was asked for."""
 
     @property
+    def cuts(self) -> str:
+        """All that the two graphs depend on: when each of them runs says the schedule."""
+
+    @property
     def gated(self) -> bool:
         """Whether the cached graph hears no prompt."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,7 @@ class Tape:
         plain: latents of some goldens, drawn without "merging", or without "caching".
         loss_db: how far each of these moves their pictures.
         ahead: calls recorded of components that ran beside another.
+        kept: the folder that holds what was recorded last; see `recorded.py`.
     """
 
     student: Student
@@ -135,6 +137,7 @@ class Tape:
     plain: dict[str, list[Array]] = field(default_factory=dict)
     loss_db: dict[str, list[float]] = field(default_factory=dict)
     ahead: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
+    kept: Path | None = None
 
     def seed(self, number: int) -> int:
         """Seed of a golden: they are drawn from different noise."""

@@ -11,13 +11,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from edgeflash.errors import EdgeflashError
+from edgeflash.talk import Message
 
 from . import memory, recorded
-from .apart import Child, Message, Request, memory_named
+from .apart import Child, Request, memory_named
 from .capture import Tape
 from .journal import Outcome, Stage
 from .progress import Stages
-from .stages import Run, lower_stage, make_component, record_stage
+from .stages import Run, homes_of, lower_stage, make_component, record_stage
 
 
 def make_all(
@@ -109,7 +110,8 @@ class _Crew:
         """Sets a child to work, and goes on as soon as its calls are written."""
         while len(self.children) >= self.at_once:
             self._wait(self.children[0])
-        child = Child(request, self.run.hashes, self._tell)
+        hashes = self.run.hashes.parts[homes_of(tape.student, request.component)]
+        child = Child(request, hashes, self._tell)
         self.children.append(child)
         child.recorded.wait()
         if (calls := record.read()) is None:

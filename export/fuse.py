@@ -179,16 +179,12 @@ def _draws(schedule: Schedule) -> int:
     return max(fresh, default=1)
 
 
-def _doubled(manifest: Manifest) -> bool:
-    return manifest.guidance.kind == "cfg" and manifest.guidance.scale != 1
-
-
 def _condition(
     graph: _Graph, bundle: Bundle, runtime: Runtime, ids: ir.Value, rows: int
 ) -> ir.Value:
     """Conditioning [n, s, d]; [2n, s, d] for guidance, that of the empty prompt first."""
     prompt = graph.call("text_encoder", tokens=ids)
-    if not _doubled(bundle.manifest):
+    if not bundle.manifest.guidance.doubles:
         return prompt
     text_encoder = bundle.component("text_encoder")
     encode = Part(runtime.open(bundle.folder, text_encoder), text_encoder)
@@ -238,7 +234,7 @@ def _predict(
         roles["timestep"] = graph.constant(np.array(step.t, spec.dtype))
     if guidance.kind == "embedded":
         roles["guidance"] = graph.constant(np.repeat(guidance.embedding(), rows, axis=0))
-    if not _doubled(manifest):
+    if not guidance.doubles:
         return graph.call(denoiser.name, **roles)
     roles["sample"] = graph.op("Concat", roles["sample"], roles["sample"], axis=0)
     both = graph.call(denoiser.name, **roles)

@@ -4,7 +4,7 @@
 its files and a mark, `<stage>.json`, which is written last: what the stage was made from, and the
 hashes of what it made. A stage is taken up when both still hold. A changed option redoes what it
 shapes, and what follows from that, alone. The folder stays, as a training's does: files of the
-bundle are in it by hard links, which take no space.
+bundle are in it by hard links, which take no space as long as the bundle is there.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
+SHARED = "stages.run"  # of several exports to a folder that will go
 LOCK = "export.lock"  # in a folder of stages: the mark that it is one, held while one works in it
 Inputs = dict[str, Any]
 
@@ -117,13 +118,14 @@ def _plain(table: Inputs) -> Inputs:
 def run_folder(out: Path, *, lasting: bool = True) -> Iterator[Path]:
     """The folder of the stages of ``out``; it goes when none of them was finished.
 
-    ``lasting``: whether it is still there for the next command.
+    ``lasting``: whether it is still there for the next command. Where it is not, all exports to
+    the folder that ``out`` is in go on with each other's stages: they differ in little.
 
     Raises:
         EdgeflashError: a training has it, or a person, or another export is at work there.
         Stopped: Ctrl-C, or a full disk.
     """
-    run = out.parent / f"{out.name}.run"
+    run = out.parent / (f"{out.name}.run" if lasting else SHARED)
     _check_ours(run)
     new = not run.exists()
     with _locked(run, out):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,11 @@ from edgeflash.families import tokenizer_of
 from edgeflash.golden import Sampler
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
-from edgeflash.student import INSTEAD, Student, hashes_in, sha256_of_all
+from edgeflash.student import INSTEAD, Student, sha256_of_all
 from edgeflash.tokenizer import read_tokenizer, unread
 from edgeflash.verify import check_floors, refuse_below, verify
 
-from . import memory, pack
+from . import hashing, memory, pack
 from .apart import request_of
 from .caching import Way, check_rows, rows_of
 from .capture import Tape
@@ -46,7 +47,7 @@ from .components import make_all, unfinished
 from .journal import Outcome, Stage, drop_others, run_folder
 from .merging import MOST
 from .progress import Rates, Stages
-from .stages import Run, component_of, target_name
+from .stages import Run, captured_again, component_of, homes_of, target_name
 from .ways import way_of
 
 PROMPTS = (  # for students that bring none of their own
@@ -80,7 +81,7 @@ def export_student(
         out: folder of the bundle; replaced when it exists.
         options: what else is asked for.
         console: where progress is told; None: the terminal's standard error.
-        lasting: whether ``out`` lies where its stages stay for the next command.
+        lasting: whether ``out`` lies where its stages stay for the next command; see `run_folder`.
 
     Raises:
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
@@ -96,10 +97,11 @@ def export_student(
     stages = Stages(console, _rates(plan, target))
     with (
         run_folder(out, lasting=lasting) as folder,
-        ThreadPoolExecutor(1) as hashing,
+        ThreadPoolExecutor(1) as pool,
         stages.showing(),
     ):
-        hashes = hashing.submit(hashes_in, student.folder)
+        homes = [homes_of(student, name) for name in plan.components]
+        hashes = hashing.begin(student.folder, homes, pool)
         run = Run(folder, hashes, student.lora_scales(), pack.made_by(student, target))
         request = request_of(student, target, options, folder)
         large = memory.large(student, plan.components)
@@ -116,7 +118,7 @@ def export_student(
             proof = {"parity": figures, "unproven": unproven}
             pack.write_manifest(manifest.model_copy(update=proof), draft)
             kept = f"finished stages are kept in {folder}" if lasting else "nothing was written"
-            _refuse(figures, plan, target, draft, out, kept)
+            _refuse(figures, plan, run, draft, out, kept)
         drop_others(folder, plan.components)
     if unproven:
         console.print(unproven, markup=False, highlight=False)
@@ -234,12 +236,12 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     whole = not any(t % 1 for t in times)
     big = sum(p.stat().st_size for p in student.weights(family.denoiser).files) > BIG_BYTES
     goldens = min(1 if big else GOLDENS, len(prompts))
-    calibrates = any(target.calibrates(name) for name in components)
+    every = options.record_all or any(target.calibrates(name) for name in components)
     tape = Tape(
         student,
         target,
         Sampler(schedules[default_steps], guidance, shape, bool(way and way.gated)),
-        prompts if calibrates else prompts[:goldens],
+        prompts if every else prompts[:goldens],
         size,
         timestep=times.pop() if options.fold_timestep and len(times) == 1 else None,
         whole=whole,
@@ -290,7 +292,7 @@ def _pack(
     if remark := target.furnish(student, draft):
         console.print(remark, markup=False)
     goldens = pack.write_goldens(tape, plan.goldens, draft)
-    sha256 = sha256_of_all(run.hashes.result())
+    sha256 = sha256_of_all(run.hashes.all())
     loss_db = {what: round(min(found), 2) for what, found in tape.loss_db.items()}
     conditions = family.conditions(student)
     usual = CACHED_VERSION if tape.way else 1
@@ -337,7 +339,7 @@ def _proved(
 
 
 def _refuse(
-    figures: tuple[Figure, ...], plan: _Plan, target: Target, draft: Path, out: Path, kept: str
+    figures: tuple[Figure, ...], plan: _Plan, run: Run, draft: Path, out: Path, kept: str
 ) -> None:
     """Raises when a rung is missed; tells where it begins, if the target knows."""
     try:
@@ -346,6 +348,7 @@ def _refuse(
         figure = next(f for f in sorted(figures, key=lambda f: f.rung) if not f.passed)
         family = plan.tape.student.family
         name = figure.component if figure.component in plan.components else family.denoiser
-        astray = target.diverged(plan.tape.capture(name), draft)
+        again = partial(captured_again, plan.tape, name, run)
+        astray = plan.tape.target.diverged(name, again, draft)
         hint = f"; first astray: {astray}" if astray else ""
         raise EdgeflashError(f"{error}{hint}; {kept}") from None

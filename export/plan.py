@@ -229,6 +229,9 @@ class Quantizing(Target):
             for name in ("precision", *Quantizing.__annotations__):
                 told.pop(name, None)
             told["floats"] = self.precision_of(component), self.halves(component)
+        else:
+            names = told["plan"]["names"].items()
+            told["plan"]["names"] = {p: word for p, word in names if _may_be_in(component, p)}
         return told
 
     def _chosen(self) -> tuple[str, ...]:
@@ -304,6 +307,12 @@ class Quantizing(Target):
         names = before | {name: word for name, word in found.items() if word != NONE}
         plan = Plan.model_validate({"default": NONE, "names": names})
         path.write_text(plan.toml(), encoding="utf-8")
+
+
+def _may_be_in(component: str, pattern: str) -> bool:
+    """Whether a pattern does not name another component."""
+    head = pattern.partition("/")[0]
+    return head == component or head not in ANSWER
 
 
 def weights_alone(words: Iterable[str]) -> bool:

@@ -273,7 +273,7 @@ class _Back:
         for i, step in enumerate(sampler.schedule.steps):
             seen = step.in_scale * x
             guided = self._predict(drawing, seen, step.t, prompt)
-            if sampler.guidance.kind == "cfg" and sampler.guidance.scale != 1:
+            if sampler.guidance.doubles:
                 bare = self._predict(drawing, seen, step.t, empty)
                 guided = sampler.guidance.guide(bare, guided)
             noise = fresh(i + 1) if step.needs_noise else None

@@ -7,7 +7,6 @@ what was recorded does not depend on a precision, nor the lowered text encoder o
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from edgeflash.student import Student
 
 from . import recorded
 from .capture import Captured, Sample, Tape
+from .hashing import Hashes, Homes
 from .journal import Inputs, Outcome, Stage
 
 Tell = Callable[[str], AbstractContextManager[None]]  # shows a stage while it runs
@@ -32,13 +32,13 @@ class Run:
 
     Attributes:
         folder: of the stages.
-        hashes: of the student's files, by path; being computed.
+        hashes: of the student's files, being computed.
         loras: sha256 of each fused LoRA -> its scale.
         tools: package -> version, and the hash of edgeflash's code; see `pack.made_by`.
     """
 
     folder: Path
-    hashes: Future[dict[str, str]]
+    hashes: Hashes
     loras: dict[str, float]
     tools: dict[str, str]
 
@@ -51,6 +51,12 @@ def home_of(student: Student, component: str) -> str:
     """The folder of a component's weights: a cached graph has its denoiser's."""
     component = whole_name(component)
     return component if component in student.index else "vae"
+
+
+def homes_of(student: Student, component: str) -> Homes:
+    """All folders that a component is made from."""
+    tokenizers = (tokenizer_of(component),) * (component in student.family.text_encoders)
+    return (home_of(student, component), *tokenizers)
 
 
 def record_stage(tape: Tape, name: str, run: Run, before: str) -> Stage:
@@ -103,11 +109,9 @@ def _asked_of(target: Target, name: str) -> Inputs:
 def _made_from(tape: Tape, name: str, run: Run) -> Inputs:
     """What a component is as torch runs it."""
     student, (takes, gives) = tape.student, tape.signature(whole_name(name))
-    homes = [home_of(student, name)]
-    homes += [tokenizer_of(name)] * (name in student.family.text_encoders)
-    files = run.hashes.result().items()
+    homes = homes_of(student, name)
     found: Inputs = {
-        "files": {path: told for path, told in files if path.partition("/")[0] in homes},
+        "files": run.hashes.of(homes),
         "class": student.class_of(homes[0]),
         "loras": run.loras,
         "takes": [spec.model_dump(mode="json") for spec in takes],
@@ -118,7 +122,7 @@ def _made_from(tape: Tape, name: str, run: Run) -> Inputs:
         found |= {
             "timestep": tape.timestep,
             "merge": tape.merge,
-            "way": tape.way and repr(tape.way),
+            "way": tape.way and tape.way.cuts,
         }
     return found
 
@@ -169,6 +173,14 @@ def make_component(
     stage = lower_stage(tape, name, run, kept[0])
     with tell(f"lower {name} to {tape.target.precision_of(name)}"):
         return kept[0], _lower(captured, tape, stage)
+
+
+def captured_again(tape: Tape, name: str, run: Run) -> Captured:
+    """A finished component as a program, without its loop: its calls were recorded."""
+    if tape.target.learns:  # its network notes what it needs as it runs
+        return tape.capture(name)
+    samples = recorded.take_up(tape, name, run.folder / f"record-{name}")
+    return tape.captured(tape.load(name), samples)
 
 
 def _lower(captured: Captured, tape: Tape, stage: Stage) -> Outcome:

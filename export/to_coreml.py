@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -208,17 +208,18 @@ class CoreMlTarget(Target):
                 raise EdgeflashError(f"join: {folder}: its UNet is in chunks; export it as a whole")
             yield f"size_{height}x{width}", package
 
-    def diverged(self, captured: Captured, out: Path) -> str:
+    def diverged(self, component: str, capture: Callable[[], Captured], out: Path) -> str:
         """Evaluates it once more with sums in float32, and weights not quantized.
 
         Of a quantized one it names a layer, if it can: that ``keep`` can leave alone.
         """
         from .quantize_coreml import KINDS
 
-        precision = self.precision_of(captured.component)
+        precision = self.precision_of(component)
         if precision == "fp32":
             return ""
-        names = sorted(path.stem for path in out.glob(f"{PACKAGES[captured.component]}*.mlpackage"))
+        captured = capture()
+        names = sorted(path.stem for path in out.glob(f"{PACKAGES[component]}*.mlpackage"))
         exact = self.model_copy(update={"precision": "fp16", "chunk_mib": 0, "join": ()})
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp16-") as scratch:
             exact.lower(captured, Path(scratch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -115,16 +116,17 @@ class OnnxTarget(Quantizing):
         external_bytes = int(self.external_mib * MIB)
         return fuse(bundle, self.prover(), self.fused, self.precision, external_bytes)
 
-    def diverged(self, captured: Captured, out: Path) -> str:
+    def diverged(self, component: str, capture: Callable[[], Captured], out: Path) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
         from .bisect import first_divergence
 
-        precision = self.precision_of(captured.component)
+        precision = self.precision_of(component)
         if precision == "fp32":
             return ""
+        captured = capture()
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
             whole = self.model_copy(update={"precision": "fp32"}).lower(captured, Path(scratch))
-            found = out / captured.component / "model.onnx"
+            found = out / component / "model.onnx"
             floor_db = FLOORS[precision]["psnr_db"]
             divergence = first_divergence(whole[0], found, captured.samples[0].inputs, floor_db)
         return str(divergence or "")

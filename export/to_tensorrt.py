@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -258,17 +259,18 @@ class TensorRtTarget(Quantizing):
             return StandIn(reason=f"{gpu} is none that they are for")
         return super().prover()
 
-    def diverged(self, captured: Captured, out: Path) -> str:
+    def diverged(self, component: str, capture: Callable[[], Captured], out: Path) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
         from .bisect import first_divergence
 
-        precision = self.precision_of(captured.component)
+        precision = self.precision_of(component)
         if precision == "fp32" or "bf16" in (precision, self.rest):  # ONNX Runtime has no bf16
             return ""
+        captured = capture()
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
             plain = self.model_copy(update={"precision": "fp32"})
             whole = plain._write_onnx(captured, Path(scratch) / "model.onnx")[0]
-            found = out / captured.component / "model.onnx"
+            found = out / component / "model.onnx"
             floor_db = FLOORS[precision]["psnr_db"]
             divergence = first_divergence(whole, found, captured.samples[0].inputs, floor_db)
         return str(divergence or "")

@@ -76,6 +76,10 @@ class Gate:
         return f"--gate {self.step}"
 
     @property
+    def cuts(self) -> str:
+        return "t-gate"
+
+    @property
     def gated(self) -> bool:
         return True
 
@@ -149,6 +153,10 @@ class DeepCache:
     @property
     def flag(self) -> str:
         return f"--deep-cache {self.interval}"
+
+    @property
+    def cuts(self) -> str:
+        return f"deep-cache, branch {self.branch}"
 
     @property
     def gated(self) -> bool:

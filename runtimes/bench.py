@@ -16,7 +16,6 @@ What is measured, and how:
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeflash import shelf
+from edgeflash import shelf, talk
 from edgeflash.bundle import Bundle
 from edgeflash.disk import MANIFEST, sha256_of
 from edgeflash.errors import EdgeflashError
@@ -137,20 +136,19 @@ def run_apart(job: Job, tell: Callable[[int, int], None]) -> Measured:
 
 def _listen(lines: Any, tell: Callable[[int, int], None]) -> Measured | None:
     for line in lines:
-        if not line.startswith("{"):  # a vendor's library may print to the same place
-            continue
-        message = json.loads(line)
+        message = talk.heard(line)
         if "error" in message:
             raise EdgeflashError(message["error"])
         if "measured" in message:
             return Measured.model_validate(message["measured"])
-        tell(message["done"], message["of"])
+        if "done" in message:
+            tell(message["done"], message["of"])
     return None
 
 
 def _why(code: int, complaint: str) -> str:
     last = complaint.strip().splitlines()[-1:] or ["it said nothing"]
-    if code == -9:
+    if code == talk.KILLED:
         return "bench: the measured process was killed, most likely out of memory: try --low-memory"
     return f"bench: the measured process ended with code {code}: {last[0]}"
 

@@ -7,7 +7,6 @@ found.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from edgeflash import shelf
+from edgeflash import shelf, talk
 from edgeflash.bundle import Bundle
 from edgeflash.conditions import example, masks
 from edgeflash.errors import EdgeflashError
@@ -174,18 +173,15 @@ def _since(start: float) -> float:
     return (time.perf_counter() - start) * 1000
 
 
-def _say(message: dict[str, Any]) -> None:
-    print(json.dumps(message), flush=True)
-
-
 def main() -> None:
+    say = talk.speaker()
     job = Job.model_validate_json(sys.stdin.read())
     try:
-        found = measure(job, lambda done, of: _say({"done": done, "of": of}))
+        found = measure(job, lambda done, of: say({"done": done, "of": of}))
     except EdgeflashError as error:
-        _say({"error": str(error)})
+        say({"error": str(error)})
         raise SystemExit(2) from None
-    _say({"measured": found.model_dump(mode="json")})
+    say({"measured": found.model_dump(mode="json")})
 
 
 if __name__ == "__main__":

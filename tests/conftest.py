@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from exported import Exported, export
 from tiny_student import write_student
 
 from edgeflash import shelf
-from edgeflash.export.capture import Captured, Keep, Tape
+from edgeflash.export.capture import Captured, Keep, Network, Sample, Tape
+from edgeflash.export.journal import Stage
 from edgeflash.roles import Target
 from edgeflash.schedule import Guidance
 
@@ -59,11 +61,29 @@ def one_step(one_step_student: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def replay(monkeypatch: pytest.MonkeyPatch, one_step: Exported) -> None:
-    """Exports of the one-step student take what was captured before."""
+    """Exports of the one-step student take what was captured before, without a loop."""
 
     def capture(tape: Tape, name: str, keep: Keep = lambda calls: None) -> Captured:
         tape.goldens = one_step.goldens
         keep(one_step.captured[name].samples)
         return one_step.captured[name]
 
+    def captured(tape: Tape, network: Network, samples: tuple[Sample, ...]) -> Captured:
+        return replace(one_step.captured[network.component], samples=samples)
+
     monkeypatch.setattr(Tape, "capture", capture)
+    monkeypatch.setattr(Tape, "captured", captured)
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stages of exports in the order in which they are begun."""
+    names: list[str] = []
+    real = Stage.begin
+
+    def begin(stage: Stage) -> Path:
+        names.append(stage.name)
+        return real(stage)
+
+    monkeypatch.setattr(Stage, "begin", begin)
+    return names

@@ -119,6 +119,16 @@ def test_what_goes_wrong_in_the_measured_process_is_told(tmp_path: Path) -> None
         )
 
 
+def test_what_a_vendor_prints_is_no_message() -> None:
+    told: list[tuple[int, int]] = []
+    noise = ["{a brace\n", '{"level": "warning"}\n', "[1]\n", "\n"]
+    lines = [*noise, '{"done": 1, "of": 2}\n', *noise]
+    assert bench._listen(lines, lambda *progress: told.append(progress)) is None
+    assert told == [(1, 2)]
+    with pytest.raises(EdgeflashError, match="no such runtime"):
+        bench._listen([*noise, '{"error": "no such runtime"}\n'], lambda *_: None)
+
+
 def test_what_can_be_refused_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     folder, out, told = tiny(tmp_path / "b"), tmp_path / "out", []
 

@@ -91,7 +91,8 @@ def test_killed_between_the_denoiser_and_its_cached_graph(
 
     begun.clear()
     export(guided_student, cut, CACHED.model_copy(update={"deep_cache": 3}))
-    assert begun == [*STAGES[2:7], "verify"], "neither text encoder nor decoder is lowered anew"
+    records = [f"record-{part}" for part in PARTS[1:]]
+    assert begun == [*records, "verify"], "the graphs are the same, whenever each of them runs"
 
 
 @pytest.mark.slow

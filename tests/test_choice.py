@@ -18,8 +18,11 @@ from edgeflash import choice
 from edgeflash.bundle import Bundle
 from edgeflash.choice import Candidate, choice_table, export_best, judged, precisions
 from edgeflash.errors import EdgeflashError, Stopped
+from edgeflash.export.line import export_student
 from edgeflash.export.pack import write_manifest
+from edgeflash.export_options import ExportOptions
 from edgeflash.roles import Target
+from edgeflash.student import Student
 
 WHOLE = Candidate(name="fp32", mib=20.0, latency_ms=20.0, image_db=99.0)
 
@@ -98,6 +101,23 @@ def test_the_bundle_that_is_kept_says_what_was_tried(tmp_path: Path) -> None:
     console = Console(width=120, file=io.StringIO(), record=True)
     console.print(choice_table(made))
     assert "19.0 ms, where int8 has 10.0" in console.export_text()
+
+
+@pytest.mark.usefixtures("timed", "replay")
+def test_precisions_share_what_does_not_depend_on_them(
+    one_step_student: Path, tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One loop for all of them, and the text encoder in halves once, though int8 calibrates."""
+    monkeypatch.setattr(choice, "precisions", lambda to: ("fp32", "fp16", "int8"))
+    monkeypatch.setitem(TIMES, "fp16", 15.0)
+    asked, student = ExportOptions(record_all=True), Student.open(one_step_student)
+    lower = partial(export_student, student, options=asked, console=QUIET, lasting=False)
+    export_best("onnx", {}, lower, tmp_path / "bundle", "speed", QUIET)
+    parts = ("text_encoder", "unet", "vae_decoder")
+    both = [f"{stage}-{part}" for part in parts for stage in ("record", "lower")]
+    lowered = [f"lower-{part}" for part in parts]
+    assert begun == [*both, "verify", *lowered, "verify", *lowered[1:], "verify"]
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_mistakes_are_told_before_the_work(tmp_path: Path) -> None:

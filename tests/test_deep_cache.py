@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import test_t_gate
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from exported import attempt
@@ -109,6 +110,20 @@ def test_fed_by_the_same_step_every_branch_gives_what_the_whole_gives(
     assert sizes[-1] < sum(p.numel() for p in whole_unet.parameters())
     with pytest.raises(EdgeflashError, match=f"has the branches 0 to {branches - 2}"):
         DeepCache(2, branches - 1).cut(plain, cells)
+
+
+@pytest.mark.parametrize("added", ["text", "text_time"], ids=["text in the time", "as SDXL"])
+def test_what_else_tells_of_the_prompt_is_heard(added: str) -> None:
+    """The outermost layers attend to nothing, but the prompt comes with the time too."""
+    plain = test_t_gate.network(added)
+    whole, cached = DeepCache(2).cut(plain, test_t_gate.CELLS)
+    told = test_t_gate.given(plain, rows=2)
+    prediction, left = whole.module(*told)
+    heard = {spec.role for spec in cached.inputs}
+    own = [each for spec, each in zip(plain.inputs, told, strict=True) if spec.role in heard]
+    assert torch.equal(cached.module(*own, left), prediction)
+    said = {"conditioning"} if added == "text" else {"pooled", "time_ids"}
+    assert heard == {"sample", "timestep", "cache.0", *said}, "and nothing that is not listened to"
 
 
 def test_other_blocks_are_refused() -> None:

@@ -15,7 +15,7 @@ from exported import QUIET
 from forked import forked
 from rich.console import Console
 
-from edgeflash import shelf
+from edgeflash import shelf, talk
 from edgeflash.bundle import Bundle
 from edgeflash.disk import MANIFEST
 from edgeflash.distill.run import distill
@@ -186,7 +186,7 @@ def test_a_training_leaves_stages_of_an_export(tmp_path: Path) -> None:
 
 def test_a_child_speaks_apart_from_what_libraries_print(capfd: pytest.CaptureFixture[str]) -> None:
     def speaks() -> None:
-        say = apart._speaker()
+        say = talk.speaker()
         os.write(1, b"{a vendor")
         say({"begin": "x"})
 
@@ -197,7 +197,7 @@ def test_a_child_speaks_apart_from_what_libraries_print(capfd: pytest.CaptureFix
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_listener_that_dies_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(message: apart.Message) -> None:
+    def fails(message: talk.Message) -> None:
         raise OSError("a closed terminal")
 
     code = 'print(\'{"begin": "x"}\', flush=True); import time; time.sleep(60)'

@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,11 @@ from edgeflash import shelf
 from edgeflash.bundle import Bundle
 from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
-from edgeflash.export import apart, line, pack, plan
+from edgeflash.export import apart, hashing, line, pack, plan
 from edgeflash.export.journal import Outcome, Stage
 from edgeflash.export.line import export_student, planned
 from edgeflash.export.plan import Plan
-from edgeflash.export.stages import Run, lower_stage, record_stage
+from edgeflash.export.stages import Run, homes_of, lower_stage, record_stage
 from edgeflash.export_options import ExportOptions
 from edgeflash.roles import Target
 from edgeflash.schedule import Guidance
@@ -41,20 +43,6 @@ FLOAT: dict[str, Any] = {}
 def export(student: Path, out: Path, asked: dict[str, Any], **options: Any) -> Bundle:
     target, told = shelf.make(Target, "onnx", asked), ExportOptions(**options)
     return export_student(Student.open(student), target, out, told, console=QUIET)
-
-
-@pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stages in the order in which they are begun."""
-    names: list[str] = []
-    real = Stage.begin
-
-    def begin(stage: Stage) -> Path:
-        names.append(stage.name)
-        return real(stage)
-
-    monkeypatch.setattr(Stage, "begin", begin)
-    return names
 
 
 def dies() -> None:
@@ -164,17 +152,18 @@ def inputs_of(
     """What each stage is made from."""
     opened, target = Student.open(student), shelf.make(Target, to, asked)
     plan = planned(opened, target, ExportOptions(**options))
-    hashes: Any = apart.Future()
-    hashes.set_result(hashes_in(student))
-    run, calls = Run(Path(), hashes, {}, {}), Outcome(inputs={}, files=())
+    homes = [homes_of(opened, name) for name in plan.components]
     found: dict[str, Any] = {}
-    for name in plan.components:
-        tape = plan.tape
-        for stage in (record_stage(tape, name, run, ""), lower_stage(tape, name, run, calls)):
-            found[stage.name] = json.loads(json.dumps(stage.inputs()))
+    with ThreadPoolExecutor(1) as pool:
+        run = Run(Path(), hashing.begin(student, homes, pool), {}, {})
+        tape, calls = plan.tape, Outcome(inputs={}, files=())
+        for name in plan.components:
+            for stage in (record_stage(tape, name, run, ""), lower_stage(tape, name, run, calls)):
+                found[stage.name] = json.loads(json.dumps(stage.inputs()))
     return found
 
 
+HOMES = [("text_encoder", "tokenizer"), ("unet",)]
 ALL = {f"{stage}-{part}" for part in PARTS for stage in ("record", "lower")}
 RECORDS = {name for name in ALL if name.startswith("record")}
 RECORDED = RECORDS | {"record-unet_cached"}
@@ -182,6 +171,12 @@ UNET, DECODER = {"record-unet", "lower-unet"}, {"record-vae_decoder", "lower-vae
 INT8: dict[str, Any] = {"precision": "int8"}
 BOTH = UNET | {"record-unet_cached", "lower-unet_cached"}
 SOME: dict[str, Any] = {"steps": (4,), "deep_cache": 2}
+
+
+def planned_words(word: str) -> dict[str, Any]:
+    """Of a target: a plan that gives the UNet this word."""
+    names = {"text_encoder/*": "int8-weights", "unet/*": word}
+    return {"precision": "int8-weights", "plan": {"default": "none", "names": names}}
 
 
 @pytest.mark.parametrize(
@@ -197,9 +192,13 @@ SOME: dict[str, Any] = {"steps": (4,), "deep_cache": 2}
         (({}, {}), ({}, {"merge_tokens": 0.5}), UNET),
         (({}, {}), ({}, {"fold_timestep": False}), UNET),
         (({}, {"steps": (4,)}), ({}, SOME), UNET),
-        (({}, SOME), ({}, SOME | {"deep_cache": 3}), BOTH),
+        (({}, SOME), ({}, SOME | {"deep_cache": 3}), BOTH & RECORDED),
         (({}, SOME), ({}, SOME | {"cache_branch": 1}), BOTH),
-        (({}, {"steps": (4,), "gate": 1}), ({}, {"steps": (4,), "gate": 2}), BOTH),
+        (({}, {"steps": (4,), "gate": 1}), ({}, {"steps": (4,), "gate": 2}), BOTH & RECORDED),
+        (({}, SOME), ({}, {"steps": (4,), "gate": 2}), BOTH),
+        (({}, {}), ({}, {"record_all": True}), RECORDS),
+        (({}, {"record_all": True}), (INT8, {}), ALL - RECORDS),
+        ((planned_words("int8-weights"), {}), (planned_words("int4-weights"), {}), {"lower-unet"}),
         ((INT8, SOME), (INT8 | {"attention": True}, SOME), {*BOTH, *DECODER} - RECORDED),
         (({}, {}), ({}, {"size": (32, 16)}), UNET | DECODER),
         ((INT8, {}), (INT8 | {"attention": True}, {}), {"lower-unet", "lower-vae_decoder"}),
@@ -224,6 +223,28 @@ def test_a_changed_file_redoes_its_component(one_step_student: Path, tmp_path: P
     (other / "scheduler/scheduler_config.json").touch()
     now = inputs_of(other, {}, {})
     assert {name for name in was if was[name] != now[name]} == DECODER
+    (other / "tokenizer/merges.txt").write_text((other / "tokenizer/merges.txt").read_text() + "\n")
+    last = inputs_of(other, {}, {})
+    text = {"record-text_encoder", "lower-text_encoder"}
+    assert {name for name in was if last[name] != now[name]} == text
+
+
+def test_a_component_waits_for_the_hashes_of_its_own_files(one_step_student: Path) -> None:
+    """The first one is done while the others are still being read."""
+    go_on = threading.Event()
+
+    def hashed(folder: Path, homes: tuple[str, ...]) -> dict[str, str]:
+        assert homes == HOMES[0] or go_on.wait(60)
+        return hashes_in(folder, homes)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(hashing, "hashes_in", hashed)
+        found = hashing.begin(one_step_student, [HOMES[0], HOMES[1], HOMES[0]], pool)
+        first = found.of(HOMES[0])
+        assert {path.partition("/")[0] for path in first} == set(HOMES[0])
+        assert not found.parts[HOMES[1]].done()
+        go_on.set()
+        assert [*found.all().items()] == [*hashes_in(one_step_student).items()]
 
 
 def test_core_ml_lowers_with_what_it_learned_as_it_recorded(one_step_student: Path) -> None:

@@ -47,7 +47,11 @@ def test_a_bad_quantization_names_the_operator(one_step_student: Path, tmp_path:
         scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / 50, scale.name))
 
     target = shelf.make(Target, "onnx", {"precision": "int8"})
-    real = quantize.quantize_static
+    real, capture, passed = quantize.quantize_static, Tape.capture, list[str]()
+
+    def runs(tape: Tape, name: str, keep: Keep) -> Captured:
+        passed.append(name)
+        return capture(tape, name, keep)
 
     def quantized(path: Path, captured: Captured, *rest: Any, **more: Any) -> Path:
         found = real(path, captured, *rest, **more)
@@ -59,9 +63,11 @@ def test_a_bad_quantization_names_the_operator(one_step_student: Path, tmp_path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "quantize_static", quantized)
+        patch.setattr(Tape, "capture", runs)
         said = attempt(one_step_student, tmp_path / "out", target)
     assert "rung L1, unet: psnr_db" in said
     assert "first astray: " in said
+    assert passed == ["text_encoder", "unet", "vae_decoder"], "the loop does not run again"
 
 
 @pytest.mark.usefixtures("replay")

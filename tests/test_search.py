@@ -279,12 +279,14 @@ def measured(tried: Sequence[Tried], console: Any) -> None:
 
 @pytest.mark.usefixtures("replay")
 def test_a_plan_within_its_budget_is_searched_exported_and_told(
-    one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_step_student: Path, tmp_path: Path, begun: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "measure_in_turn", measured)
     wish = Wish("onnx", {}, Budget(mib=0.325))
     student, out = Student.open(one_step_student), tmp_path / "deep/plan.toml"
     made = planning.search(student, wish, out, tmp_path / "report", QUIET)
+    records = [name for name in begun if name.startswith("record")]
+    assert len(records) == 3 and begun.count("lower-unet") > 1, "all go on from one loop"
     plan = read_plan(out)
     assert plan.default == "none" and set(plan.names.values()) <= {*LIGHT}
     assert read_report(tmp_path / "report") == made
