@@ -175,6 +175,6 @@ def in_one_line(player: str, accelerator: Accelerator) -> Iterator[None]:
             raise
         raise EdgeflashError(
             f"FSDP: the loss of {player!r} asks for weights outside of a network's own call, or "
-            f"for a second derivative, as R1 does ({told.splitlines()[0]}); launch without FSDP, or "
-            "leave that term out (r1_weight = 0)"
+            f"for a second derivative, as R1 does ({told.splitlines()[0]}); launch without FSDP, "
+            "or leave that term out (r1_weight = 0)"
         ) from None
