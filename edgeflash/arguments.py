@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 import tomllib
@@ -50,7 +51,7 @@ def read_floors(pairs: list[str] | None) -> dict[str, float]:
     """``METRIC=NUMBER`` pairs."""
     floors = read_options(pairs, "--floor")
     for name, value in floors.items():
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or not math.isfinite(value):
             raise EdgeflashError(f"--floor {name}={value}: the value must be a number")
     return floors
 
@@ -83,7 +84,7 @@ def read_counts(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise EdgeflashError(f"--steps {text}: write numbers with commas, as in 1,2,4") from None
 

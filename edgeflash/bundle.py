@@ -7,21 +7,26 @@ it with any JSON parser. Nothing in it is secret and no path is absolute.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from edgeflash.caching import cached_name, whole_name
-from edgeflash.disk import MANIFEST, sha256_of
+from edgeflash.disk import sha256_of
 from edgeflash.errors import EdgeflashError
+from edgeflash.manifest import parse_manifest, read_manifest
 from edgeflash.schedule import Guidance, Schedule
 
-FORMAT_VERSION = 3  # the newest that is read
 CACHED_VERSION = 2  # of bundles with a cached graph; plain ones are still written as 1
 CONDITIONED_VERSION = 3  # of bundles whose denoiser sees more than x_t
 ANSWER = {  # component -> role of the output that the loop goes on with
@@ -95,6 +100,13 @@ class File(Part):
     path: str  # relative to the bundle, forward slashes
     bytes: int
     sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        if PureWindowsPath(path).anchor or ".." in PureWindowsPath(path).parts:
+            raise ValueError(f"{path} leads out of the bundle")
+        return path
 
 
 class Engine(Part):
@@ -230,7 +242,7 @@ class Manifest(Part):
     kind: Literal["bundle"] = "bundle"
     family: str
     name: str
-    components: tuple[Component, ...]
+    components: tuple[Component, ...] = Field(min_length=1)
     tokenizer: Tokenizer
     latent: Latent
     image: Image
@@ -257,6 +269,19 @@ class Manifest(Part):
     def gated(self) -> bool:
         """Whether the cached graph runs without guidance, on what the prompt had said before."""
         return self.caching is not None and self.caching.method == "t-gate"
+
+    @model_validator(mode="after")
+    def _has_its_channels(self) -> Manifest:
+        for component in self.components:
+            spec = component.input("latent")
+            if component.name != "vae_decoder" or spec is None or len(spec.shape) != 4:
+                continue
+            found = spec.shape[spec.layout.index("C") if "C" in spec.layout else 1]
+            if isinstance(found, int) and found != self.latent.channels:
+                raise ValueError(
+                    f"latent.channels: {self.latent.channels}, but the decoder takes {found}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _has_its_schedules(self) -> Manifest:
@@ -326,38 +351,6 @@ class Bundle:
     def bytes(self) -> int:
         """Size on disk of all files that ship, without the manifest."""
         return sum(file.bytes for file in self.files())
-
-
-def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """The JSON of `edgeflash.json`, after the checks that every kind of folder shares."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise EdgeflashError(f"{folder}: no {kind} folder ({MANIFEST} is missing)")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EdgeflashError(f"{path}: not readable as JSON ({error}); export it again") from None
-    version = data.get("format_version", 0) if isinstance(data, dict) else 0
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise EdgeflashError(
-            f"{path}: format {version} is newer than this edgeflash reads ({FORMAT_VERSION}): "
-            "pip install -U edgeflash"
-        )
-    if not isinstance(data, dict) or data.get("kind") != kind:
-        found = data.get("kind") if isinstance(data, dict) else type(data).__name__
-        raise EdgeflashError(f"{path}: is a {found}, not a {kind}")
-    return data
-
-
-def parse_manifest(model: type[Any], data: dict[str, Any], folder: Path) -> Any:
-    """``model.model_validate(data)``, its complaint as one line that names the field."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        said = f"field {field}: " * bool(field) + first["msg"].removeprefix("Value error, ")
-        raise EdgeflashError(f"{folder / MANIFEST}: {said}") from None
 
 
 def describe_file(folder: Path, relative: str) -> File:

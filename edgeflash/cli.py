@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
+from edgeflash import __version__
 from edgeflash.arguments import (
     Floors,
     On,
@@ -43,6 +44,15 @@ app = typer.Typer(
 )
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+@app.callback()
+def edgeflash(
+    version: Annotated[bool, typer.Option("--version", help="Print it and stop.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
 
 
 @app.command()
@@ -182,6 +192,8 @@ def plan(
     """Search what to quantize, under a budget: student folder -> plan.toml and a report."""
     from edgeflash.export_options import ExportOptions
     from edgeflash.planning import Budget, Wish, plans_table, search
+    from edgeflash.roles import Target
+    from edgeflash.shelf import find
     from edgeflash.student import Student
 
     budget = Budget(budget_mib, budget_ms)
@@ -189,6 +201,7 @@ def plan(
         steps=read_counts(steps), size=read_size(size), prompts=tuple(prompt or ())
     )
     held = tuple(words.split(",")) if words else ()
+    find(Target, to)  # says what is missing, before the work
     wish = Wish(to, read_options(set_), budget, held, asked)
     found = search(Student.open(student), wish, out_toml, report_dir, err, command=typed())
     out.print(plans_table(found))

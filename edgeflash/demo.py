@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from edgeflash.bundle import Bundle, parse_manifest, read_manifest
+from edgeflash.bundle import Bundle
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import ExportOptions
 from edgeflash.machine import Machine
+from edgeflash.manifest import parse_manifest, read_manifest
 from edgeflash.recipe import find_recipe, read_recipe
 from edgeflash.report import REPORT, Report, System, SystemsTable
 from edgeflash.report_html import Cell, Grid, write_html

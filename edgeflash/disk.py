@@ -56,7 +56,8 @@ def check_replaceable(out: Path, *sources: Path, kind: str = "") -> None:
     held = os.listdir(out) if out.is_dir() else ["a file"] * out.exists()
     begun = (out.parent / f"{out.name}.run" / TRAINING).is_file()  # by what is trained there
     if held and MANIFEST not in held and not begun:
-        raise EdgeflashError(f"{out}: holds something else; choose another --out")
+        what = "holds something else" if out.is_dir() else "is a file"
+        raise EdgeflashError(f"{out}: {what}; choose another --out")
     for source in sources:
         if source.resolve().is_relative_to(out.resolve()):
             raise EdgeflashError(f"{out}: would replace {source}, which it is made from")

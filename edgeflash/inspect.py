@@ -12,11 +12,12 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from edgeflash.bundle import Bundle, Caching, Figure, read_manifest
+from edgeflash.bundle import Bundle, Caching, Figure
 from edgeflash.disk import MANIFEST
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.gpu import find_gpu
+from edgeflash.manifest import read_manifest
 from edgeflash.roles import Method, Plugin, Runtime, Target
 from edgeflash.shelf import EXTRAS, SHELVES, absent, find, imported_as, missing, names, pip_line
 

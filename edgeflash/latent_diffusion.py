@@ -89,7 +89,7 @@ class LatentDiffusion(Family):
         cell, unit = latent.downsampling, self.unit(student)
         if height % unit or width % unit or min(size) < unit:
             raise EdgeflashError(
-                f"size {height}x{width}: both sides must be multiples of {unit} px"
+                f"size {height}x{width}: both sides must be multiples of {unit} px, {unit} at least"
             )
         most = student.config(self.denoiser).get("pos_embed_max_size")  # of SD 3's, in patches
         if most and max(size) > most * unit:

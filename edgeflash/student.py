@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from edgeflash import align_your_steps
-from edgeflash.bundle import Part, parse_manifest, read_manifest
+from edgeflash.bundle import Part
 from edgeflash.disk import MANIFEST, sha256_of, write_atomic
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.lora import Lora
+from edgeflash.manifest import parse_manifest, read_manifest
 from edgeflash.noise_correction import MARK, corrected
 from edgeflash.schedule import Guidance, Schedule, lower_schedule
 from edgeflash.weights import check_weights

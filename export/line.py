@@ -93,6 +93,7 @@ def export_student(
     check_floors(options.floors)
     check_replaceable(out, student.folder, kind="bundle")
     plan = planned(student, target, options)
+    memory.check_size(student, plan.tape.size)
     _tell_changed(student, options, console)
     stages = Stages(console, _rates(plan, target))
     with (
@@ -146,7 +147,7 @@ def _check_target(target: Target, student: Student, options: ExportOptions) -> N
         _check_caching(target, student, way)
     merge_tokens = options.merge_tokens
     if not 0 <= merge_tokens <= MOST:
-        raise EdgeflashError(f"--merge-tokens {merge_tokens:g}: give a share of at most {MOST}")
+        raise EdgeflashError(f"--merge-tokens {merge_tokens:g}: give a share from 0 to {MOST}")
     if merge_tokens and student.family.denoiser != "unet":
         raise EdgeflashError(
             f"--merge-tokens: merges those of UNets alone so far, and {student.folder} has a "

@@ -68,6 +68,24 @@ def estimate(student: Student, target: Target, component: str) -> float:
     return (BASE_BYTES if numbers > APART_NUMBERS else 0) + numbers * each
 
 
+def check_size(student: Student, size: tuple[int, int]) -> None:
+    """Refuses pictures of (height, width) px that not even the decoder's last layers have room for.
+
+    Raises:
+        EdgeflashError: what one layer takes and gives, at the pictures' own size, exceeds this
+            machine.
+    """
+    config, most = student.config("vae"), installed_bytes()
+    widths = config.get("decoder_block_out_channels") or config.get("block_out_channels") or [1]
+    wanted = 2 * 4 * widths[0] * math.prod(size)
+    if most is not None and wanted > most:
+        raise EdgeflashError(
+            f"{student.folder}: the decoder would take some {wanted / GIB:,.0f} GiB of memory for "
+            f"{size[0]}x{size[1]} px (an estimate), {most / GIB:.1f} GiB is all there is: choose a "
+            "smaller --size"
+        )
+
+
 def check(student: Student, target: Target, components: Sequence[str], console: Console) -> int:
     """Whether there is room for every component by itself; warns where it is not free now.
 

@@ -69,7 +69,8 @@ def finite(array: Any, stage: str, when: str = "") -> Any:
     """``array`` itself, if it holds numbers: an overflow would pass as a black picture."""
     if not np.isfinite(array).all():
         raise EdgeflashError(
-            f"{stage} gave NaN or infinity{' ' * bool(when)}{when}: its precision overflows here; "
-            "export it with --precision fp32"
+            f"{stage} gave NaN or infinity{' ' * bool(when)}{when}: its precision overflows here, "
+            "or its file was altered, which edgeflash verify tells; else export it with "
+            "--precision fp32"
         )
     return array

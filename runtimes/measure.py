@@ -7,8 +7,10 @@ found.
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -173,7 +175,15 @@ def _since(start: float) -> float:
     return (time.perf_counter() - start) * 1000
 
 
+def _end_with(parent: int) -> None:
+    """Nobody hears what is measured any more, and it may be at work for long."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     say = talk.speaker()
     job = Job.model_validate_json(sys.stdin.read())
     try:

@@ -19,7 +19,9 @@ class ExecuTorchRuntime(Runtime):
     needs: ClassVar[tuple[str, ...]] = ("executorch", "torch")
     opens: ClassVar[tuple[str, ...]] = ("executorch",)
 
-    threads: int = Field(0, ge=0, description="CPU threads of the process; 0: ExecuTorch's choice")
+    threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads of the process; 0: ExecuTorch's choice"
+    )
 
     def open(self, folder: Path, component: Component) -> ExecuTorchSession:
         """Loads the component's program.

@@ -56,7 +56,9 @@ class OnnxRuntime(Runtime):
     provider: Provider = Field(
         "auto", description="where to run; auto: cuda where this onnxruntime has it, else cpu"
     )
-    threads: int = Field(0, ge=0, description="CPU threads inside an operator; 0: one per core")
+    threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads inside an operator; 0: one per core"
+    )
 
     def open(self, folder: Path, component: Component) -> OnnxSession:
         """Loads the component's model file.

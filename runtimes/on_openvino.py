@@ -24,7 +24,7 @@ class OpenVinoRuntime(Runtime):
     device: Literal["cpu", "gpu", "npu", "auto"] = Field(
         "cpu", description="where to run; auto: as OpenVINO chooses"
     )
-    threads: int = Field(0, ge=0, description="CPU threads; 0: OpenVINO's choice")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0: OpenVINO's choice")
     inference_precision: Literal["auto", "f32", "f16", "bf16"] = Field(
         "auto", description="of sums; auto: f32 on cpu, as in torch, else the device's own"
     )

@@ -22,7 +22,9 @@ class TorchRuntime(Runtime):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where to run; auto: cuda where torch finds one, else cpu"
     )
-    threads: int = Field(0, ge=0, description="CPU threads inside an operator; 0: torch's choice")
+    threads: int = Field(
+        0, ge=0, le=1024, description="CPU threads inside an operator; 0: torch's choice"
+    )
 
     def open(self, folder: Path, component: Component) -> TorchSession:
         """Loads the component's program.

@@ -14,8 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from tiny_bundle import ENTRY, ROWS, Spy, mean_of, tiny
 
-from edgeflash import bundle as bundles
-from edgeflash import noise
+from edgeflash import manifest, noise
 from edgeflash.bundle import Bundle, Manifest, describe_file
 from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
@@ -172,7 +171,7 @@ def test_an_older_reader_asks_for_a_newer_edgeflash(
 ) -> None:
     folder = with_cached(tmp_path / "b")
     assert Manifest.model_fields["format_version"].default == 1, "others stay readable"
-    monkeypatch.setattr(bundles, "FORMAT_VERSION", 1)
+    monkeypatch.setattr(manifest, "FORMAT_VERSION", 1)
     with pytest.raises(EdgeflashError, match="format 2 is newer than this edgeflash reads"):
         Bundle.open(folder)
 
