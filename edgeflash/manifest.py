@@ -29,7 +29,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if version > FORMAT_VERSION:
         raise EdgeflashError(
             f"{path}: format {version} is newer than this edgeflash reads ({FORMAT_VERSION}): "
-            "install a newer one"
+            "pip install -U edgeflash"
         )
     if not isinstance(data, dict) or data.get("kind") != kind:
         found = data.get("kind") if isinstance(data, dict) else type(data).__name__

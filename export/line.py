@@ -93,7 +93,6 @@ def export_student(
     check_floors(options.floors)
     check_replaceable(out, student.folder, kind="bundle")
     plan = planned(student, target, options)
-    memory.check_size(student, plan.tape.size)
     _tell_changed(student, options, console)
     stages = Stages(console, _rates(plan, target))
     with (
@@ -108,6 +107,8 @@ def export_student(
         large = memory.large(student, plan.components)
         left = unfinished(plan.tape, plan.components, run)
         at_once = memory.check(student, target, left, console)
+        if "vae_decoder" in left:
+            memory.check_size(student, plan.tape.size)
         lowered = make_all(plan.tape, plan.components, run, request, large, at_once, stages)
         _tell_losses(plan.tape, console)
         with fresh_folder(out, folder / "bundle") as draft:

@@ -56,7 +56,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         ),
         (
             ["export", "shapes-student", "--to", "torch", "--merge-tokens", "0.9"],
-            r"--merge-tokens 0\.9: give a share of at most 0\.75",
+            r"--merge-tokens 0\.9: give a share from 0 to 0\.75",
         ),
         (
             ["export", "nowhere", "--to", "onnx", "--device", "iphone-15"],

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tiny_bundle import tiny
 
-from edgeflash.bundle import MANIFEST, Bundle
+from edgeflash.bundle import Bundle
+from edgeflash.disk import MANIFEST
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
 from edgeflash.student import Student
