@@ -164,7 +164,7 @@ def test_what_cannot_be_merged_is_refused(
 ) -> None:
     target = shelf.make(Target, "torch", {})
     said = attempt(one_step_student, tmp_path / "b", target, merge_tokens=0.8)
-    assert said == "--merge-tokens 0.8: give a share of at most 0.75"
+    assert said == "--merge-tokens 0.8: give a share from 0 to 0.75"
     monkeypatch.setattr(type(target), "picks", False)
     said = attempt(one_step_student, tmp_path / "b", target, merge_tokens=0.5)
     assert said == "--merge-tokens: --to torch cannot lower it so far: leave one of them out"
