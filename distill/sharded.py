@@ -174,7 +174,7 @@ def in_one_line(player: str, accelerator: Accelerator) -> Iterator[None]:
         if not accelerator.is_fsdp2 or not any(word in told for word in UNGATHERED):
             raise
         raise EdgeflashError(
-            f"FSDP: the loss of {player!r} asks for weights outside of a network's own call, or for "
+            f"FSDP: the loss of {player!r} asks for weights outside of a network's own call or for "
             f"a second derivative, as R1 does ({told.splitlines()[0]}); launch without FSDP, or "
-            "leave that term out (r1_weight = 0)"
+            "leave that term out (r1_weight = 0, adversarial_weight = 0)"
         ) from None
