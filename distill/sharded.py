@@ -41,9 +41,9 @@ UNGATHERED = ("DTensor", "data is not allocated")  # in what torch says of weigh
 def heed(accelerator: Accelerator) -> None:
     """Sees to it that FSDP is had where it was asked for, in version 2, and of whole networks.
 
-    accelerate passes over it on CPUs, where torch has it. And its launcher would have transformers
+    accelerate passes over it on CPUs, where torch has it. And its launcher asks transformers to
     load weights in the first process alone, for accelerate to spread: but text encoders are never
-    cut up, and would stay empty in the others.
+    cut up, so that is taken back. (Two processes on a CPU load them whole either way.)
 
     Raises:
         EdgeflashError: FSDP 1 was asked for.
