@@ -41,9 +41,9 @@ UNGATHERED = ("DTensor", "data is not allocated")  # in what torch says of weigh
 def heed(accelerator: Accelerator) -> None:
     """Sees to it that FSDP is had where it was asked for, in version 2, and of whole networks.
 
-    accelerate passes over it on CPUs, where torch has it. And its launcher would have transformers
+    accelerate passes over it on CPUs, where torch has it. And its launcher asks transformers to
     load weights in the first process alone, for accelerate to spread: but text encoders are never
-    cut up, and would stay empty in the others.
+    cut up, so that is taken back. (Two processes on a CPU load them whole either way.)
 
     Raises:
         EdgeflashError: FSDP 1 was asked for.
@@ -176,5 +176,5 @@ def in_one_line(player: str, accelerator: Accelerator) -> Iterator[None]:
         raise EdgeflashError(
             f"FSDP: the loss of {player!r} asks for weights outside of a network's own call, or "
             f"for a second derivative, as R1 does ({told.splitlines()[0]}); launch without FSDP, "
-            "or leave that term out (r1_weight = 0)"
+            "or leave that term out (r1_weight = 0, adversarial_weight = 0)"
         ) from None
