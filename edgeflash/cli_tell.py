@@ -112,6 +112,9 @@ def score(
     on: On = None,
     steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
     images: Annotated[int, typer.Option(min=20, help="Prompts; FD needs 500.")] = 2000,
+    task: Annotated[
+        str | None, typer.Option(help="text, inpaint or enlarge; default: what it was made for.")
+    ] = None,
     set_: Set = None,
 ) -> None:
     """Prompt accuracy and Fréchet distance of a bundle of the embedded models."""
@@ -131,6 +134,7 @@ def score(
                 runtime,
                 steps=count,
                 images=images,
+                task=task,
                 tell=lambda done, of, n=count: status.update(f"{n} steps: {done}/{of}"),  # type: ignore[misc]
             )
     out.print(verdicts(found))

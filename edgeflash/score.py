@@ -6,13 +6,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeflash import shapes
 from edgeflash.bundle import Bundle
-from edgeflash.errors import EdgeflashError
+from edgeflash.conditions import masks
+from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.machine import usable_cores
 from edgeflash.roles import Runtime
 
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     from edgeflash.distill.judge import Verdict
 
 BATCH = 20
+TIMES = 4  # that a picture is enlarged along a side, where a network does not say it
+TASKS = ("text", "inpaint", "enlarge")
+
+Given = Callable[[int], dict[str, Any]]  # prompt number -> what a request holds beside the prompt
 
 
 def draw(
@@ -28,16 +34,18 @@ def draw(
     prompts: tuple[str, ...],
     *,
     steps: int,
+    given: Given | None = None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> NDArray[np.uint8]:
     """One picture a prompt, uint8 [n, h, w, 3]; the picture of prompt i has seed i.
 
-    Every core draws batches of its own: that takes a sixth less time than all cores at one. A
-    runtime whose threads were chosen draws alone.
+    With ``given`` each prompt is a request of its own, else they are drawn in batches. Every core
+    draws others: that takes a sixth less time than all cores at one. A runtime
+    whose threads were chosen draws alone.
     """
     from edgeflash.runtimes.pipeline import Request, TextToImage
 
-    crew = [runtime]
+    crew, size = [runtime], 1 if given else BATCH
     if getattr(runtime, "threads", 1) == 0:
         crew = [runtime.model_copy(update={"threads": 1})] * usable_cores()
     idle: SimpleQueue[TextToImage] = SimpleQueue()
@@ -45,7 +53,8 @@ def draw(
     def batch(start: int) -> NDArray[np.uint8]:
         pipeline = idle.get()
         try:
-            request = Request(prompts[start : start + BATCH], seed=start, steps=steps)
+            more = given(start) if given else {}
+            request = Request(prompts[start : start + size], seed=start, steps=steps, **more)
             return pipeline.generate(request).images
         finally:
             idle.put(pipeline)
@@ -54,7 +63,7 @@ def draw(
     with ExitStack() as pipelines, ThreadPoolExecutor(len(crew)) as pool:
         for one in crew:
             idle.put(pipelines.enter_context(TextToImage(bundle, one)))
-        for part in pool.map(batch, range(0, len(prompts), BATCH)):
+        for part in pool.map(batch, range(0, len(prompts), size)):
             pictures.append(part)
             tell(sum(map(len, pictures)), len(prompts))
     return np.concatenate(pictures)
@@ -66,6 +75,7 @@ def score(
     *,
     steps: int,
     images: int,
+    task: str | None = None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> Verdict:
     """What the judge says of the bundle's pictures for the benchmark's first prompts.
@@ -74,20 +84,64 @@ def score(
         bundle: of a model of the shapes scenes.
         steps: one of the bundle's step counts.
         images: how many of the benchmark's prompts; FD needs at least 500.
+        task: of `TASKS`; None: what its networks were trained for.
 
     Raises:
-        EdgeflashError: a bundle whose pictures are not of the judge's size.
+        EdgeflashError: a bundle whose pictures are not of the judge's size, or for another task.
     """
     from edgeflash.distill.judge import held_out_captions, verdict
-    from edgeflash.shapes import SIZE_PX
 
     size = bundle.manifest.image
-    if (size.height, size.width) != (SIZE_PX, SIZE_PX):
+    if (size.height, size.width) != (shapes.SIZE_PX, shapes.SIZE_PX):
         raise EdgeflashError(
             f"{bundle.folder}: draws {size.height}x{size.width} px; the benchmark judges "
-            f"{SIZE_PX} px pictures of shapes"
+            f"{shapes.SIZE_PX} px pictures of shapes"
         )
+    given = given_of(bundle, task)
     captions = held_out_captions(images)
     prompts = tuple(caption.text for caption in captions)
-    pictures = draw(bundle, runtime, prompts, steps=steps, tell=tell)
+    pictures = draw(bundle, runtime, prompts, steps=steps, given=given, tell=tell)
     return verdict(pictures, captions)
+
+
+def given_of(bundle: Bundle, task: str | None) -> Given | None:
+    """What each prompt's own scene gives for a task; None where prompts are all there is.
+
+    inpaint: the scene, and a mask over one of its objects; networks that see no masks blend.
+    enlarge: the scene so many times smaller; networks that see no pictures keep its pixels as means
+    (`runtimes/edit.py`).
+    """
+    conditions = bundle.manifest.conditions
+    own = "text" if not conditions else "inpaint" if masks(conditions) else "enlarge"
+    task = task or own
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    if conditions and (task != own or (own == "enlarge" and not conditions[0].enlarges)):
+        raise EdgeflashError(f"{bundle.folder}: its networks see more than noise; not for {task!r}")
+    if task == "text":
+        return None
+    if task == "inpaint":
+        return _to_inpaint
+    return lambda number: _to_enlarge(number, conditions[0].enlarges if conditions else None)
+
+
+def _to_inpaint(number: int) -> dict[str, Any]:
+    scene, picture = _held_out(number)
+    slot = number % len(scene.things)
+    return {"image": picture, "mask": shapes.around(scene, slot)}
+
+
+def _to_enlarge(number: int, times: int | None) -> dict[str, Any]:
+    from edgeflash.runtimes.edit import enlarge
+
+    _, picture = _held_out(number)
+    side = len(picture) // (times or TIMES)
+    patches = picture.reshape(side, times or TIMES, side, times or TIMES, 3)
+    small = np.rint(patches.mean((1, 3))).astype(np.uint8)
+    return {"image": small} if times else {"edit": enlarge(small, picture.shape[:2])}
+
+
+def _held_out(number: int) -> tuple[shapes.Scene, NDArray[np.uint8]]:
+    """The scene of the benchmark's prompt number so and so, and its picture."""
+    scene = shapes.scene(shapes.HELD_OUT_SEED, number)
+    return scene, shapes.render([scene], shapes.HELD_OUT_SEED, [number])[0]

@@ -178,6 +178,16 @@ def render(scenes: list[Scene], seed: int, indices: list[int]) -> Array:
     return np.asarray(np.rint(np.clip(canvas, 0, 1) * 255), np.uint8)
 
 
+def around(what: Scene, slot: int) -> NDArray[np.bool_]:
+    """Where object number ``slot`` may lie, whatever its jitter and size: bool [64, 64]."""
+    x, y = _grid()
+    if what.arrangement in PLACES:
+        cx, cy = PLACES[what.arrangement]
+        return np.asarray(np.maximum(abs(x - cx), abs(y - cy)) < 19)
+    along = x if what.arrangement == "horizontal" else y
+    return np.asarray((along < SIZE_PX / 2) == (slot == 0))
+
+
 def mistaken(what: Scene, seed: int, index: int) -> Scene:
     """The scene with some objects in a neighbouring hue, and some of another shape."""
     rng, hues = np.random.default_rng((seed, index, 3)), tuple(COLOURS)

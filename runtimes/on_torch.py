@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from pydantic import Field
 from edgeflash.bundle import Component
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Array, Runtime, Session
+
+_LOADING = Lock()  # torch.export.load keeps what it is at in a global
 
 
 class TorchRuntime(Runtime):
@@ -44,7 +47,8 @@ class TorchRuntime(Runtime):
             torch.set_num_threads(self.threads)
         path = folder / component.files[0].path
         try:
-            program = torch.export.load(path)
+            with _LOADING:
+                program = torch.export.load(path)
         except Exception as error:
             said = " ".join(str(error).split())
             raise EdgeflashError(f"{path}: torch does not load it: {said}") from None

@@ -79,3 +79,19 @@ def test_the_object_is_drawn_where_and_as_large_as_named(shape: str, place: str)
         )  # 3 px of jitter, and a triangle's centroid
         reach = np.ptp(np.argwhere(red), axis=0).max() / 2
         assert 0.7 * least <= reach <= 1.2 * most
+
+
+def test_a_mask_covers_one_object_and_none_of_the_other() -> None:
+    """What changes when only that object is another lies in it, but for an edge of half a pixel."""
+    for index in range(60):
+        scene = shapes.scene(7, index)
+        before = shapes.render([scene], 7, [index])[0].astype(int)
+        for slot, thing in enumerate(scene.things):
+            things = list(scene.things)
+            hue = "red" if thing.colour == "blue" else "blue"
+            things[slot] = thing._replace(colour=hue)
+            other = Scene(tuple(things), scene.arrangement, scene.background)
+            changed = (shapes.render([other], 7, [index])[0] != before).any(-1)
+            mask = shapes.around(scene, slot)
+            assert changed.sum() > 50 and (changed & ~mask).sum() <= 3
+            assert mask.mean() <= 0.5
