@@ -134,7 +134,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "field": (
         lambda f: (f / MANIFEST).write_text('{"kind": "student", "format_version": 1}'),
-        "field family",
+        "family: is missing",
     ),
 }
 
