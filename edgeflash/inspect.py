@@ -209,7 +209,7 @@ def judgement(judged: Judgement) -> RenderableType:
         rules.setdefault((finding.rule, finding.source), []).append(finding)
     for findings in rules.values():
         parts.append(_broken(findings))
-    head = f"[bold]{escape(device.name)}: {judged.verdict}[/bold]   {escape(device.chip)}"
+    head = f"[bold]{escape(device.name)}: {judged.told}[/bold]   {escape(device.chip)}"
     return Group(head, *parts, *map(escape, judged.left_open), "")
 
 
