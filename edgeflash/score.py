@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from queue import SimpleQueue
@@ -60,6 +60,27 @@ def draw(
     return np.concatenate(pictures)
 
 
+def check(bundle: Bundle, runtime: Runtime, counts: Sequence[int]) -> None:
+    """Asks for every step count before the first picture is drawn.
+
+    Raises:
+        EdgeflashError: a bundle that cannot draw in so many steps, or whose pictures are not of
+            the judge's size.
+    """
+    from edgeflash.runtimes.pipeline import Request, TextToImage
+    from edgeflash.shapes import SIZE_PX
+
+    size = bundle.manifest.image
+    if (size.height, size.width) != (SIZE_PX, SIZE_PX):
+        raise EdgeflashError(
+            f"{bundle.folder}: draws {size.height}x{size.width} px; the benchmark judges "
+            f"{SIZE_PX} px pictures of shapes"
+        )
+    pipeline = TextToImage(bundle, runtime)
+    for count in counts:
+        pipeline.check(Request("", steps=count))
+
+
 def score(
     bundle: Bundle,
     runtime: Runtime,
@@ -76,17 +97,11 @@ def score(
         images: how many of the benchmark's prompts; FD needs at least 500.
 
     Raises:
-        EdgeflashError: a bundle whose pictures are not of the judge's size.
+        EdgeflashError: see `check`.
     """
     from edgeflash.distill.judge import held_out_captions, verdict
-    from edgeflash.shapes import SIZE_PX
 
-    size = bundle.manifest.image
-    if (size.height, size.width) != (SIZE_PX, SIZE_PX):
-        raise EdgeflashError(
-            f"{bundle.folder}: draws {size.height}x{size.width} px; the benchmark judges "
-            f"{SIZE_PX} px pictures of shapes"
-        )
+    check(bundle, runtime, (steps,))
     captions = held_out_captions(images)
     prompts = tuple(caption.text for caption in captions)
     pictures = draw(bundle, runtime, prompts, steps=steps, tell=tell)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from edgeflash import align_your_steps
@@ -33,6 +34,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Sampler
+from edgeflash.networks_sd import quiet, without_weights
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
 from edgeflash.student import INSTEAD, Student, sha256_of_all
@@ -169,6 +171,8 @@ def _check_caching(target: Target, student: Student, way: Way) -> None:
         )
     if why := target.refuse_caching():
         raise EdgeflashError(f"{way.flag}: --to {target_name(target)} {why}: leave one of them out")
+    with torch.device("meta"), quiet():
+        way.check(without_weights(student, "unet"))
 
 
 def _check_family(student: Student, target: Target) -> None:
