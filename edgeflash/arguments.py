@@ -149,7 +149,8 @@ def read_recipe(
     made = recipe.read_recipe(recipe.find_recipe(name)) if name else recipe.recipe_of(plain, "--by")
     given: dict[str, Any] = {"teacher": teacher} if teacher else {}
     if data:
-        given |= {"data.kind": "folder", "data.path": str(data)}
+        shards = data.suffix == ".tar" or "{" in data.name
+        given |= {"data.kind": "shards" if shards else "folder", "data.path": str(data)}
     return recipe.changed(made, given | read_options(sets))
 
 

@@ -27,6 +27,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.manifest import parse_manifest, read_manifest
 from edgeflash.schedule import Guidance, Schedule
 
+QUICK_BYTES = 256 * 2**20  # of bundles that are hashed whenever they are opened
 CACHED_VERSION = 2  # of bundles with a cached graph; plain ones are still written as 1
 CONDITIONED_VERSION = 3  # of bundles whose denoiser sees more than x_t
 ANSWER = {  # component -> role of the output that the loop goes on with
@@ -78,7 +79,7 @@ class TensorSpec(Part):
 
     name: str
     role: str
-    shape: tuple[int | str, ...]
+    shape: tuple[int | str, ...] = Field(min_length=1)
     dtype: str
     layout: str = ""  # "NCHW", "NSC", "NC1S" …; empty where it means nothing
     low: float | None = None  # value range, where it is a promise
@@ -127,7 +128,7 @@ class Engine(Part):
 class Tokenizer(Part):
     kind: Literal["clip", "t5"]
     folder: str  # holds tokenizer.json, or vocab.json and merges.txt; of CLIP mostly both
-    max_length: int
+    max_length: int = Field(gt=0)
     start_id: int | None = None  # None: nothing goes before the prompt
     end_id: int
     pad_id: int
@@ -144,7 +145,7 @@ class Component(Part):
     name: str
     target: str
     precision: str
-    files: tuple[File, ...]  # the one to open first
+    files: tuple[File, ...] = Field(min_length=1)  # the one to open first
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     engine: Engine | None = None
@@ -162,23 +163,25 @@ class Component(Part):
 
 
 class Latent(Part):
-    channels: int
-    downsampling: int  # image pixels per latent cell along one side
-    scale: float  # the decoder is fed latent / scale + shift
+    channels: int = Field(gt=0)
+    downsampling: int = Field(gt=0)  # image pixels per latent cell along one side
+    scale: float = Field(gt=0)  # the decoder is fed latent / scale + shift
     shift: float = 0.0
 
 
 class Image(Part):
-    height: int  # px; what the bundle was captured and checked at
-    width: int
+    height: int = Field(gt=0)  # px; what the bundle was captured and checked at
+    width: int = Field(gt=0)
 
 
 class Condition(Part):
     """What a denoiser sees beside x_t, as channels of its sample; see `edgeflash.conditions`."""
 
     kind: Literal["mask", "masked_image", "image"]
-    channels: int
-    enlarges: int | None = None  # so many times along a side; none: the image is seen at its size
+    channels: int = Field(gt=0)
+    enlarges: int | None = Field(
+        None, gt=0
+    )  # so many times along a side; none: the image is seen at its size
 
 
 class Golden(Part):
@@ -304,8 +307,10 @@ class Bundle:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, folder: Path | str, *, check: Literal["size", "sha256"] = "size") -> Bundle:
+    def open(cls, folder: Path | str, *, check: Literal["size", "sha256"] | None = None) -> Bundle:
         """Reads the manifest and verifies that every file is there, by size or by hash.
+
+        ``check``: None hashes bundles of up to `QUICK_BYTES`, which takes a fraction of a second.
 
         Raises:
             EdgeflashError: no bundle, a newer format, or a missing, truncated or altered file.
@@ -313,8 +318,9 @@ class Bundle:
         folder = Path(folder)
         manifest = parse_manifest(Manifest, read_manifest(folder, "bundle"), folder)
         bundle = cls(folder, manifest)
+        quick = sum(file.bytes for file in bundle.files()) <= QUICK_BYTES
         for file in bundle.files():
-            check_file(folder, file, check)
+            check_file(folder, file, check or ("sha256" if quick else "size"))
         return bundle
 
     def files(self) -> Iterator[File]:

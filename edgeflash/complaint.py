@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import isclass
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -123,3 +125,16 @@ def _within(annotation: Any) -> type[BaseModel] | None:
     if isclass(annotation) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_within, get_args(annotation))), None)
+
+
+@contextmanager
+def wrong_types(folder: Path) -> Iterator[None]:
+    """Where configs of a folder are read: what breaks on a value of a wrong type is one line."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error:
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise EdgeflashError(
+            f"{folder}: a config in it holds a value that it cannot ({told}): copy or download the "
+            "folder again"
+        ) from None

@@ -110,8 +110,7 @@ def check_replaceable(out: Path, *sources: Path, kind: str = "") -> None:
         raise EdgeflashError(f"{out}: cannot be replaced as a whole; name a folder inside it")
     check_writable(out, file=True)
     held = os.listdir(out) if out.is_dir() else ["a file"] * out.exists()
-    begun = (out.parent / f"{out.name}.run" / TRAINING).is_file()  # by what is trained there
-    if held and MANIFEST not in held and not begun:
+    if held and MANIFEST not in held:
         what = "holds something else" if out.is_dir() else "is a file"
         raise EdgeflashError(f"{out}: {what}; choose another --out")
     for source in sources:

@@ -61,7 +61,7 @@ def one_plugin(name: str) -> RenderableType:
 
 
 def _plugin(role: type[Plugin], name: str) -> list[RenderableType]:
-    plugin = find(role, name, check=False)  # its options can be read without its packages
+    plugin = find(role, name, check=False)  # told without its packages; methods import torch
     room, prefix = SHELVES[role]
     table = _table("option", "default", "what it means")
     for field, info in plugin.model_fields.items():

@@ -29,9 +29,9 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise EdgeflashError(f"{path}: not readable as JSON ({error}); export it again") from None
-    version = data.get("format_version", 0) if isinstance(data, dict) else 0
-    if not isinstance(version, int):
-        raise EdgeflashError(f"{path}: format_version {version!r} is no number; export it again")
+    version = data.get("format_version") if isinstance(data, dict) else 1
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise EdgeflashError(f"{path}: format_version {version!r} is none; export it again")
     if version > FORMAT_VERSION:
         raise EdgeflashError(
             f"{path}: format {version} is newer than this edgeflash reads ({FORMAT_VERSION}): "

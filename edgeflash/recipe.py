@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -154,11 +155,14 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
             plain[key] = value
         elif table in ("data", "sampling"):
             plain[table] = plain.get(table, {}) | {field: value}
+        elif not table and get_close_matches(key, OWN, 1, 0.8):
+            raise unknown("key of a recipe", key, OWN)
         elif stages:
             for stage in stages:
                 stage[field] = value
         else:
-            raise EdgeflashError(f"--set {key}: the recipe has no table or stage {table!r}")
+            known = ["data", "sampling", *(stage["by"] for stage in plain["stage"])]
+            raise unknown(f"table or stage in this recipe for --set {key}:", table, known)
     return recipe_of(plain, "the command line")
 
 

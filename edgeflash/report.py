@@ -164,6 +164,12 @@ def read_report(path: Path) -> Report:
     except ValueError as error:
         raise EdgeflashError(f"{path}: no report, not even JSON ({error})") from None
     kind = data.get("kind", "nothing that says so") if isinstance(data, dict) else "a list"
+    version = data.get("format_version", 1) if isinstance(data, dict) else 1
+    if kind == "report" and version not in range(1, FORMAT_VERSION + 1):
+        raise EdgeflashError(
+            f"{path}: format {version!r} is not what this edgeflash reads ({FORMAT_VERSION}): "
+            "pip install -U edgeflash"
+        )
     if kind != "report":
         raise EdgeflashError(f"{path}: no report but {kind}; edgeflash bench writes one")
     try:

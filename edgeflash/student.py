@@ -20,6 +20,7 @@ from pydantic import Field
 
 from edgeflash import align_your_steps
 from edgeflash.bundle import Part
+from edgeflash.complaint import wrong_types
 from edgeflash.disk import MANIFEST, sha256_of, write_atomic
 from edgeflash.embedded import located, meant, refuse_judge
 from edgeflash.errors import EdgeflashError, unknown
@@ -47,7 +48,7 @@ class StudentLineage(Part):
 
     teacher: str | None = None
     recipe_sha256: str | None = None
-    stages: tuple[dict[str, Any], ...] = ()  # method, options, steps and figures of each
+    stages: tuple[dict[str, Any], ...] = ()  # method, steps, seconds and figures of each
     seconds: float | None = None  # of training, all stages
     tools: dict[str, str] = Field({}, description="package -> version")
     weights_licence: str | None = None
@@ -129,12 +130,12 @@ class Student:
         student.loras = tuple(loras)
         for name in student.family.folders:
             student._check_component(name)
-        student.family.check(student)
+        with wrong_types(folder):
+            student.family.check(student)
+            student.family.size(student)
         if loras and student.family.denoiser != "unet":
-            raise EdgeflashError(
-                f"{folder}: has a {student.family.denoiser}, and LoRAs are fused into UNets alone "
-                "so far: leave --lora out"
-            )
+            told = f"has a {student.family.denoiser}, and LoRAs are fused into UNets alone"
+            raise EdgeflashError(f"{folder}: {told}: leave --lora out")
         return student
 
     @classmethod

@@ -29,6 +29,7 @@ from edgeflash.bundle import (
     Merging,
 )
 from edgeflash.caching import cached_name
+from edgeflash.complaint import wrong_types
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
@@ -126,7 +127,7 @@ def export_student(
         drop_others(folder, plan.components)
     if unproven:
         console.print(unproven, markup=False, highlight=False)
-    return Bundle.open(out)
+    return Bundle.open(out, check="size")
 
 
 def _rates(plan: _Plan, target: Target) -> Rates:
@@ -228,8 +229,9 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     height, width = size = options.size or family.size(student)
     encoder = options.image_to_image or bool(family.conditions(student))
     components = family.components(encoder=encoder)
-    for name in components:
-        family.signature(student, name, size)
+    with wrong_types(student.folder):
+        for name in components:
+            family.signature(student, name, size)
     space = family.latent(student)
     if way := way_of(options):
         check_rows(way, schedules[default_steps])

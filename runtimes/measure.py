@@ -80,7 +80,9 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
     """
     start = time.perf_counter()
     runtime = shelf.make(Runtime, job.runtime, job.options)
-    pipeline = TextToImage(Bundle.open(job.bundle), runtime, low_memory=job.low_memory)
+    pipeline = TextToImage(
+        Bundle.open(job.bundle, check="size"), runtime, low_memory=job.low_memory
+    )
     if not job.low_memory:
         pipeline.load()
     cold_load_ms = _since(start)

@@ -46,7 +46,11 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (["distill", "shape"], r"no recipe file or shipped recipe 'shape' .*mean 'shapes'\?"),
         (["distill", "--by", "lmc"], r"no method 'lmc' .*did you mean 'lcm'\?"),
         (["distill", "--by", "lcm", "--set", "stps=3"], r"no option in method 'lcm': 'stps'"),
-        (["distill", "--by", "lcm", "--set", "lmc.steps=3"], r"no table or stage 'lmc'"),
+        (
+            ["distill", "--by", "lcm", "--set", "lmc.steps=3"],
+            r"no table or stage .* 'lmc' \(have: data, lcm, sampling\); did you mean 'lcm'\?",
+        ),
+        (["distill", "--by", "lcm", "--set", "teachr=x"], r"'teachr' .*did you mean 'teacher'\?"),
         (["distill", "--by", "lcm", "--set", "steps"], r"write it as NAME=VALUE"),
         (["export", "nowhere", "--to", "onx"], r"no target 'onx' .*did you mean 'onnx'\?"),
         (["export", "nowhere", "--to", "onnx"], r"nowhere: no such folder"),
@@ -144,6 +148,9 @@ def test_methods_without_a_recipe(say, tmp_path: Path) -> None:
     assert [stage["by"] for stage in told["stage"]] == ["blocks", "lcm"]
     assert {stage["steps"] for stage in told["stage"]} == {4}
     assert told["data"]["kind"] == "folder" and told["data"]["path"] == str(tmp_path)
+    for name in ("{000..009}.tar", "one.tar"):
+        shards = ["--by", "lcm", "--data", tmp_path / name, "--dry-run"]
+        assert tomllib.loads(say("distill", *shards).out)["data"]["kind"] == "shards"
 
 
 def test_run_writes_the_picture_and_tells_what_was_cut(say, tmp_path: Path) -> None:
@@ -213,8 +220,9 @@ def test_an_altered_bundle_is_refused_with_both_hashes(say, tmp_path: Path) -> N
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    said = say("verify", bundle)
-    assert said.code == 2 and re.search(r"sha256 expected \w{64}, found \w{64}", said.err)
+    for words in (["verify"], ["run", "--prompt", "a"]):
+        said = say(words[0], bundle, *words[1:])
+        assert said.code == 2 and re.search(r"sha256 expected \w{64}, found \w{64}", said.err)
     path.write_bytes(data[:-5])
     assert "truncated" in say("inspect", bundle).err
 

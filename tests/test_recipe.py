@@ -35,7 +35,7 @@ def test_keys_are_set_where_their_names_point() -> None:
     made = changed(recipe_of(two, "here"), given)
     assert (made.teacher, made.data.samples, made.name) == ("x", 9, "r")
     assert [s.options for s in made.stage] == [{"steps": 5, "ddim_steps": 10}, {"steps": 5}]
-    with pytest.raises(EdgeflashError, match="no table or stage 'add'"):
+    with pytest.raises(EdgeflashError, match=r"no table or stage in this recipe.* 'add'"):
         changed(recipe_of(two, "here"), {"add.steps": 5})
     with pytest.raises(EdgeflashError, match=r"--set data: is a table; .* data\.KEY"):
         changed(recipe_of(two, "here"), {"data": 5})

@@ -113,6 +113,11 @@ def test_folders_that_must_stay_are_refused(
     said = attempt(one_step_student, tmp_path / "trained", shelf.make(Target, "torch", {}))
     assert "trained: holds a student; choose another --out for the bundle" in said
     (tmp_path / "trained/edgeflash.json").unlink()  # now anybody's diffusers folder
+    (tmp_path / "trained.run").mkdir()  # as a training leaves it that was refused
+    (tmp_path / "trained.run/recipe.json").write_text("{}")
+    with pytest.raises(EdgeflashError, match="holds something else"):
+        check_replaceable(tmp_path / "trained")
+    shutil.rmtree(tmp_path / "trained.run")
     said = attempt(one_step_student, tmp_path / "trained", shelf.make(Target, "torch", {}))
     assert "trained: holds something else" in said
     monkeypatch.chdir(tmp_path)
