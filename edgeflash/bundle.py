@@ -79,11 +79,17 @@ class TensorSpec(Part):
 
     name: str
     role: str
-    shape: tuple[int | str, ...] = Field(min_length=1)
+    shape: tuple[int | str, ...]
     dtype: str
     layout: str = ""  # "NCHW", "NSC", "NC1S" …; empty where it means nothing
     low: float | None = None  # value range, where it is a promise
     high: float | None = None
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> TensorSpec:
+        if not self.shape and self.role != "timestep":
+            raise ValueError("shape: has no rows")
+        return self
 
     @property
     def range(self) -> tuple[float, float]:
