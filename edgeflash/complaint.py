@@ -93,7 +93,8 @@ def _expected(error: Any) -> str:
         return "a list of tables, [[…]] in TOML"
     if error["type"] == "tuple_type" and isinstance(error["input"], str | int | float):
         return f"a list, as in [{json.dumps(error['input'])}]"
-    return EXPECTED.get(error["type"], error["msg"]).format(**context)
+    must = EXPECTED.get(error["type"])
+    return must.format(**context) if must else str(error["msg"])
 
 
 def _names(error: Any) -> list[str]:

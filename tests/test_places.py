@@ -103,32 +103,37 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "line"),
     [
-        ["run", "{b}", "--prompt", "x", "--out", "/proc/a.png"],
-        ["bench", "{b}", "--out", "/proc/a"],
-        ["verify", "{b}", "--bisect", "nosuch"],
-        ["score", "{b}", "--steps", "3"],
+        (["run", "{b}", "--prompt", "x", "--out", "/proc/a.png"], "/proc/a.png: nothing can be"),
+        (["bench", "{b}", "--out", "/proc/a"], "/proc/a: nothing can be"),
+        (["verify", "{b}", "--bisect", "nosuch"], "nosuch: no bundle folder"),
+        (["score", "{b}", "--steps", "3,9"], "{b}: this bundle cannot draw in 9 steps"),
     ],
 )
 def test_nothing_is_run_before(
     words: list[str],
+    line: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from edgeflash.runtimes.on_onnx import OnnxRuntime
 
-    def opened(*_: object) -> None:
-        raise AssertionError("a network was opened")
+    def begun(*_: object, **__: object) -> None:
+        raise AssertionError("the work has begun")
 
-    monkeypatch.setattr(OnnxRuntime, "open", opened)
+    monkeypatch.setattr(OnnxRuntime, "open", begun)
+    monkeypatch.setattr(bench, "run_apart", begun)
+    monkeypatch.setattr("edgeflash.score.score", begun)
+    monkeypatch.setattr("edgeflash.shapes.SIZE_PX", 8)
     bundle = tiny(tmp_path / "b")
     given = [word.format(b=bundle) for word in words]
     monkeypatch.setattr(sys, "argv", ["edgeflash", *given])
     with pytest.raises(SystemExit) as left:
         cli.main()
-    assert left.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and told.startswith(f"edgeflash: {line.format(b=bundle)}")
 
 
 def test_batches_beyond_all_memory_are_refused(
