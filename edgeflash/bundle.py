@@ -151,7 +151,7 @@ class Component(Part):
     name: str
     target: str
     precision: str
-    files: tuple[File, ...] = Field(min_length=1)  # the one to open first
+    files: tuple[File, ...]  # the one to open first
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     engine: Engine | None = None
@@ -290,6 +290,13 @@ class Manifest(Part):
                 raise ValueError(
                     f"latent.channels: {self.latent.channels}, but the decoder takes {found}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _has_its_files(self) -> Manifest:
+        for component in self.lowered:
+            if not component.files:
+                raise ValueError(f"components: {component.name} has no files")
         return self
 
     @model_validator(mode="after")

@@ -121,7 +121,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "inpainting": (lambda f: edit(f / "unet/config.json", in_channels=9), "inpainting"),
     "side": (lambda f: edit(f / "unet/config.json", sample_size="8"), "sample_size = '8'"),
     "number": (lambda f: edit(f / "unet/config.json", in_channels="4"), "."),
-    "list": (lambda f: edit(f / "vae/config.json", decoder_block_out_channels=3), "a value that"),
     "width": (lambda f: edit(f / "unet/config.json", cross_attention_dim=64), "of width 64"),
     "sdxl": (
         lambda f: edit(f / "unet/config.json", addition_embed_type="text_time"),
