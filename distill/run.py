@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from edgeflash.disk import TRAINING, check_replaceable, fresh_folder, write_atomic
-from edgeflash.embedded import embedded, located
-from edgeflash.errors import EdgeflashError
+from edgeflash.embedded import embedded, located, models
+from edgeflash.errors import EdgeflashError, did_you_mean
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
@@ -116,6 +116,8 @@ def _check_no_export(work: Path) -> None:
 def _check(student: Student, recipe: Recipe, out: Path) -> None:
     """Says what is wrong with a folder and what is asked of it before any work is done."""
     check_replaceable(out, student.folder, kind="student")
+    if recipe.sampling:
+        student.check_steps(recipe.sampling.steps)
     unit, side = student.family.unit(student), recipe.data.size_px
     if side % unit:
         raise EdgeflashError(
@@ -228,7 +230,8 @@ def locate_teacher(name: str) -> Path:
     except Exception as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise EdgeflashError(
-            f"teacher {name!r}: no such folder or file, and the hub does not give it ({why})"
+            f"teacher {name!r}: no such folder or file, and the hub does not give it "
+            f"({why}){did_you_mean(name, ['embedded', *models()])}"
         ) from None
 
 

@@ -1,5 +1,15 @@
-"""``python -m edgeflash``: the command line."""
+"""The command line, by its name or as ``python -m edgeflash``."""
 
-from edgeflash.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    try:
+        from edgeflash.cli import main
+    except KeyboardInterrupt:
+        sys.exit("edgeflash: interrupted before it began")
+    main()
+
+
+if __name__ == "__main__":
+    main()

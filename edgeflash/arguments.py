@@ -19,11 +19,34 @@ if TYPE_CHECKING:
     from edgeflash.recipe import Recipe
     from edgeflash.roles import Runtime
 
+
+def finite(value: float | None) -> float | None:
+    """Refuses NaN and infinity, which pass every range."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
+
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Set a plug-in's option.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="An option of edgeflash list NAME; may be repeated."
+    ),
 ]
-Floors = Annotated[list[str] | None, typer.Option("--floor", help="As in L4.psnr_db=30.")]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.")]
+SetRecipe = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Of the recipe: steps=9, lcm.steps=9, data.samples=50."
+    ),
+]
+Floors = Annotated[
+    list[str] | None, typer.Option("--floor", help="Least that passes: L4.psnr_db=30.")
+]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="To draw; may be repeated.")]
+Recorded = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", help="To calibrate and prove it with; may be repeated."),
+]
 On = Annotated[str | None, typer.Option(help="Runtime; default: the bundle's own.")]
 
 
@@ -56,10 +79,18 @@ def read_floors(pairs: list[str] | None) -> dict[str, float]:
     return floors
 
 
+def finite_number(text: str) -> float:
+    """Raises ValueError where it is none."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
+
+
 def read_loras(given: list[str] | None) -> tuple[Lora, ...]:
     """``FILE`` or ``FILE=SCALE``; of a folder, the file in it that diffusers looks for."""
     from edgeflash.lora import Lora
     from edgeflash.shelf import require
+    from edgeflash.weights import check_weights
 
     found = []
     for text in given or []:
@@ -68,11 +99,12 @@ def read_loras(given: list[str] | None) -> tuple[Lora, ...]:
         if not equals or Path(text).exists():
             name, number = text, "1"
         try:
-            found.append(Lora(Path(name), float(number)))
+            found.append(Lora(Path(name), finite_number(number)))
         except ValueError:
             raise EdgeflashError(f"--lora {text}: write it as FILE or FILE=SCALE") from None
         if not found[-1].file.is_file():
             raise EdgeflashError(f"--lora {found[-1].file}: no such file")
+        check_weights(found[-1].file)
     for lora in found:
         if [each.file for each in found].count(lora.file) > 1:
             raise EdgeflashError(f"--lora {lora.file}: is given twice; give it once, with the sum")
@@ -84,9 +116,12 @@ def read_counts(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise EdgeflashError(f"--steps {text}: write numbers with commas, as in 1,2,4") from None
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise EdgeflashError(f"--steps {text}: write numbers of 1 or more with commas, as in 1,2,4")
+    return counts
 
 
 def read_size(text: str | None) -> tuple[int, int] | None:
@@ -108,13 +143,14 @@ def read_recipe(
     """The recipe of a file, or one made of ``--by``, with the command line's changes in it."""
     from edgeflash import recipe
 
-    if (name is None) == (not by):
+    if (not name) == (not by):
         raise EdgeflashError("say either a recipe or --by METHOD: edgeflash distill shapes")
     plain: dict[str, Any] = {"name": "-".join(by), "stage": [{"by": method} for method in by]}
     made = recipe.read_recipe(recipe.find_recipe(name)) if name else recipe.recipe_of(plain, "--by")
     given: dict[str, Any] = {"teacher": teacher} if teacher else {}
     if data:
-        given |= {"data.kind": "folder", "data.path": str(data)}
+        shards = data.suffix == ".tar" or "{" in data.name
+        given |= {"data.kind": "shards" if shards else "folder", "data.path": str(data)}
     return recipe.changed(made, given | read_options(sets))
 
 
@@ -123,7 +159,7 @@ def read_runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Ru
     from edgeflash.roles import Runtime
     from edgeflash.shelf import make
 
-    return make(Runtime, name or own_runtime(bundle), read_options(sets))
+    return make(Runtime, own_runtime(bundle) if name is None else name, read_options(sets))
 
 
 def own_runtime(bundle: Bundle) -> str:

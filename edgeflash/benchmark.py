@@ -22,11 +22,12 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from edgeflash.bundle import Bundle
-from edgeflash.disk import write_atomic
+from edgeflash.disk import check_writable, write_atomic, write_for_people
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.export_options import ExportOptions
 from edgeflash.machine import Machine, peak_rss_mib
+from edgeflash.png import save_png
 from edgeflash.recipe import Recipe, Sampling, find_recipe, read_recipe, recipe_of
 from edgeflash.roles import Runtime, Target
 from edgeflash.score import draw
@@ -94,6 +95,7 @@ def benchmark(out: Path, names: Sequence[str] = (), *, minutes: float = 20) -> l
     for name in names:
         if name not in options:
             raise unknown("method in the benchmark", name, options)
+    check_writable(out)
     start = out / "students" / "start"
     _train(_start_recipe(), start, out)
     references = {
@@ -267,9 +269,8 @@ def _diversity(bundle: Path, steps: int) -> float:
 
 
 def _save(pictures: Any, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"{i}.png")
+        save_png(Image.fromarray(picture), folder / f"{i}.png")
 
 
 @cache
@@ -292,9 +293,8 @@ def _slug(name: str) -> str:
 
 
 def _keep(out: Path, entry: Entry) -> None:
-    path = _result(out, entry.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, entry.model_dump_json(indent=1, exclude_none=True) + "\n")
+    told = entry.model_dump_json(indent=1, exclude_none=True) + "\n"
+    write_for_people(_result(out, entry.name), told)
 
 
 def write_results(out: Path) -> list[Entry]:
@@ -304,7 +304,7 @@ def write_results(out: Path) -> list[Entry]:
     rows = [_row(f"{e.name}, 25 steps", e, (25,)) for e in entries if 25 in e.drawn]
     rows += [_row(entry.name, entry, COUNTS) for entry in entries]
     heads = ["| " + " | ".join(COLUMNS + COSTS) + " |", "|---" + "|--:" * 9 + "|"]
-    write_atomic(out / RESULTS, "\n".join([HEAD, *heads, *rows]) + "\n")
+    write_for_people(out / RESULTS, "\n".join([HEAD, *heads, *rows]) + "\n")
     shown = {e.name: max(count for count in COUNTS if count in e.drawn) for e in entries}
     sheet = {
         f"{name}, {count} step{'s' * (count > 1)}": [

@@ -21,7 +21,7 @@ from edgeflash.blocks import Block, gflop_of, tensors_in
 from edgeflash.bundle import Component, TensorSpec, describe_file
 from edgeflash.devices import Device
 from edgeflash.errors import EdgeflashError
-from edgeflash.price import Way, gflops, without_weights
+from edgeflash.price import Way, gflops
 from edgeflash.roles import Runtime, Session, Target
 from edgeflash.shelf import make
 
@@ -91,7 +91,7 @@ class MeasuredTimes(Times):
     def _part(self, student: Student, component: str, size: tuple[int, int]) -> Network:
         """A component with random weights, as the target's ecosystem calls it."""
         from edgeflash.export.capture import Network
-        from edgeflash.networks_sd import quiet
+        from edgeflash.networks_sd import quiet, without_weights
 
         family = student.family
         with quiet():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeflash.embedded import models
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.families import tokenizer_of
 from edgeflash.student import read_json
@@ -108,6 +109,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "num_decoder_blocks": (4, 4, 1, 0),
     },
 }
+UNIT = 8  # px that a latent of each of these is wide
 VOCABULARY = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
 
 
@@ -128,7 +130,7 @@ class Blueprint:
         """
         path = Path(what)
         if what not in UNETS and path.suffix != ".json":
-            raise unknown("blueprint", what, UNETS)
+            raise unknown("blueprint or folder", what, [*UNETS, *models()])
         unet = UNETS[what] if what in UNETS else _read_unet(path)
         chosen = decoder or ("tiny" if what.startswith("sdxs") else "kl")
         if chosen not in DECODERS:
@@ -177,10 +179,7 @@ class Blueprint:
 
     def write_rest(self, folder: Path) -> None:
         """What has no weights: tokenizer, scheduler and index."""
-        from diffusers import LCMScheduler
-
-        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        LCMScheduler(**betas).save_pretrained(folder / "scheduler")
+        scheduler().save_pretrained(folder / "scheduler")
         vae = "AutoencoderKL" if self.decoder == "kl" else "AutoencoderTiny"
         index: dict[str, Any] = {
             "_class_name": f"StableDiffusion{'XL' * _is_xl(self.unet)}Pipeline",
@@ -193,6 +192,13 @@ class Blueprint:
             index[tokenizer_of(name)] = ["transformers", "CLIPTokenizer"]
             _write_tokenizer(folder / tokenizer_of(name))
         (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def scheduler() -> Any:
+    """LCM's, on the noise of Stable Diffusion."""
+    from diffusers import LCMScheduler
+
+    return LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 def _is_xl(unet: dict[str, Any]) -> bool:

@@ -27,6 +27,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.manifest import parse_manifest, read_manifest
 from edgeflash.schedule import Guidance, Schedule
 
+QUICK_BYTES = 256 * 2**20  # of bundles that are hashed whenever they are opened
 CACHED_VERSION = 2  # of bundles with a cached graph; plain ones are still written as 1
 CONDITIONED_VERSION = 3  # of bundles whose denoiser sees more than x_t
 ANSWER = {  # component -> role of the output that the loop goes on with
@@ -84,6 +85,12 @@ class TensorSpec(Part):
     low: float | None = None  # value range, where it is a promise
     high: float | None = None
 
+    @model_validator(mode="after")
+    def _has_rows(self) -> TensorSpec:
+        if not self.shape and self.role != "timestep":
+            raise ValueError("shape: has no rows")
+        return self
+
     @property
     def range(self) -> tuple[float, float]:
         """The value range of a picture; -1 to 1 where the manifest is silent."""
@@ -127,7 +134,7 @@ class Engine(Part):
 class Tokenizer(Part):
     kind: Literal["clip", "t5"]
     folder: str  # holds tokenizer.json, or vocab.json and merges.txt; of CLIP mostly both
-    max_length: int
+    max_length: int = Field(gt=0)
     start_id: int | None = None  # None: nothing goes before the prompt
     end_id: int
     pad_id: int
@@ -162,23 +169,25 @@ class Component(Part):
 
 
 class Latent(Part):
-    channels: int
-    downsampling: int  # image pixels per latent cell along one side
-    scale: float  # the decoder is fed latent / scale + shift
+    channels: int = Field(gt=0)
+    downsampling: int = Field(gt=0)  # image pixels per latent cell along one side
+    scale: float = Field(gt=0)  # the decoder is fed latent / scale + shift
     shift: float = 0.0
 
 
 class Image(Part):
-    height: int  # px; what the bundle was captured and checked at
-    width: int
+    height: int = Field(gt=0)  # px; what the bundle was captured and checked at
+    width: int = Field(gt=0)
 
 
 class Condition(Part):
     """What a denoiser sees beside x_t, as channels of its sample; see `edgeflash.conditions`."""
 
     kind: Literal["mask", "masked_image", "image"]
-    channels: int
-    enlarges: int | None = None  # so many times along a side; none: the image is seen at its size
+    channels: int = Field(gt=0)
+    enlarges: int | None = Field(
+        None, gt=0
+    )  # so many times along a side; none: the image is seen at its size
 
 
 class Golden(Part):
@@ -284,6 +293,13 @@ class Manifest(Part):
         return self
 
     @model_validator(mode="after")
+    def _has_its_files(self) -> Manifest:
+        for component in self.lowered:
+            if not component.files:
+                raise ValueError(f"components: {component.name} has no files")
+        return self
+
+    @model_validator(mode="after")
     def _has_its_schedules(self) -> Manifest:
         for steps in (self.default_steps, *(golden.steps for golden in self.goldens)):
             if steps not in self.schedules:
@@ -304,8 +320,10 @@ class Bundle:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, folder: Path | str, *, check: Literal["size", "sha256"] = "size") -> Bundle:
+    def open(cls, folder: Path | str, *, check: Literal["size", "sha256"] | None = None) -> Bundle:
         """Reads the manifest and verifies that every file is there, by size or by hash.
+
+        ``check``: None hashes bundles of up to `QUICK_BYTES`, which takes a fraction of a second.
 
         Raises:
             EdgeflashError: no bundle, a newer format, or a missing, truncated or altered file.
@@ -313,8 +331,9 @@ class Bundle:
         folder = Path(folder)
         manifest = parse_manifest(Manifest, read_manifest(folder, "bundle"), folder)
         bundle = cls(folder, manifest)
+        quick = sum(file.bytes for file in bundle.files()) <= QUICK_BYTES
         for file in bundle.files():
-            check_file(folder, file, check)
+            check_file(folder, file, check or ("sha256" if quick else "size"))
         return bundle
 
     def files(self) -> Iterator[File]:

@@ -21,7 +21,10 @@ from edgeflash.arguments import (
     Floors,
     On,
     Prompts,
+    Recorded,
     Set,
+    SetRecipe,
+    finite,
     read_counts,
     read_floors,
     read_loras,
@@ -31,7 +34,7 @@ from edgeflash.arguments import (
     read_size,
     typed,
 )
-from edgeflash.cli_tell import distill_installed, lint, telling
+from edgeflash.cli_tell import lint, telling
 from edgeflash.errors import EdgeflashError, in_one_line
 
 if TYPE_CHECKING:
@@ -59,21 +62,24 @@ def edgeflash(
 def distill(
     recipe: Annotated[str | None, typer.Argument(help="TOML file, or a shipped recipe.")] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Student folder.")] = Path("student"),
-    by: Annotated[list[str] | None, typer.Option(help="Methods, instead of a recipe.")] = None,
+    by: Annotated[list[str] | None, typer.Option(help="Method, not a recipe; repeatable.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Folder, checkpoint, hub id or 'embedded'.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of captioned pictures.")] = None,
-    set_: Set = None,
+    set_: SetRecipe = None,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Train a student: teacher folder -> student folder. Run it again to resume."""
+    from edgeflash.disk import check_replaceable
+
     made = read_recipe(recipe, by or [], teacher, data, set_ or [])
     if dry_run:
         import tomli_w
 
         print(tomli_w.dumps(made.resolved()), end="")
         return
+    check_replaceable(out_dir, kind="student")
     made.methods()  # says which package is missing, before the room is imported
     from edgeflash.distill.run import distill as run
 
@@ -97,17 +103,21 @@ def export(
     ] = None,
     size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
     guidance: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Scale; 1: none; default: the student's.")
+        float | None,
+        typer.Option(
+            callback=finite, min=0, max=100, help="Scale; 1: none; default: the student's."
+        ),
     ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[=SCALE]", help="Fuse it; may be repeated.")
     ] = None,
     image_to_image: Annotated[bool, typer.Option(help="Ship the encoder too.")] = False,
     keep_timestep: Annotated[
-        bool, typer.Option(help="An input even of one-step students.")
+        bool, typer.Option(help="Leave it an input, even of one-step students.")
     ] = False,
     merge_tokens: Annotated[
-        float, typer.Option(metavar="SHARE", help="Of the denoiser's tokens, as in 0.5.")
+        float,
+        typer.Option(callback=finite, metavar="SHARE", help="Of the denoiser's tokens, as in 0.5."),
     ] = 0.0,
     deep_cache: Annotated[
         int | None,
@@ -118,17 +128,18 @@ def export(
     ] = 0,
     gate: Annotated[
         int | None,
-        typer.Option(metavar="STEP", min=1, help="Hear the prompt in the first ones alone."),
+        typer.Option(metavar="STEP", min=1, help="Hear the prompt in so many first steps alone."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="As of edgeflash lint: set what suits it, and judge.")
     ] = None,
-    prompt: Prompts = None,
+    prompt: Recorded = None,
     floor: Floors = None,
     set_: Set = None,
 ) -> None:
     """Lower a student to a target and prove it: student folder -> bundle folder."""
     from edgeflash.devices import Device
+    from edgeflash.disk import check_replaceable
     from edgeflash.export_options import ExportOptions
     from edgeflash.roles import Target
     from edgeflash.shelf import make
@@ -140,10 +151,11 @@ def export(
     if prefer and not auto:
         raise EdgeflashError("--prefer: goes with --precision auto alone")
     target = make(Target, to, {"precision": "fp32" if auto else precision} | options)
-    counts, pixels = read_counts(steps), read_size(size)
+    counts, pixels, floors = read_counts(steps), read_size(size), read_floors(floor)
+    check_replaceable(out_dir, kind="bundle")
+    opened = Student.open(student, read_loras(lora))
     from edgeflash.export.line import export_student
 
-    opened = Student.open(student, read_loras(lora))
     asked = ExportOptions(
         steps=counts,
         timesteps=timesteps,
@@ -156,7 +168,7 @@ def export(
         deep_cache=deep_cache,
         cache_branch=cache_branch,
         gate=gate,
-        floors=read_floors(floor),
+        floors=floors,
         record_all=auto,
     )
     lower = partial(export_student, opened, options=asked, lasting=not auto)
@@ -178,14 +190,18 @@ def plan(
     student: Annotated[Path, typer.Argument(help="Student, diffusers folder or checkpoint.")],
     to: Annotated[str, typer.Option(help="Target that takes plans: onnx, openvino, tensorrt.")],
     out_toml: Annotated[Path, typer.Option("--out", help="Plan to write.")] = Path("plan.toml"),
-    budget_mib: Annotated[float | None, typer.Option(min=0, help="Of the bundle.")] = None,
-    budget_ms: Annotated[float | None, typer.Option(min=0, help="Of a picture, here.")] = None,
+    budget_mib: Annotated[
+        float | None, typer.Option(callback=finite, min=0, help="Of the bundle.")
+    ] = None,
+    budget_ms: Annotated[
+        float | None, typer.Option(callback=finite, min=0, help="Of a picture, here.")
+    ] = None,
     words: Annotated[
         str | None, typer.Option(help="Of the plan, as in int8-weights,int4-weights.")
     ] = None,
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
     size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
-    prompt: Prompts = None,
+    prompt: Recorded = None,
     report_dir: Annotated[Path, typer.Option("--report", help="Its folder.")] = Path("report"),
     set_: Set = None,
 ) -> None:
@@ -232,11 +248,13 @@ def run(
     on: On = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first image.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Network calls an image.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
+    guidance: Annotated[float | None, typer.Option(callback=finite, help="Guidance scale.")] = None,
     image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
     strength: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="How much to repaint: 0.6, with a mask 1."),
+        typer.Option(
+            callback=finite, min=0, max=1, help="How much to repaint: 0.6, with a mask 1."
+        ),
     ] = None,
     edit: Annotated[str | None, typer.Option(help="inpaint, colourise or enlarge it.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where to paint.")] = None,
@@ -290,10 +308,15 @@ def benchmark_methods(
         typer.Argument(help="Or ablations, of distill/ablations.toml. Default: all methods."),
     ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("benchmark"),
-    minutes: Annotated[float, typer.Option(min=0.01, help="Of training, each.")] = 20,
+    minutes: Annotated[
+        float, typer.Option(callback=finite, min=0.01, help="Of training, each.")
+    ] = 20,
 ) -> None:
     """Train every few-step method for an equal time, and judge them. Run it again to resume."""
-    distill_installed()
+    from edgeflash.roles import Method
+    from edgeflash.shelf import require
+
+    require("benchmark-methods", Method.needs)
     from edgeflash.benchmark import benchmark
 
     benchmark(out_dir, tuple(methods or ()), minutes=minutes)

@@ -14,6 +14,7 @@ from edgeflash.arguments import (
     On,
     Prompts,
     Set,
+    finite,
     own_runtime,
     read_counts,
     read_floors,
@@ -46,13 +47,18 @@ def verify(
     from edgeflash.verify import verify as climb
 
     opened = Bundle.open(bundle, check="sha256")
-    figures = climb(opened, read_runtime(on, opened, set_), read_floors(floor))
-    out.print(ladder(figures))
+    runtime, floors = read_runtime(on, opened, set_), read_floors(floor)
+    reference = None
     if bisect:
         require("--bisect", ["onnx", "onnxruntime"])
-        from edgeflash.export.bisect import told_by_component
+        from edgeflash.export.bisect import check_pair, told_by_component
 
-        for line in told_by_component(opened, Bundle.open(bisect)):
+        reference = Bundle.open(bisect)
+        check_pair(opened, reference)
+    figures = climb(opened, runtime, floors)
+    out.print(ladder(figures))
+    if reference:
+        for line in told_by_component(opened, reference):
             print(line)
     refuse_below(figures, bundle)
 
@@ -65,10 +71,13 @@ def bench(
     steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 10,
     warmup: Annotated[int, typer.Option(min=0, help="Runs before those.")] = 2,
-    minutes: Annotated[float, typer.Option(min=0, help="Then on without a pause.")] = 0,
+    minutes: Annotated[
+        float,
+        typer.Option(callback=finite, min=0, help="Then on and on, without a pause."),
+    ] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images a run.")] = 1,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    guidance: Annotated[float | None, typer.Option(callback=finite, help="Guidance scale.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first image.")] = 0,
     low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,
     prompt: Prompts = None,
     set_: Set = None,
@@ -83,7 +92,7 @@ def bench(
     opened = Bundle.open(bundle)
     job = Job(
         bundle=str(bundle),
-        runtime=on or own_runtime(opened),
+        runtime=own_runtime(opened) if on is None else on,
         options=read_options(set_),
         prompts=tuple(prompt or default_prompts(opened)),
         batch=batch,
@@ -120,15 +129,18 @@ def score(
     """Prompt accuracy and Fréchet distance of a bundle of the embedded models."""
     from edgeflash.bundle import Bundle
     from edgeflash.inspect import verdicts
-
-    distill_installed()
+    from edgeflash.score import check
     from edgeflash.score import score as judge
+    from edgeflash.shelf import require
 
+    require("score", ["torch", "diffusers"])  # of the judge
     opened = Bundle.open(bundle)
     runtime = read_runtime(on, opened, set_)
+    counts = read_counts(steps) or tuple(sorted(opened.manifest.schedules))
+    check(opened, runtime, counts, task)
     found = {}
     with err.status("drawing") as status:
-        for count in read_counts(steps) or tuple(sorted(opened.manifest.schedules)):
+        for count in counts:
             found[count] = judge(
                 opened,
                 runtime,
@@ -190,7 +202,7 @@ def price(
 
 @telling.command()
 def search(
-    budget_ms: Annotated[float, typer.Option(min=0, help="Of a picture.")],
+    budget_ms: Annotated[float, typer.Option(callback=finite, min=0, help="Of a picture.")],
     teacher: Annotated[
         str, typer.Option(help="sd15 …, a UNet's config.json, or a folder: its weights then tell.")
     ] = "sd15",
@@ -208,8 +220,10 @@ def search(
     from edgeflash.price import Way, asked_for
     from edgeflash.searching import FILE, found_tables
     from edgeflash.searching import search as look
+    from edgeflash.shelf import require
     from edgeflash.walking import Wish
 
+    require("search", ["torch", "diffusers", "transformers"])
     way, there = Way(on, precision) if on else None, Device.timed(device) if device else None
     wish = Wish(budget_ms, steps, way, there, read_size(size))
     found = look(
@@ -231,7 +245,7 @@ def lint(
     from edgeflash.inspect import judgement
     from edgeflash.runtimes.lint import judge, look, refuse_unfit
 
-    devices = [Device.of(name) for name in device]
+    devices = [Device.of(name) for name in dict.fromkeys(device)]
     seen = look(Bundle.open(bundle))
     judged = [judge(seen, each) for each in devices]
     for each in judged:
@@ -265,11 +279,3 @@ def doctor() -> None:
     from edgeflash.inspect import health
 
     out.print(health())
-
-
-def distill_installed() -> None:
-    """Says which package is missing, before a room that needs it is imported."""
-    from edgeflash.roles import Method
-    from edgeflash.shelf import find
-
-    find(Method, "attributes")

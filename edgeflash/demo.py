@@ -20,12 +20,13 @@ from PIL import Image
 from rich.console import Console
 
 from edgeflash.bundle import Bundle
-from edgeflash.disk import check_replaceable, fresh_folder
+from edgeflash.disk import check_replaceable, check_writable, fresh_folder
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import ExportOptions
 from edgeflash.machine import Machine
 from edgeflash.manifest import parse_manifest, read_manifest
+from edgeflash.png import save_png
 from edgeflash.recipe import find_recipe, read_recipe
 from edgeflash.report import REPORT, Report, System, SystemsTable
 from edgeflash.report_html import Cell, Grid, write_html
@@ -83,7 +84,7 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
         drawn[entry.name] = pictures
     report = Report(
         title="edgeflash demo: embedded teacher and students on ONNX Runtime",
-        command="edgeflash demo",
+        command=f"edgeflash demo --out {out}{' --full' * full}",
         machine=Machine.here(),
         prompts=_prompts(SHOWN),
         systems=tuple(systems),
@@ -111,6 +112,7 @@ def _claim(out: Path, *, full: bool) -> None:
     Raises:
         EdgeflashError: it holds what no demo has made, or a student that this one would not make.
     """
+    check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()) and not (out / MARK).is_file():
         raise EdgeflashError(f"{out}: holds what edgeflash demo has not made; choose another --out")
@@ -253,11 +255,10 @@ def _measure(entry: Entry, out: Path) -> tuple[System, list[Path]]:
 def _save(pictures: NDArray[np.uint8], entry: Entry, out: Path) -> list[Path]:
     """PNGs at three times their size."""
     folder = out / "images" / f"{entry.bundle.name}-{entry.steps}"
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i}.png" for i in range(len(pictures))]
     for path, picture in zip(paths, pictures, strict=True):
         side = picture.shape[0] * 3
-        Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC).save(path)
+        save_png(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), path)
     return paths
 
 

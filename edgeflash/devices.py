@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from edgeflash.bundle import DENOISERS, Part
+from edgeflash.complaint import complaint
 from edgeflash.errors import EdgeflashError, unknown
 
 DEVICES = Path(__file__).with_name("devices.toml")
@@ -65,7 +68,10 @@ class Device(Part):
             raise unknown("device", name, known["device"])
         told = known["device"][name]
         limits = [{"name": limit} | known["limit"][limit] for limit in told["limits"]]
-        return cls.model_validate({"name": name} | told | {"limits": limits})
+        try:
+            return cls.model_validate({"name": name} | told | {"limits": limits})
+        except ValidationError as error:
+            raise complaint(error, cls, f"{DEVICES}: [device.{name}]") from None
 
     @classmethod
     def timed(cls, name: str) -> Device:

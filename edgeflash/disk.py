@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from edgeflash.errors import EdgeflashError, Stopped
+from edgeflash.errors import NO_SPACE, EdgeflashError, Stopped
 
 MANIFEST = "edgeflash.json"
 TRAINING = "recipe.json"  # in the scratch folder of a training
@@ -28,6 +29,60 @@ def write_atomic(path: Path, content: Any) -> None:
         draft.unlink(missing_ok=True)
 
 
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """A file beside ``path``, with its ending, that takes its place only when the block succeeds.
+
+    Folders above it are made.
+
+    Raises:
+        Stopped: the disk is full.
+        EdgeflashError: nothing can be written there. What was there before stays, either way.
+    """
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        os.replace(draft, path)
+    except OSError as error:
+        kind = Stopped if error.errno == errno.ENOSPC else EdgeflashError
+        why = error.strerror or error
+        raise kind(f"{path}: not written ({why}); make room, or choose another --out") from None
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_for_people(path: Path, text: str) -> None:
+    """Writes what was asked for on the command line, whole or not at all; see `drafted`."""
+    with drafted(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def check_writable(out: Path, *, file: bool = False, flag: str = "--out") -> None:
+    """Asks before the work whether a folder can be written into; it may have to be made.
+
+    It is tried with an empty folder, which goes again.
+
+    Args:
+        out: the folder; or what is to take a place in one.
+        file: the latter, a file or a folder as a whole.
+        flag: what named it.
+
+    Raises:
+        EdgeflashError: nothing can be put there.
+    """
+    above = out.absolute().parent if file else out.absolute()
+    there = next(each for each in (above, *above.parents) if os.path.lexists(each))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".edgeflash.", dir=there))
+    except OSError as error:
+        why = f"nothing can be written into {there} ({error.strerror})"
+        if not there.is_dir():
+            why = "is a file" if there == out.absolute() else f"{there} is no folder"
+        raise EdgeflashError(f"{out}: {why}; choose another {flag}") from None
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -35,7 +90,7 @@ def sha256_of(path: Path) -> str:
 
 def is_disk_full(error: Exception, folder: Path) -> bool:
     """Whether a full disk is behind an error; safetensors and torch raise their own kinds."""
-    told = getattr(error, "errno", None) == 28 or "No space left" in str(error)
+    told = getattr(error, "errno", None) == errno.ENOSPC or NO_SPACE in str(error)
     return told or shutil.disk_usage(folder).free < 2**16
 
 
@@ -48,14 +103,14 @@ def check_replaceable(out: Path, *sources: Path, kind: str = "") -> None:
         kind: "student" or "bundle": folders of the other kind stay; "": of any kind may go.
 
     Raises:
-        EdgeflashError: it holds something that edgeflash has not made, cannot be renamed, or is one
-            of ``sources``.
+        EdgeflashError: it holds something that edgeflash has not made, cannot be renamed or made,
+            or is one of ``sources``.
     """
     if out.resolve() == Path.cwd() or os.path.ismount(out):
         raise EdgeflashError(f"{out}: cannot be replaced as a whole; name a folder inside it")
+    check_writable(out, file=True)
     held = os.listdir(out) if out.is_dir() else ["a file"] * out.exists()
-    begun = (out.parent / f"{out.name}.run" / TRAINING).is_file()  # by what is trained there
-    if held and MANIFEST not in held and not begun:
+    if held and MANIFEST not in held:
         what = "holds something else" if out.is_dir() else "is a file"
         raise EdgeflashError(f"{out}: {what}; choose another --out")
     for source in sources:

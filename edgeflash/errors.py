@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
+NO_SPACE = "No space left"
+PARSER = (  # what it says, and what we do
+    (r"a valid integer, unable to parse string as an integer", "a whole number"),
+    (r"a valid number, unable to parse string as a number", "a number"),
+    (r"greater than or equal to (\S+)", r"\1 or more"),
+    (r"less than or equal to (\S+)", r"\1 or less"),
+    (r"Input should be", "it must be"),
+)
 
 
 class EdgeflashError(Exception):
@@ -28,9 +37,18 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> EdgeflashError:
     no target 'onx' (have: onnx, torch); did you mean 'onnx'?
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return EdgeflashError(f"no {kind} {name!r} (have: {', '.join(names) or 'none'}){hint}")
+    have = ", ".join(names) or "none"
+    return EdgeflashError(f"no {kind} {name!r} (have: {have}){did_you_mean(name, names)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error's line: the nearest name of those on offer; "" where none is near.
+
+    >>> did_you_mean("shapes-studnt", ["shapes-judge", "shapes-student"])
+    "; did you mean 'shapes-student'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def in_one_line(command: Callable[[], int | None]) -> int:
@@ -44,13 +62,26 @@ def in_one_line(command: Callable[[], int | None]) -> int:
             return _fail("interrupted; nothing half-written was left: run the same command again")
     except EdgeflashError as error:
         return _fail(str(error))
-    except OSError as error:
-        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
     except Exception as error:
+        if NO_SPACE in str(error):  # safetensors and torch raise their own kinds
+            return _fail("disk full: free some space, and run the same command again")
+        if isinstance(error, OSError):
+            return _fail(f"{error.filename or 'file system'}: {error.strerror or error}")
         if not hasattr(error, "format_message"):  # typer's own complaints have it
             raise
-        return _fail(" ".join(error.format_message().split()))
+        return _fail(_in_our_words(" ".join(error.format_message().split())))
     return code or 0
+
+
+def _in_our_words(line: str) -> str:
+    """A complaint of the command line's parser, by what `edgeflash.complaint` would say.
+
+    >>> _in_our_words("Invalid value for '--seed': Input should be greater than or equal to 0")
+    "Invalid value for '--seed': it must be 0 or more"
+    """
+    for theirs, ours in PARSER:
+        line = re.sub(theirs, ours, line)
+    return line
 
 
 def _fail(line: str) -> int:

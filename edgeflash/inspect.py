@@ -61,7 +61,7 @@ def one_plugin(name: str) -> RenderableType:
 
 
 def _plugin(role: type[Plugin], name: str) -> list[RenderableType]:
-    plugin = find(role, name, check=False)  # its options can be read without its packages
+    plugin = find(role, name, check=False)  # told without its packages; methods import torch
     room, prefix = SHELVES[role]
     table = _table("option", "default", "what it means")
     for field, info in plugin.model_fields.items():
@@ -209,7 +209,7 @@ def judgement(judged: Judgement) -> RenderableType:
         rules.setdefault((finding.rule, finding.source), []).append(finding)
     for findings in rules.values():
         parts.append(_broken(findings))
-    head = f"[bold]{escape(device.name)}: {judged.verdict}[/bold]   {escape(device.chip)}"
+    head = f"[bold]{escape(device.name)}: {judged.told}[/bold]   {escape(device.chip)}"
     return Group(head, *parts, *map(escape, judged.left_open), "")
 
 

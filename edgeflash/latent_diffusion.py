@@ -126,6 +126,8 @@ class LatentDiffusion(Family):
     def size(self, student: Student) -> tuple[int, int]:
         sides = student.config(self.denoiser).get("sample_size") or 64
         height, width = sides if isinstance(sides, list) else (sides, sides)
+        if not all(isinstance(side, int) and side > 0 for side in (height, width)):
+            raise TypeError(f"sample_size = {sides!r} of the {self.denoiser}")
         unit = self.latent(student).downsampling
         return height * unit, width * unit
 

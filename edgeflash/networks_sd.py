@@ -51,6 +51,17 @@ def load_network(student: Student, component: str) -> Any:
     return network
 
 
+def without_weights(student: Student, component: str) -> Any:
+    """A component as its config says, with random weights, or none on the meta device."""
+    folder = "vae" if component.startswith("vae") else component
+    library, name = student.class_of(folder)
+    built = getattr(importlib.import_module(library), name)
+    config = student.config(folder)
+    if library == "diffusers":
+        return built.from_config(dict(config))
+    return built(built.config_class.from_dict(dict(config)))
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps the libraries' progress bars and remarks off the terminal."""

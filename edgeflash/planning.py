@@ -19,14 +19,14 @@ from rich.console import Console
 
 from edgeflash.bundle import Bundle
 from edgeflash.choice import Candidate, Tried, job_of, measure_in_turn, try_out
-from edgeflash.disk import write_atomic
+from edgeflash.disk import check_writable, write_for_people
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.machine import Machine
 from edgeflash.report import IMAGE_DB, REPORT, Predicted, Report, System, told
 from edgeflash.report_html import write_html
 from edgeflash.roles import Target
-from edgeflash.shelf import make
+from edgeflash.shelf import find, make
 from edgeflash.student import Student
 
 if TYPE_CHECKING:
@@ -186,9 +186,10 @@ def quantizing(to: str, options: dict[str, Any]) -> Quantizing:
     """
     from edgeflash.export.plan import Quantizing
 
-    target = make(Target, to, options)
-    if not isinstance(target, Quantizing):
+    if not issubclass(find(Target, to), Quantizing):
         raise EdgeflashError(f"--to {to}: takes no plan; choose onnx, openvino or tensorrt")
+    target = make(Target, to, options)
+    assert isinstance(target, Quantizing)
     return target
 
 
@@ -257,7 +258,7 @@ def search(
             front=_predicted(points, done),
             notes=(f"kept: {kept.tried.name}", most_sensitive(found), *NOTES, *_refused(done)),
         )
-    write_atomic(out, _header(kept, one) + kept.plan().toml())
+    write_for_people(out, _header(kept, one) + kept.plan().toml())
     report.save(folder / REPORT)
     write_html(report, folder / "report.html")
     return report
@@ -267,8 +268,8 @@ def _check_places(out: Path, folder: Path, wish: Wish) -> None:
     """Raises what would only show when the work is done."""
     if out.is_dir():
         raise EdgeflashError(f"{out}: is a folder; name a file for the plan")
-    if folder.is_file():
-        raise EdgeflashError(f"{folder}: is a file; choose another --report")
+    check_writable(out, file=True)
+    check_writable(folder, flag="--report")
     for name in ("plan", "precision"):
         if name in wish.options:
             raise EdgeflashError(f"--set {name}: is what is searched; leave it out")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from edgeflash.disk import check_writable, drafted
 from edgeflash.errors import EdgeflashError
 
 
@@ -27,9 +27,12 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
 
 
 def check_png(path: Path) -> None:
-    """Raises where the name promises another format."""
+    """Raises where the name promises another format, or nothing can be written there."""
     if path.suffix.lower() != ".png":
         raise EdgeflashError(f"{path}: only PNG is written; name it {path.stem}.png")
+    if path.is_dir():
+        raise EdgeflashError(f"{path}: is a folder; choose another --out")
+    check_writable(path, file=True)
 
 
 def write_pngs(images: NDArray[np.uint8], path: Path) -> list[Path]:
@@ -38,23 +41,14 @@ def write_pngs(images: NDArray[np.uint8], path: Path) -> list[Path]:
     Raises:
         EdgeflashError: one could not be written; a picture that was there before stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     alone = len(images) == 1
     places = [path if alone else path.with_stem(f"{path.stem}-{i}") for i in range(len(images))]
     for pixels, place in zip(images, places, strict=True):
-        _write_whole(Image.fromarray(pixels), place)
+        save_png(Image.fromarray(pixels), place)
     return places
 
 
-def _write_whole(image: Image.Image, place: Path) -> None:
-    draft = place.with_name(f".{place.name}")
-    try:
+def save_png(image: Image.Image, path: Path) -> None:
+    """Writes a picture, whole or not at all; see `drafted`."""
+    with drafted(path) as draft:
         image.save(draft)
-        os.replace(draft, place)
-    except OSError as error:
-        why = error.strerror or error
-        raise EdgeflashError(
-            f"{place}: not written ({why}); make room, or choose another --out"
-        ) from None
-    finally:
-        draft.unlink(missing_ok=True)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 
-from edgeflash.blueprints import UNETS, Blueprint
+from edgeflash.blueprints import UNETS, UNIT, Blueprint, scheduler
 from edgeflash.bundle import DENOISERS, Bundle
 from edgeflash.devices import Device
+from edgeflash.disk import check_writable
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import ExportOptions
@@ -24,6 +24,7 @@ from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Report, System, told
 from edgeflash.report_html import write_html
 from edgeflash.roles import Target
+from edgeflash.schedule import lower_schedule
 from edgeflash.shelf import make
 from edgeflash.student import Student
 from edgeflash.verify import METRICS
@@ -92,9 +93,9 @@ def price(
             student.
     """
     console = console or Console(stderr=True, highlight=False)
-    if out.is_file():
-        raise EdgeflashError(f"{out}: is a file; choose another --out")
+    check_writable(out)
     targets = [make(Target, way.on, {"precision": way.precision}) for way in ways]
+    check_asked(student, steps, size)
     machine = Machine.here()
     peak = peak_gflops()
     systems: list[System] = []
@@ -119,6 +120,28 @@ def price(
     report.save(out / REPORT)
     write_html(report, out / "report.html")
     return report
+
+
+def check_asked(
+    student: Student | Blueprint, steps: Sequence[int], size: tuple[int, int] | None
+) -> None:
+    """Raises, before any weights are written, what does not go with the student.
+
+    Raises:
+        EdgeflashError: its scheduler has not so many steps, or its networks no such size.
+    """
+    if isinstance(student, Student):
+        if steps:
+            student.schedules(steps)
+        family = student.family
+        family.signature(student, family.denoiser, size or family.size(student))
+        return
+    for count in steps:
+        lower_schedule(scheduler(), count)
+    if size and any(side < UNIT or side % UNIT for side in size):
+        raise EdgeflashError(
+            f"size {size[0]}x{size[1]}: both sides must be multiples of {UNIT} px, {UNIT} at least"
+        )
 
 
 def _folder(student: Student | Blueprint, scratch: Path, console: Console) -> tuple[Path, str]:
@@ -182,7 +205,7 @@ def gflops(
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from edgeflash.networks_sd import quiet
+    from edgeflash.networks_sd import quiet, without_weights
 
     found, pixels = {}, size or student.family.size(student)
     for component in components or student.family.components():
@@ -200,17 +223,6 @@ def gflops(
                 network(*given)
         found[component] = counter.get_total_flops() / 1e9
     return found
-
-
-def without_weights(student: Student, component: str) -> Any:
-    """A component as its config says, with random weights, or none on the meta device."""
-    folder = "vae" if component.startswith("vae") else component
-    library, name = student.class_of(folder)
-    built = getattr(importlib.import_module(library), name)
-    config = student.config(folder)
-    if library == "diffusers":
-        return built.from_config(dict(config))
-    return built(built.config_class.from_dict(dict(config)))
 
 
 def peak_gflops() -> float:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from edgeflash.complaint import complaint
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.roles import Method
 from edgeflash.shelf import make
@@ -52,7 +54,7 @@ class StageSpec(_Table):
 class Sampling(_Table):
     """How the finished student samples: written into its folder."""
 
-    steps: tuple[PositiveInt, ...] = Field(
+    steps: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field(
         (1, 2, 4), description="step counts to ship schedules for"
     )
     default_steps: int = 4
@@ -129,14 +131,7 @@ def recipe_of(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        errors = error.errors()  # a mistyped key may also be missed under its right name
-        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-        *table, field = first["loc"] or ("",)
-        if first["type"] == "extra_forbidden":
-            inside = f" [{'.'.join(map(str, table))}]" if table else ""
-            raise unknown(f"key in {where}{inside}:", str(field), _fields_at(table)) from None
-        place = ".".join(map(str, first["loc"]))
-        raise EdgeflashError(f"{where}: {place}: {first['msg']}") from None
+        raise complaint(error, Recipe, where) from None
 
 
 def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
@@ -154,15 +149,20 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     for key, value in given.items():
         table, _, field = key.rpartition(".")
         stages = [s for s in plain["stage"] if table in ("", s["by"])]
+        if key in ("data", "sampling", "stage"):
+            raise EdgeflashError(f"--set {key}: is a table; set one of its keys: {key}.KEY=…")
         if not table and key in OWN:
             plain[key] = value
         elif table in ("data", "sampling"):
             plain[table] = plain.get(table, {}) | {field: value}
+        elif not table and get_close_matches(key, OWN, 1, 0.8):
+            raise unknown("key of a recipe", key, OWN)
         elif stages:
             for stage in stages:
                 stage[field] = value
         else:
-            raise EdgeflashError(f"--set {key}: the recipe has no table or stage {table!r}")
+            known = ["data", "sampling", *(stage["by"] for stage in plain["stage"])]
+            raise unknown(f"table or stage in this recipe for --set {key}:", table, known)
     return recipe_of(plain, "the command line")
 
 
@@ -185,13 +185,3 @@ def recipes_folder() -> Path:
     spec = importlib.util.find_spec("edgeflash.distill")
     assert spec is not None and spec.origin
     return Path(spec.origin).parent / "recipes"
-
-
-def _fields_at(table: list[Any]) -> list[str]:
-    """Names a table of the recipe may hold."""
-    tables: dict[str, type[BaseModel]] = {
-        "data": Data,
-        "sampling": Sampling,
-        "stage": StageSpec,
-    }
-    return list(tables.get(str(table[0]) if table else "", Recipe).model_fields)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from edgeflash.complaint import complaint
+from edgeflash.disk import write_for_people
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 
@@ -138,10 +139,7 @@ class Report(_Figures):
 
     def save(self, path: Path) -> None:
         """Writes the JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.draft")
-        draft.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        write_for_people(path, self.model_dump_json(indent=2) + "\n")
 
 
 def schema() -> str:
@@ -158,15 +156,26 @@ def read_report(path: Path) -> Report:
     """
     path = path / REPORT if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8")
-        return Report.model_validate_json(text)
-    except FileNotFoundError:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise EdgeflashError(f"{path}: no such report; edgeflash bench writes one") from None
-    except (UnicodeDecodeError, ValidationError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else None
-        field = ".".join(map(str, first["loc"])) if first else ""
-        said = f"field {field}: {first['msg']}" if first and field else "not JSON"
-        raise EdgeflashError(f"{path}: no report of this edgeflash ({said})") from None
+    except OSError as error:
+        raise EdgeflashError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise EdgeflashError(f"{path}: no report, not even JSON ({error})") from None
+    kind = data.get("kind", "nothing that says so") if isinstance(data, dict) else "a list"
+    version = data.get("format_version", 1) if isinstance(data, dict) else 1
+    if kind == "report" and version not in range(1, FORMAT_VERSION + 1):
+        raise EdgeflashError(
+            f"{path}: format {version!r} is not what this edgeflash reads ({FORMAT_VERSION}): "
+            "pip install -U edgeflash"
+        )
+    if kind != "report":
+        raise EdgeflashError(f"{path}: no report but {kind}; edgeflash bench writes one")
+    try:
+        return Report.model_validate(data)
+    except ValidationError as error:
+        raise complaint(error, Report, str(path)) from None
 
 
 # How figures are told: (field, heading, unit)

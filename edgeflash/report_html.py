@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from edgeflash.disk import write_for_people
 from edgeflash.errors import EdgeflashError
 from edgeflash.report import FIGURES, Report, System, shown_figures, told
 from edgeflash.report_plots import plots
@@ -62,9 +62,7 @@ def write_html(report: Report, path: Path, grid: Grid | None = None) -> None:
         f"<title>{escape(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
+    write_for_people(path, page)
 
 
 def _own_grid(report: Report, folder: Path) -> Grid:

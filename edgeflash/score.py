@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from queue import SimpleQueue
@@ -40,8 +40,8 @@ def draw(
     """One picture a prompt, uint8 [n, h, w, 3]; the picture of prompt i has seed i.
 
     With ``given`` each prompt is a request of its own, else they are drawn in batches. Every core
-    draws others: that takes a sixth less time than all cores at one. A runtime
-    whose threads were chosen draws alone.
+    draws others: that takes a sixth less time than all cores at one. A runtime whose threads were
+    chosen draws alone.
     """
     from edgeflash.runtimes.pipeline import Request, TextToImage
 
@@ -69,6 +69,29 @@ def draw(
     return np.concatenate(pictures)
 
 
+def check(
+    bundle: Bundle, runtime: Runtime, counts: Sequence[int], task: str | None = None
+) -> Given | None:
+    """Asks for every step count before the first picture is drawn; gives what `given_of` does.
+
+    Raises:
+        EdgeflashError: a bundle that cannot draw in so many steps, or is not for the task, or whose
+            pictures are not of the judge's size.
+    """
+    from edgeflash.runtimes.pipeline import Request, TextToImage
+
+    size = bundle.manifest.image
+    if (size.height, size.width) != (shapes.SIZE_PX, shapes.SIZE_PX):
+        raise EdgeflashError(
+            f"{bundle.folder}: draws {size.height}x{size.width} px; the benchmark judges "
+            f"{shapes.SIZE_PX} px pictures of shapes"
+        )
+    pipeline, given = TextToImage(bundle, runtime), given_of(bundle, task)
+    for count in counts:
+        pipeline.check(Request("", steps=count, **(given(0) if given else {})))
+    return given
+
+
 def score(
     bundle: Bundle,
     runtime: Runtime,
@@ -87,17 +110,11 @@ def score(
         task: of `TASKS`; None: what its networks were trained for.
 
     Raises:
-        EdgeflashError: a bundle whose pictures are not of the judge's size, or for another task.
+        EdgeflashError: see `check`.
     """
     from edgeflash.distill.judge import held_out_captions, verdict
 
-    size = bundle.manifest.image
-    if (size.height, size.width) != (shapes.SIZE_PX, shapes.SIZE_PX):
-        raise EdgeflashError(
-            f"{bundle.folder}: draws {size.height}x{size.width} px; the benchmark judges "
-            f"{shapes.SIZE_PX} px pictures of shapes"
-        )
-    given = given_of(bundle, task)
+    given = check(bundle, runtime, (steps,), task)
     captions = held_out_captions(images)
     prompts = tuple(caption.text for caption in captions)
     pictures = draw(bundle, runtime, prompts, steps=steps, given=given, tell=tell)

@@ -18,12 +18,14 @@ from edgeflash.architecture import spelled
 from edgeflash.block_times import Estimated, MeasuredTimes
 from edgeflash.blocks import Anatomist
 from edgeflash.blueprints import Blueprint
-from edgeflash.disk import write_atomic
+from edgeflash.disk import check_writable, write_for_people
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
-from edgeflash.price import price
+from edgeflash.price import check_asked, price
 from edgeflash.report import System, told
+from edgeflash.roles import Target
 from edgeflash.search_value import Teacher, parameters_kept
+from edgeflash.shelf import make
 from edgeflash.student import Student
 from edgeflash.walking import Proposal, Walker, Wish
 
@@ -119,8 +121,10 @@ def search(
     Raises:
         EdgeflashError: nothing gets within the budget, or options do not fit the teacher.
     """
-    if out.is_file():
-        raise EdgeflashError(f"{out}: is a file; choose another --out")
+    check_writable(out)
+    if wish.on:
+        make(Target, wish.on.on, {"precision": wish.on.precision})  # says what is wrong with it
+    check_asked(teacher, (wish.steps,) if wish.on else (), wish.size)
     machine = Machine.here()  # before the work, so that the load is that of others
     with tempfile.TemporaryDirectory(prefix="edgeflash-search-") as scratch:
         one = _Search.begin(teacher, wish, Path(scratch), console)
@@ -268,9 +272,8 @@ def _opened(teacher: Student | Blueprint, folder: Path) -> Student:
 
 def write_found(found: Found, out: Path, command: str | None) -> None:
     """The UNet's config, as `edgeflash price` and the method `blocks` read it, and all figures."""
-    out.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "UNet2DConditionModel"} | found.kept.config
-    write_atomic(out / FILE, json.dumps(config, indent=1))
+    write_for_people(out / FILE, json.dumps(config, indent=1))
     plain = {
         "command": command,
         "teacher": found.teacher,
@@ -293,7 +296,7 @@ def write_found(found: Found, out: Path, command: str | None) -> None:
             for check in found.checks
         ],
     }
-    write_atomic(out / FOUND, json.dumps(plain, indent=1))
+    write_for_people(out / FOUND, json.dumps(plain, indent=1))
 
 
 def _plain(proposal: Proposal) -> dict[str, Any]:

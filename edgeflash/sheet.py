@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from edgeflash.disk import drafted
+
 SIDE, GAP, MARGIN, HEADER = 128, 6, 190, 58  # px
 INK, PAPER = (34, 34, 34), (255, 255, 255)
 
@@ -34,4 +36,5 @@ def contact_sheet(rows: Mapping[str, Sequence[Path]], prompts: Sequence[str], ou
             with Image.open(path) as picture:
                 small = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.paste(small, (MARGIN + column * pitch, top))
-    sheet.save(out, optimize=True)
+    with drafted(out) as draft:
+        sheet.save(draft, optimize=True)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from edgeflash.complaint import complaint
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.roles import Method, Plugin, Runtime, Target
 
@@ -141,14 +142,7 @@ def validated(model: type[P], options: dict[str, Any], where: str) -> P:
     try:
         return model(**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        if not field:  # options that do not go together
-            said = first["msg"].removeprefix("Value error, ")
-            raise EdgeflashError(f"{where}: {said}") from None
-        if first["type"] == "extra_forbidden":
-            raise unknown(f"option in {where}:", field, model.model_fields) from None
-        raise EdgeflashError(f"{where}: {field} = {first['input']!r}: {first['msg']}") from None
+        raise complaint(error, model, where, "option") from None
 
 
 def opener(target: str) -> str:

@@ -20,8 +20,9 @@ from pydantic import Field
 
 from edgeflash import align_your_steps
 from edgeflash.bundle import Part
+from edgeflash.complaint import wrong_types
 from edgeflash.disk import MANIFEST, sha256_of, write_atomic
-from edgeflash.embedded import located
+from edgeflash.embedded import located, meant, refuse_judge
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.lora import Lora
 from edgeflash.manifest import parse_manifest, read_manifest
@@ -47,7 +48,7 @@ class StudentLineage(Part):
 
     teacher: str | None = None
     recipe_sha256: str | None = None
-    stages: tuple[dict[str, Any], ...] = ()  # method, options, steps and figures of each
+    stages: tuple[dict[str, Any], ...] = ()  # method, steps, seconds and figures of each
     seconds: float | None = None  # of training, all stages
     tools: dict[str, str] = Field({}, description="package -> version")
     weights_licence: str | None = None
@@ -124,16 +125,17 @@ class Student:
         if (folder / MANIFEST).is_file():
             manifest = parse_manifest(StudentManifest, read_manifest(folder, "student"), folder)
         family = find_family(folder, str(index["_class_name"])).of(index)
+        refuse_judge(folder, index)
         student = cls(folder, index, family, manifest)
         student.loras = tuple(loras)
         for name in student.family.folders:
             student._check_component(name)
-        student.family.check(student)
+        with wrong_types(folder):
+            student.family.check(student)
+            student.family.size(student)
         if loras and student.family.denoiser != "unet":
-            raise EdgeflashError(
-                f"{folder}: has a {student.family.denoiser}, and LoRAs are fused into UNets alone "
-                "so far: leave --lora out"
-            )
+            told = f"has a {student.family.denoiser}, and LoRAs are fused into UNets alone"
+            raise EdgeflashError(f"{folder}: {told}: leave --lora out")
         return student
 
     @classmethod
@@ -208,6 +210,7 @@ class Student:
 
         ``timesteps``: the name of others than the scheduler's.
         """
+        self.check_steps(steps or ())
         if timesteps is not None:
             if timesteps != align_your_steps.NAME:
                 raise unknown("--timesteps", timesteps, [align_your_steps.NAME])
@@ -220,6 +223,13 @@ class Student:
         if lacking and self.config("scheduler").get(MARK):
             tables = {n: corrected(table) for n, table in tables.items()}
         return {n: own.get(n) or tables[n] for n in wanted}
+
+    def check_steps(self, steps: Iterable[int]) -> None:
+        """Raises where there are more steps than the scheduler has timesteps."""
+        most = self.config("scheduler").get("num_train_timesteps") or 1000  # as usual
+        if (count := max(steps, default=0)) > most:
+            told = f"cannot draw in {count} steps: its scheduler has {most} timesteps"
+            raise EdgeflashError(f"{self.folder}: {told}: ask for {most} steps at most")
 
     def guidance(self, scale: float | None = None) -> Guidance:
         """How the prompt steers: as the manifest says, or as diffusers would do by default.
@@ -359,7 +369,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise EdgeflashError(f"{folder}: no such folder")
+        raise EdgeflashError(f"{folder}: no such folder{meant(folder)}")
     if not (folder / INDEX).is_file():
         raise EdgeflashError(f"{folder}: no diffusers folder ({INDEX} is missing)")
     index = read_json(folder / INDEX)

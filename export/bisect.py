@@ -108,21 +108,35 @@ def _product(node: Any, makers: dict[str, Any]) -> str:
     return ""
 
 
+def check_pair(bundle: Bundle, reference: Bundle) -> None:
+    """Asks before the work whether two bundles can be held against each other.
+
+    Raises:
+        EdgeflashError: another target, bundles of different students, or a component that the
+            reference lacks.
+    """
+    for each in (bundle, reference):
+        for component in each.manifest.components:
+            if component.target != "onnx":
+                told = f"only ONNX bundles can be bisected, not {component.target}"
+                raise EdgeflashError(f"{each.folder}: {told}")
+    ours, theirs = bundle.manifest.lineage, reference.manifest.lineage
+    if (ours.student_sha256, ours.loras) != (theirs.student_sha256, theirs.loras):
+        raise EdgeflashError(f"{reference.folder}: was made from another student")
+    for component in bundle.manifest.components:
+        reference.component(component.name)
+
+
 def bisect_bundles(
     bundle: Bundle, reference: Bundle, name: str, floor_db: float
 ) -> Divergence | None:
     """`first_divergence` of a component of two ONNX bundles of one student.
 
     Raises:
-        EdgeflashError: another target, or bundles of different students.
+        EdgeflashError: see `check_pair`.
     """
+    check_pair(bundle, reference)
     suspect, whole = bundle.component(name), reference.component(name)
-    for folder, target in ((bundle.folder, suspect.target), (reference.folder, whole.target)):
-        if target != "onnx":
-            raise EdgeflashError(f"{folder}: only ONNX bundles can be bisected, not {target}")
-    ours, theirs = bundle.manifest.lineage, reference.manifest.lineage
-    if (ours.student_sha256, ours.loras) != (theirs.student_sha256, theirs.loras):
-        raise EdgeflashError(f"{reference.folder}: was made from another student")
     paths = (reference.folder / whole.files[0].path, bundle.folder / suspect.files[0].path)
     return first_divergence(*paths, first_call(bundle, suspect), floor_db)
 

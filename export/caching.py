@@ -41,6 +41,9 @@ class Way(Protocol):
     def reuses(self, row: int) -> bool:
         """Whether a row of a schedule runs the cached graph."""
 
+    def check(self, unet: Any) -> None:
+        """Raises what `cut` would say of a UNet, which may be without weights."""
+
     def cut(self, network: Network, cells: tuple[int, int]) -> tuple[Network, Network]:
         """The whole graph and the cached one, sharing all weights.
 

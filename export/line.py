@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from edgeflash import align_your_steps
@@ -28,11 +29,13 @@ from edgeflash.bundle import (
     Merging,
 )
 from edgeflash.caching import cached_name
+from edgeflash.complaint import wrong_types
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Sampler
+from edgeflash.networks_sd import quiet, without_weights
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
 from edgeflash.student import INSTEAD, Student, sha256_of_all
@@ -124,7 +127,7 @@ def export_student(
         drop_others(folder, plan.components)
     if unproven:
         console.print(unproven, markup=False, highlight=False)
-    return Bundle.open(out)
+    return Bundle.open(out, check="size")
 
 
 def _rates(plan: _Plan, target: Target) -> Rates:
@@ -169,6 +172,8 @@ def _check_caching(target: Target, student: Student, way: Way) -> None:
         )
     if why := target.refuse_caching():
         raise EdgeflashError(f"{way.flag}: --to {target_name(target)} {why}: leave one of them out")
+    with torch.device("meta"), quiet():
+        way.check(without_weights(student, "unet"))
 
 
 def _check_family(student: Student, target: Target) -> None:
@@ -224,8 +229,9 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     height, width = size = options.size or family.size(student)
     encoder = options.image_to_image or bool(family.conditions(student))
     components = family.components(encoder=encoder)
-    for name in components:
-        family.signature(student, name, size)
+    with wrong_types(student.folder):
+        for name in components:
+            family.signature(student, name, size)
     space = family.latent(student)
     if way := way_of(options):
         check_rows(way, schedules[default_steps])

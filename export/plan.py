@@ -35,6 +35,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from edgeflash.bundle import ANSWER, DENOISERS
 from edgeflash.caching import SUFFIX, cached_name
+from edgeflash.complaint import complaint
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Target
 from edgeflash.verify import PRECISIONS
@@ -86,12 +87,12 @@ def read_plan(path: Path) -> Plan:
         return Plan.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise EdgeflashError(f"plan: {path}: no such file") from None
+    except OSError as error:
+        raise EdgeflashError(f"plan: {path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise EdgeflashError(f"plan: {path}: not TOML: {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise EdgeflashError(f"plan: {path}: {place}: {first['msg']}") from None
+        raise complaint(error, Plan, f"plan: {path}") from None
 
 
 def _given(value: Any) -> Any:

@@ -26,5 +26,7 @@ class TorchTarget(Target):
 
         path = out / captured.component / "program.pt2"
         path.parent.mkdir(parents=True, exist_ok=True)
+        for node in captured.program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # names folders of the machine that exported it
         torch.export.save(captured.program, path)
         return [path]

@@ -86,6 +86,9 @@ class Gate:
     def reuses(self, row: int) -> bool:
         return row >= self.step
 
+    def check(self, unet: UNet2DConditionModel) -> None:
+        _cross_attentions(unet)
+
     def told(self, image_psnr_db: float) -> Caching:
         return Caching(method="t-gate", gate=self.step, image_psnr_db=image_psnr_db)
 
@@ -164,6 +167,9 @@ class DeepCache:
 
     def reuses(self, row: int) -> bool:
         return row % self.interval > 0
+
+    def check(self, unet: UNet2DConditionModel) -> None:
+        _last_layers(unet, self.branch)
 
     def told(self, image_psnr_db: float) -> Caching:
         return Caching(

@@ -25,7 +25,7 @@ from typing import Any
 
 from edgeflash import shelf, talk
 from edgeflash.bundle import Bundle
-from edgeflash.disk import MANIFEST, sha256_of
+from edgeflash.disk import MANIFEST, check_writable, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Conditions, Percentiles, Report, Sustained, System
@@ -33,6 +33,7 @@ from edgeflash.report_html import write_html
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.measure import Job, Measured, request_of
 from edgeflash.runtimes.pipeline import TextToImage
+from edgeflash.runtimes.room import check_batch
 
 Tell = Callable[[str, int, int], None]
 PAGE = "report.html"
@@ -57,8 +58,7 @@ def bench(
     bundle = Bundle.open(job.bundle)
     counts = steps or (bundle.manifest.default_steps,)
     cut = _check(bundle, job, counts)
-    if out.is_file():
-        raise EdgeflashError(f"{out}: is a file; choose another --out")
+    check_writable(out)
     systems = [
         _system(bundle, job.model_copy(update={"steps": count}), out, f"images/{i}", tell)
         for i, count in enumerate(counts)
@@ -83,11 +83,12 @@ def _check(bundle: Bundle, job: Job, counts: Sequence[int]) -> list[str]:
         The ends of prompts that the text encoder will not see.
 
     Raises:
-        EdgeflashError: the bundle cannot be run like this.
+        EdgeflashError: the bundle cannot be run like this, or not here.
     """
     pipeline = TextToImage(bundle, shelf.make(Runtime, job.runtime, job.options))
     for count in counts:
         pipeline.check(request_of(bundle, job.model_copy(update={"steps": count}), job.prompts))
+    check_batch(bundle, job.batch)
     return [cut for prompt in job.prompts if (cut := pipeline.prompts.unread(prompt))]
 
 

@@ -95,11 +95,32 @@ class Judgement:
         return all_loaded(self.seen), max(part.bytes for part in self.seen)
 
     @property
+    def unseen(self) -> tuple[str, ...]:
+        """Rules that could not be applied to some component, as its graph was not read."""
+        unread = {part.component.target for part in self.seen if part.unread}
+        rules = [
+            OF_GRAPHS[limit.rule]
+            for limit in self.device.limits
+            if limit.rule in OF_GRAPHS and unread & set(limit.targets or unread)
+        ]
+        return tuple(dict.fromkeys(rules))
+
+    @property
+    def told(self) -> str:
+        """The verdict, and whether it is one of all rules."""
+        if not self.unseen:
+            return self.verdict
+        return f"{self.verdict}, as far as could be read"
+
+    @property
     def left_open(self) -> list[str]:
         """What was not judged, and why."""
-        told = [
-            f"{s.component.name}: only sizes were judged: {s.unread}" for s in self.seen if s.unread
-        ]
+        unread: dict[str, list[str]] = {}
+        for part in self.seen:
+            if part.unread and self.unseen:
+                unread.setdefault(part.unread, []).append(part.component.name)
+        rules = ", ".join(self.unseen)
+        told = [f"{', '.join(of)}: not looked at: {rules}: {why}" for why, of in unread.items()]
         told += [
             f"{s.component.name}: {len(s.graph.unknown)} results of unknown shape were left out"
             for s in self.seen
@@ -266,6 +287,8 @@ def zero_points(limit: Limit, seen: Seen) -> Finding | None:
     return _broken(limit, seen, found[0], count, "0, of int8")
 
 
+OF_GRAPHS = {name: name for name in ("buffer", "rank", "operators", "zero_points")}
+OF_GRAPHS["memory"] = "memory of results"  # that of weights is known from the files
 RULES: dict[str, Callable[[Limit, Seen], Finding | None]] = {
     rule.__name__: rule
     for rule in (buffer, file, rank, axis, precision, engine, static, operators, zero_points)
@@ -319,7 +342,7 @@ def _read(bundle: Bundle, component: Component) -> tuple[Graph, str]:
     if not models and not packages:
         return Graph(), f"nothing reads the graph of {component.target} files"
     if absent([needed]):
-        return Graph(), f"pip install {needed}, to have the graph read"
+        return Graph(), f"reading it needs {needed}: pip install {needed}"
     if models:
         return read_onnx(models[0], _shapes(component, bundle.manifest)), ""
     quieten()

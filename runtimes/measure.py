@@ -25,6 +25,7 @@ from edgeflash.bundle import Bundle
 from edgeflash.conditions import example, masks
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import peak_rss_mib
+from edgeflash.png import save_png
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.pipeline import Request, TextToImage
 
@@ -79,7 +80,9 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
     """
     start = time.perf_counter()
     runtime = shelf.make(Runtime, job.runtime, job.options)
-    pipeline = TextToImage(Bundle.open(job.bundle), runtime, low_memory=job.low_memory)
+    pipeline = TextToImage(
+        Bundle.open(job.bundle, check="size"), runtime, low_memory=job.low_memory
+    )
     if not job.low_memory:
         pipeline.load()
     cold_load_ms = _since(start)
@@ -151,12 +154,12 @@ def _draw_each(pipeline: TextToImage, job: Job, tell: Callable[[int], None]) -> 
     """One picture for each prompt, all with the job's seed -> file names."""
     if job.images is None:
         return ()
-    Path(job.images).mkdir(parents=True, exist_ok=True)  # not before all else went well
-    names = []
+    names = []  # nothing is written before all else went well
     for j, prompt in enumerate(job.prompts):
         request = request_of(pipeline.bundle, job, (prompt,))
         names.append(f"{j}.png")
-        Image.fromarray(pipeline.generate(request).images[0]).save(Path(job.images) / names[-1])
+        picture = Image.fromarray(pipeline.generate(request).images[0])
+        save_png(picture, Path(job.images) / names[-1])
         tell(j)
     return tuple(names)
 

@@ -110,8 +110,12 @@ def test_what_goes_wrong_in_the_measured_process_is_told(tmp_path: Path) -> None
     folder = tiny(tmp_path / "b")
     with pytest.raises(EdgeflashError, match="cannot draw in 9 steps: its schedules are for 3"):
         bench.run_apart(job(folder, steps=9), lambda *_: None)
-    with pytest.raises(EdgeflashError, match=r"ended with code 1: .*images"):
+    with pytest.raises(
+        EdgeflashError, match=r"json/images/0\.png: not written \(Not a directory\)"
+    ):
         bench.run_apart(job(folder, images=str(folder / "edgeflash.json/images")), lambda *_: None)
+    with pytest.raises(EdgeflashError, match=r"ended with code 1: ValueError: embedded null"):
+        bench.run_apart(job(folder, images="\0"), lambda *_: None)
     assert "out of memory" in bench._why(-9, "")
     with pytest.raises(RuntimeError, match="stop"):
         bench.run_apart(

@@ -46,7 +46,11 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (["distill", "shape"], r"no recipe file or shipped recipe 'shape' .*mean 'shapes'\?"),
         (["distill", "--by", "lmc"], r"no method 'lmc' .*did you mean 'lcm'\?"),
         (["distill", "--by", "lcm", "--set", "stps=3"], r"no option in method 'lcm': 'stps'"),
-        (["distill", "--by", "lcm", "--set", "lmc.steps=3"], r"no table or stage 'lmc'"),
+        (
+            ["distill", "--by", "lcm", "--set", "lmc.steps=3"],
+            r"no table or stage .* 'lmc' \(have: data, lcm, sampling\); did you mean 'lcm'\?",
+        ),
+        (["distill", "--by", "lcm", "--set", "teachr=x"], r"'teachr' .*did you mean 'teacher'\?"),
         (["distill", "--by", "lcm", "--set", "steps"], r"write it as NAME=VALUE"),
         (["export", "nowhere", "--to", "onx"], r"no target 'onx' .*did you mean 'onnx'\?"),
         (["export", "nowhere", "--to", "onnx"], r"nowhere: no such folder"),
@@ -62,10 +66,41 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
             ["export", "nowhere", "--to", "onnx", "--device", "iphone-15"],
             r"does not run onnx: --to c",
         ),
-        (["export", "nowhere", "--to", "onnx", "--precision", "int7"], r"precision = 'int7'"),
+        (
+            ["export", "nowhere", "--to", "onnx", "--precision", "in8"],
+            r"target 'onnx': precision = 'in8': must be one of fp32, .*; did you mean 'int8'\?",
+        ),
+        (["export", "shapes-studnt", "--to", "onnx"], r"folder; did you mean 'shapes-student'\?"),
+        (["export", "shapes-judge", "--to", "onnx"], r"classifier .* such as shapes-student"),
+        (
+            ["export", "shapes-student", "--to", "onnx", "--out", "/proc/x"],
+            r"^edgeflash: /proc/x: ",
+        ),
+        (
+            ["export", "shapes-student", "--to", "onnx", "--steps", "1,1000000"],
+            r"cannot draw in 1000000 steps: .*ask for 1000 steps at most",
+        ),
+        (
+            [
+                "export",
+                "shapes-student",
+                "--to",
+                "onnx",
+                "--deep-cache",
+                "2",
+                "--cache-branch",
+                "99",
+            ],
+            r"--cache-branch 99: this unet has the branches 0 to \d+",
+        ),
+        (["price", "--student", "shapes-studnt"], r"did you mean 'shapes-student'\?"),
+        (["price", "--student", "sdxs-512", "--steps", "99999"], r"LCMScheduler refuses"),
         (["export", "nowhere", "--to", "onnx", "--size", "axb"], r"--size axb: write"),
         (["run", "nowhere", "--prompt", "x"], r"nowhere: no bundle folder"),
         (["verify", "nowhere"], r"nowhere: no bundle folder"),
+        (["run", "shapes-student", "--prompt", "x"], r"export it first: edgeflash export shapes-"),
+        (["run", "README.md", "--prompt", "x"], r"README\.md: no bundle folder \(is a file\)$"),
+        (["run", "nowhere", "--prompt", "x", "--seed", "-1"], r"'--seed': .* 0 or more"),
         (["inspect", "nowhere"], r"nowhere: neither a bundle nor a diffusers folder"),
         (["list", "lmc"], r"no plug-in 'lmc' .*did you mean 'lcm'\?"),
         (["compare", "a.json", "b.json"], r"a\.json: no such report"),
@@ -75,6 +110,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(say, words: list[str], line: str)
     said = say(*words)
     assert said.code == 2 and re.search(line, said.err), said.err
     assert said.err.count("\n") == 1 and said.err.startswith("edgeflash: ")
+
+
+@pytest.mark.parametrize(
+    "words", [["score", "b"], ["search", "--budget-ms", "9", "--on", "onnx"], ["benchmark-methods"]]
+)
+def test_a_missing_package_is_told_with_the_line_that_installs_it(
+    say, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeflash.shelf.absent", lambda names: [n for n in names if n == "torch"])
+    said = say(*words)
+    assert said.code == 2
+    assert said.err.startswith(f"edgeflash: {words[0]} needs torch: pip install 'edgeflash[")
 
 
 def test_ctrl_c_is_one_line_too(say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,6 +148,9 @@ def test_methods_without_a_recipe(say, tmp_path: Path) -> None:
     assert [stage["by"] for stage in told["stage"]] == ["blocks", "lcm"]
     assert {stage["steps"] for stage in told["stage"]} == {4}
     assert told["data"]["kind"] == "folder" and told["data"]["path"] == str(tmp_path)
+    for name in ("{000..009}.tar", "one.tar"):
+        shards = ["--by", "lcm", "--data", tmp_path / name, "--dry-run"]
+        assert tomllib.loads(say("distill", *shards).out)["data"]["kind"] == "shards"
 
 
 def test_run_writes_the_picture_and_tells_what_was_cut(say, tmp_path: Path) -> None:
@@ -122,8 +172,9 @@ def test_brackets_are_not_taken_for_markup(say, tmp_path: Path) -> None:
 
 def test_guidance_is_a_number_that_images_can_take(say, tmp_path: Path) -> None:
     bundle = tiny(tmp_path / "b", guidance={"kind": "cfg", "scale": 4})
-    said = say("run", bundle, "--prompt", "red", "--guidance", "inf")
-    assert said.code == 2 and "scales are 0 or more" in said.err
+    for scale, line in (("-1", "scales are 0 or more"), ("nan", "'--guidance': nan is no finite")):
+        said = say("run", bundle, "--prompt", "red", "--guidance", scale)
+        assert said.code == 2 and line in said.err
 
 
 def test_export_is_told_the_guidance(
@@ -169,8 +220,9 @@ def test_an_altered_bundle_is_refused_with_both_hashes(say, tmp_path: Path) -> N
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    said = say("verify", bundle)
-    assert said.code == 2 and re.search(r"sha256 expected \w{64}, found \w{64}", said.err)
+    for words in (["verify"], ["run", "--prompt", "a"]):
+        said = say(words[0], bundle, *words[1:])
+        assert said.code == 2 and re.search(r"sha256 expected \w{64}, found \w{64}", said.err)
     path.write_bytes(data[:-5])
     assert "truncated" in say("inspect", bundle).err
 

@@ -184,6 +184,17 @@ def test_lineage_says_where_it_comes_from(one_step: Exported) -> None:
     assert str(one_step.bundle.folder.parent) not in text, "no absolute path"
 
 
+def test_torch_bundles_tell_nothing_of_the_machine(one_step: Exported, tmp_path: Path) -> None:
+    import zipfile
+
+    from edgeflash.export.to_torch import TorchTarget
+
+    (path,) = TorchTarget().lower(one_step.captured["unet"], tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        read = b"".join(archive.read(name) for name in archive.namelist())
+    assert b"site-packages" not in read and b".py" not in read
+
+
 @pytest.mark.usefixtures("replay")
 @pytest.mark.parametrize(
     ("target", "options"),

@@ -35,7 +35,26 @@ Change = Callable[[dict[str, Any]], object]
         ),
         (lambda m: m["components"][0]["files"][0].update(path="C:\\b"), "leads out of the bundle"),
         (lambda m: m["latent"].update(channels=7), "channels: 7, but the decoder takes"),
-        (lambda m: m.update(format_version="two"), "'two' is no number"),
+        (lambda m: m.update(format_version="two"), "format_version 'two' is none"),
+        (lambda m: m.update(format_version=0), "format_version 0 is none"),
+        (lambda m: m.pop("format_version"), "format_version None is none"),
+        (lambda m: m["latent"].update(downsampling=0), r"latent\.downsampling = 0: must be"),
+        (lambda m: m["latent"].update(scale=0), r"latent\.scale = 0"),
+        (lambda m: m["tokenizer"].update(max_length=-1), r"tokenizer\.max_length = -1"),
+        (lambda m: m["components"][0].update(files=[]), "has no files"),
+        (lambda m: m["components"][0]["inputs"][0].update(shape=[]), "shape: has no rows"),
+        (
+            lambda m: m["components"][0]["files"][0].update(byte=3),
+            r"no key in .* \[components\.0\.files\.0\]: 'byte' .*did you mean 'bytes'",
+        ),
+        (
+            lambda m: m["components"][0]["inputs"][0].update(shape=[[]]),
+            r"inputs\.0\.shape\.0 = \[\]: must be a whole number or text",
+        ),
+        (
+            lambda m: m["schedules"].update(few=m["schedules"]["3"]),
+            r"json: schedules\.few: this key must be a whole number",
+        ),
     ],
 )
 def test_a_manifest_that_lies_is_refused(tmp_path: Path, change: Change, told: str) -> None:

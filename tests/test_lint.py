@@ -247,15 +247,20 @@ def test_engines_of_tensorrt_for_rtx_are_not_for_orin() -> None:
         assert judge((told,), Device.of("jetson-orin")).verdict == verdict
 
 
-def test_without_the_package_that_reads_it_sizes_are_judged(
+def test_without_the_package_that_reads_it_nothing_plainly_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lint, "absent", list)
     bundle = bundle_of(tmp_path / "b", DET)
+    assert judged(bundle, "jetson-orin").told == "unsupported"
+    monkeypatch.setattr(lint, "absent", list)
     found = judged(bundle, "jetson-orin")
     assert found.findings == () and found.seen[1].peak == Peak()
     assert found.seen[1].weight_bytes == bundle.component("unet").files[0].bytes
-    assert "unet: only sizes were judged: pip install onnx" in found.left_open[1]
+    unseen = "buffer, rank, operators, zero_points, memory of results"
+    assert found.told == "fits, as far as could be read"
+    assert found.left_open[0].startswith("text_encoder, unet, vae_decoder: not looked at: ")
+    assert set(found.unseen) <= set(unseen.split(", ")) and "operators" in found.unseen
+    assert found.left_open[0].endswith("reading it needs onnx: pip install onnx")
 
 
 def test_every_limit_names_its_source_and_what_its_rule_needs() -> None:

@@ -123,10 +123,10 @@ def test_layers_are_named_as_diffusers_names_them(guided: Exported) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("default = 8", "default: Input should be 'none'"),
-        ("names = {a = 'int3'}", "names.a: Input should be 'none'"),
-        ("kinds = {gemm = 'int8'}", "kinds.gemm.* Input should be 'conv', 'linear'"),
-        ("defalt = 'int8'", "defalt: Extra inputs"),
+        ("default = 8", "default = 8: must be one of none, int8"),
+        ("names = {a = 'int3'}", "names.a = 'int3': must be one of .*; did you mean 'int8'"),
+        ("kinds = {con = 'int8'}", r"no key in .* \[kinds\]: 'con' .*did you mean 'conv'"),
+        ("defalt = 'int8'", "no key in .*: 'defalt' .*did you mean 'default'"),
         ("default = ", "not TOML"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_file_that_is_no_plan_is_one_line(text: str, said: str, tmp_path: Path
     path.write_text(text)
     with pytest.raises(EdgeflashError, match=said) as caught:
         quantizing(**read_options([f"plan={path}"]))
-    assert str(caught.value).startswith(f"plan: {path}: ") and "\n" not in str(caught.value)
+    assert f"plan: {path}" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(EdgeflashError, match=r"^plan: nowhere\.toml: no such file$"):
         quantizing(plan="nowhere.toml")
 

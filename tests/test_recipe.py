@@ -35,8 +35,10 @@ def test_keys_are_set_where_their_names_point() -> None:
     made = changed(recipe_of(two, "here"), given)
     assert (made.teacher, made.data.samples, made.name) == ("x", 9, "r")
     assert [s.options for s in made.stage] == [{"steps": 5, "ddim_steps": 10}, {"steps": 5}]
-    with pytest.raises(EdgeflashError, match="no table or stage 'add'"):
+    with pytest.raises(EdgeflashError, match=r"no table or stage in this recipe.* 'add'"):
         changed(recipe_of(two, "here"), {"add.steps": 5})
+    with pytest.raises(EdgeflashError, match=r"--set data: is a table; .* data\.KEY"):
+        changed(recipe_of(two, "here"), {"data": 5})
 
 
 @pytest.mark.parametrize(
@@ -44,10 +46,17 @@ def test_keys_are_set_where_their_names_point() -> None:
     [
         ({"teachr": "x"}, r"no key in here: 'teachr' .*did you mean 'teacher'\?"),
         ({"data": {"sampls": 3}}, r"no key in here \[data\]: 'sampls' .*did you mean 'samples'\?"),
-        ({"data": {"samples": 0}}, r"here: data\.samples: .*greater than or equal to 1"),
+        ({"data": {"samples": 0}}, r"here: data\.samples = 0: must be 1 or more"),
         ({"sampling": {"steps": [1, 2]}}, r"sampling: .*default_steps 4 is not one of \(1, 2\)"),
         ({"sampling": {"guidance_scale": 2}}, r"sampling: .*needs guidance = 'cfg'"),
-        ({"stage": []}, r"here: stage: .*at least 1 item"),
+        ({"sampling": {"steps": [2000]}}, r"sampling\.steps\.0 = 2000: must be 1000 or less"),
+        ({"stage": []}, r"here: stage = \[\]: must be a list of at least 1"),
+        ({"stage": {"by": "lcm"}}, r"stage = .*: must be a list of tables, \[\["),
+        ({"sampling": {"steps": 4}}, r"sampling\.steps = 4: must be a list, as in \[4\]"),
+        ({"data": 3}, r"here: data = 3: must be a table"),
+        ({"seed": "x"}, r"here: seed = 'x': must be a whole number"),
+        ({"weights": "fp61"}, r"weights = 'fp61': must be one of fp32, fp16; .*mean 'fp16'\?"),
+        ({"name": 3}, r"here: name = 3: must be text"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_one_line(change: dict[str, object], line: str) -> None:
@@ -66,7 +75,7 @@ def test_a_mistyped_key_is_told_before_the_one_it_left_out() -> None:
     [
         ({"by": "lmc"}, r"no method 'lmc' .*did you mean 'lcm'\?"),
         ({"by": "lcm", "hubr_c": 1}, r"no option in method 'lcm': 'hubr_c' .*mean 'huber_c'\?"),
-        ({"by": "lcm", "ema": 1.5}, r"method 'lcm': ema = 1\.5: .*less than 1"),
+        ({"by": "lcm", "ema": 1.5}, r"method 'lcm': ema = 1\.5: must be less than 1"),
         ({"by": "lcm", "w_min": 9, "w_max": 2}, r"method 'lcm': .*w_min 9\.0 is greater"),
     ],
 )

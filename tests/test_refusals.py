@@ -113,6 +113,11 @@ def test_folders_that_must_stay_are_refused(
     said = attempt(one_step_student, tmp_path / "trained", shelf.make(Target, "torch", {}))
     assert "trained: holds a student; choose another --out for the bundle" in said
     (tmp_path / "trained/edgeflash.json").unlink()  # now anybody's diffusers folder
+    (tmp_path / "trained.run").mkdir()  # as a training leaves it that was refused
+    (tmp_path / "trained.run/recipe.json").write_text("{}")
+    with pytest.raises(EdgeflashError, match="holds something else"):
+        check_replaceable(tmp_path / "trained")
+    shutil.rmtree(tmp_path / "trained.run")
     said = attempt(one_step_student, tmp_path / "trained", shelf.make(Target, "torch", {}))
     assert "trained: holds something else" in said
     monkeypatch.chdir(tmp_path)
@@ -188,10 +193,10 @@ def test_damaged_bundles_are_refused(guided: Exported, tmp_path: Path) -> None:
         Bundle.open(folder)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(EdgeflashError, match=r"sha256 expected .*, found"):
-        Bundle.open(folder, check="sha256")
+        Bundle.open(folder)
     path.write_bytes(b"x" * len(whole))
     with pytest.raises(EdgeflashError, match=r"rung L0, unet: .*does not load"):
-        verify(Bundle.open(folder))
+        verify(Bundle.open(folder, check="size"))
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 4}))
     with pytest.raises(EdgeflashError, match="format 4 is newer"):

@@ -81,7 +81,13 @@ def test_what_is_no_report_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(EdgeflashError, match=r"report\.json: no such report"):
         read_report(tmp_path)
     path = tmp_path / "report.json"
-    for text, said in (("{", "not JSON"), ('{"title": 3}', "field title"), ("[]", "not JSON")):
+    for text, said in (
+        ("{", "not even JSON"),
+        ("[]", "no report but a list"),
+        ('{"kind": "bundle"}', "no report but bundle"),
+        ('{"kind": "report", "title": 3}', "title = 3: must be text"),
+        ('{"kind": "report", "titel": "a"}', "no key in .*'titel' .*did you mean 'title'"),
+    ):
         path.write_text(text)
         with pytest.raises(EdgeflashError, match=said) as caught:
             read_report(path)

@@ -119,6 +119,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "latents": (lambda f: edit(f / "vae/config.json", latent_channels=8), "latents have 8"),
     "inpainting": (lambda f: edit(f / "unet/config.json", in_channels=9), "inpainting"),
+    "side": (lambda f: edit(f / "unet/config.json", sample_size="8"), "sample_size = '8'"),
+    "number": (lambda f: edit(f / "unet/config.json", in_channels="4"), "."),
     "width": (lambda f: edit(f / "unet/config.json", cross_attention_dim=64), "of width 64"),
     "sdxl": (
         lambda f: edit(f / "unet/config.json", addition_embed_type="text_time"),
@@ -134,7 +136,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "field": (
         lambda f: (f / MANIFEST).write_text('{"kind": "student", "format_version": 1}'),
-        "field family",
+        "family: is missing",
     ),
 }
 
