@@ -239,7 +239,7 @@ class Duel:
         return (self.options.weight(self.process, t) * (ours - wanted).square()).mean()
 
     def wanted(self, x: Tensor, x_t: Tensor, k: Tensor, c: Tensor) -> Tensor:
-        """x_psi of x_t at level k, without gradients; NFSD's is a step from x against its direction."""
+        """x_psi of x_t at level k, without gradients; NFSD's is a step against its direction."""
         options, process = self.options, self.process
         if options.weighting == "nfsd":
             t = process.at(k)

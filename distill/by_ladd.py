@@ -33,14 +33,16 @@ class LADD(Method):
 
     The student is given a latent noised to one of its timesteps, and noise alone at the last, and
     makes x of it. x, and latents that the guided teacher made of the captions, are noised anew and
-    shown to the frozen teacher; a head on each of its transformers tells the two apart, knowing the
-    noise level and the caption's mean state. The level sigma / (alpha + sigma), which is t in the
-    paper's rectified flow, is logit-normal: more noise, more of the composition is judged. With
-    latents of the teacher's own the paper needs no distillation term; ``latents = "pictures"``
-    takes those of the data.
+    shown to the frozen teacher; a head on each of its transformers, or on each block of the one
+    that it is, tells the two apart, knowing the noise level and the caption's mean state. The level
+    sigma / (alpha + sigma), which is t in the paper's rectified flow, is logit-normal: more noise,
+    more of the composition is judged. With latents of the teacher's own the paper needs no
+    distillation term; ``latents = "pictures"`` takes those of the data.
 
     The paper's student times 1, 0.75, 0.5 and 0.25 are shares of all timesteps here, where an
-    `LCMScheduler` stops: 999, 749, 499 and 249, of levels 0.94, 0.80, 0.62 and 0.41.
+    `LCMScheduler` stops: 999, 749, 499 and 249, of levels 0.94, 0.80, 0.62 and 0.41. On a flow they
+    are the paper's, shifted as the teacher's steps are, with SD 3's shift to 1, 0.9, 0.75 and 0.5:
+    see `edgeflash/even_steps.py`.
 
     The paper's hyperparameters were not found; the defaults are those of a public re-implementation
     (Z-Image, 6 B), except guidance and solver. It blames its collapse on one sample a batch: take
@@ -139,7 +141,7 @@ class LADD(Method):
 
 
 def transformers(denoiser: Any) -> tuple[Sequence[Any], list[int]]:
-    """What heads are put on, and how wide each is: a UNet's transformers, or a transformer's blocks.
+    """What heads are put on, and its widths: a UNet's transformers, or a transformer's blocks.
 
     Raises:
         EdgeflashError: it has none.

@@ -34,8 +34,8 @@ class LCM(Method):
     what a `Witness` says of f(x_t), as a reward (arXiv 2403.11027, sec. 4). ``own_steps`` shows the
     student what it will meet in use, its own samples noised again (arXiv 2405.05224, sec. 4.1).
 
-    Of a flow (SD 3) the teacher's step is Euler's, f = x_0 needs no boundary scalings, and the
-    grid is shifted as the teacher's; pipelines of diffusers want it told: `edgeflash/even_steps.py`.
+    Of a flow (SD 3) the teacher's step is Euler's, f = x_0 needs no boundary scalings, and the grid
+    is shifted as the teacher's; pipelines of diffusers must be told it: `edgeflash/even_steps.py`.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)

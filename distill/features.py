@@ -20,7 +20,7 @@ Sees = Callable[[Tensor], tuple[list[Tensor], Tensor]]
 
 
 class Taps:
-    """Keeps what modules put out in the latest forward pass; ``which`` of it, where that is much."""
+    """Keeps what modules put out in the latest forward pass; ``which`` of several tensors."""
 
     def __init__(self, modules: Sequence[nn.Module], which: int = 0) -> None:
         self.which = which
