@@ -42,9 +42,9 @@ class Denoising(Method):
     cached. With ``attribute_weight`` a `Witness` says which objects the predicted x_0 shows. With
     ``mistakes`` the noise of some samples holds a part of the scene as it should not be, in the
     manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
-    errors, and must learn to trust the caption more than them. With ``inpaint`` it also sees a mask,
-    and the picture without what the mask covers, with ``enlarge`` the picture as a smaller one has
-    it (arXiv 2112.10752, secs. 4.5 and 4.4).
+    errors, and must learn to trust the caption more than them. With ``inpaint`` it also sees a
+    mask, and the picture without what the mask covers, with ``enlarge`` the picture as a smaller
+    one has it (arXiv 2112.10752, secs. 4.5 and 4.4).
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd",)

@@ -142,6 +142,10 @@ class Process:
         sigma = self.angle(t).sin() if t.is_floating_point() else (1 - self._abar(t)).sqrt()
         return sigma[:, None, None, None]
 
+    def norm(self, t: Tensor) -> Tensor:
+        """Of x_t, over that of cos(angle) x_0 + sin(angle) eps, [n, 1, 1, 1]: 1 but of a flow."""
+        return torch.ones_like(self.sigma(t))
+
     def ratio(self, t: Tensor) -> Tensor:
         """sigma_t / alpha_t for timesteps [n], as [n, 1, 1, 1]: the noise of x / alpha."""
         return self.sigma(t) / self.alpha(t)
@@ -252,6 +256,12 @@ class Flow(Process):
 
     def sigma(self, t: Tensor) -> Tensor:
         return (t.clamp(min=0) / self.timesteps)[:, None, None, None]
+
+    def norm(self, t: Tensor) -> Tensor:
+        return (self.alpha(t).square() + self.sigma(t).square()).sqrt()
+
+    def timestep(self, angle: Tensor) -> Tensor:
+        return self.timesteps * angle.sin() / (angle.sin() + angle.cos())
 
     def as_sampled(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return self.noised(x_0, eps, t)

@@ -36,6 +36,8 @@ from edgeflash.distill.by_imagine import Lesson as ImagineLesson
 from edgeflash.distill.by_ladd import LADD, across
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_progressive import halved
+from edgeflash.distill.by_scm import SCM, trigflow
+from edgeflash.distill.by_scm import Lesson as ScmLesson
 from edgeflash.distill.by_tcd import TCD, trajectory
 from edgeflash.distill.consistency import consistency
 from edgeflash.distill.few_steps import ddim_scheduler, few_step_scheduler, ladder, trailing
@@ -329,6 +331,30 @@ def test_tokens_are_laid_out_as_the_patches_they_came_from() -> None:
     assert across(found, latents) is found
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("difference", [0.0, 0.05])
+def test_scm_leaves_the_exact_map_of_a_flow_alone(difference: float) -> None:
+    it, options = flow(), SCM(tangent_warmup=0, difference=difference)
+    lesson = ScmLesson(options, posterior(it), it, NOTHING)
+    told = batch(300) | {"step": torch.tensor(0)}
+    left, moved = (
+        float(lesson.loss(net(it), told, seeded())["consistency"]) for net in (exact, posterior)
+    )
+    assert left < 0.01 * moved
+
+
+def test_a_velocity_of_a_flow_is_that_of_the_same_noise() -> None:
+    """Of v at cos x_0 + sin eps, or of the flow at the length that it has there."""
+    it, of_v, angle = flow(), process("v_prediction"), torch.tensor([0.05, 0.7, 1.4])
+    x = normal(3)
+    wanted = posterior(of_v)(x, of_v.timestep(angle), NOTHING).sample
+    torch.testing.assert_close(
+        trigflow(posterior(it), it, x, angle, NOTHING), wanted, rtol=1e-3, atol=1e-4
+    )
+    t = it.timestep(angle)
+    torch.testing.assert_close((it.sigma(t) / it.alpha(t)).flatten().atan(), angle)
+
+
 FEW: tuple[dict[str, Any], ...] = (  # of the last stage the whole student is looked at
     {"by": "progressive", "denoising_steps": 2, "denoising_weight": 0.2},
     {"by": "imagine", "denoising_steps": 2, "teacher_steps": 2, "gan_weight": 0},
@@ -337,6 +363,7 @@ FEW: tuple[dict[str, Any], ...] = (  # of the last stage the whole student is lo
     {"by": "ladd", "solver_steps": 2, "critic_updates": 1, "head_width": 8},
     {"by": "add", "student_steps": 2},
     {"by": "dmd", "fake_updates": 1},
+    {"by": "scm"},
     {"by": "tcd"},
     {"by": "lcm", "own_steps": 2, "ema": 0.5},
 )

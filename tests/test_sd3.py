@@ -226,7 +226,7 @@ def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: P
     )
     assert told.images.shape == (1, 3, 16, 16) and told.images.isfinite().all()
     for by, said in (
-        ("scm", r"is a flow from picture .*'scm' does not learn so far: choose .*lcm or perflow"),
+        ("consistency", r"is a flow from .* does not learn so far: choose .*lcm or perflow"),
         ("gan", r"makes parts of sd, sdxl alone.*; sd3 is taken by .*lcm, perflow"),
     ):
         plain["stage"] = [{"by": by, "steps": 1, "batch_size": 1}]
