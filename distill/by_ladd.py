@@ -166,7 +166,7 @@ def across(tokens: Tensor, like: Tensor) -> Tensor:
         return tokens
     height, width = like.shape[-2:]
     patch = isqrt(height * width // tokens.shape[1])
-    return tokens.mT.unflatten(2, (height // patch, width // patch))
+    return tokens.mT.reshape(len(tokens), -1, height // patch, width // patch)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def chosen(of: int, steps: int) -> list[int]:
     return [int(i) for i in np.linspace(0, of, steps, endpoint=False)]
 
 
-def timing(config: dict[str, Any], steps: int) -> dict[str, list[float]]:
+def timing(config: dict[str, Any], steps: int) -> dict[str, Any]:
     """What ``set_timesteps`` of a scheduler with that config is to be told; nothing if unmarked.
 
     Raises:
