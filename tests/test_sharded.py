@@ -87,6 +87,9 @@ SMALL: dict[str, list[dict[str, Any]]] = {  # stages
         {"by": "flash", "teacher_steps": 4, "modes": [[0, 1, 0, 0]], "dmd_weights": [0.7]}
         | {"gan_weights": [0.3]},
         {"by": "imagine", "denoising_steps": 2, "teacher_steps": 2},
+        {"by": "add", "r1_weight": 0},
+        {"by": "ufogen"},
+        {"by": "sdxs", "solver_steps": 2},
     ],
 }
 
@@ -112,6 +115,7 @@ def test_a_student_that_was_cut_up_is_saved_whole(tmp_path: Path, name: str) -> 
     "stage",
     [
         {"by": "gan", "solver_steps": 2},  # R1: a second derivative
+        {"by": "add"},
         {"by": "decoder", "width": 8, "blocks": [1, 1], "adversarial_weight": 0.1},
     ],
     ids=lambda stage: stage["by"],
