@@ -16,7 +16,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
 from .draws import randint
-from .encoded import cached_conditioning, cached_latents, conditioning_of
+from .encoded import cached_conditioning, cached_latents, conditioning_of, unscaled
 from .features import Sees, encoder_features, judge_features, vision_features
 from .few_steps import estimate, few_step_scheduler, ladder
 from .heads import Head, Heads, fooling, hinge, r1
@@ -57,6 +57,7 @@ class ADD(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    flows: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of the student")
     critic_learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of the heads")
@@ -109,7 +110,7 @@ class ADD(Method):
             student=shop.load(shop.student, shop.denoiser).train(),
             heads=self.heads(sees, shop, nothing.shape[-1]),
             sees=sees,
-            decode=lambda z: decoder.decode(z / decoder.config.scaling_factor).sample.float(),
+            decode=lambda z: decoder.decode(unscaled(z, decoder)).sample.float(),
             process=process,
             times=times,
             nothing=nothing,
@@ -227,29 +228,32 @@ class Duel:
         self, x: Tensor, picture: Tensor, c: Tensor, generator: torch.Generator
     ) -> Tensor:
         """L_distill (eq. 4) of samples x, or of the pictures that they were decoded to."""
-        t = randint(0, self.process.timesteps, len(x), generator).to(x.device)
+        k = randint(0, self.process.timesteps, len(x), generator).to(x.device)
+        t = self.process.at(k)
         with torch.no_grad():
             x_t = self.process.noised(x, noise_like(x, generator), t)
-            wanted = self.wanted(x, x_t, t, c)
+            wanted = self.wanted(x, x_t, k, c)
             if self.options.distance == "pixels":
                 wanted = self.decode(wanted)
         ours = picture if self.options.distance == "pixels" else x
         return (self.options.weight(self.process, t) * (ours - wanted).square()).mean()
 
-    def wanted(self, x: Tensor, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        """x_psi, without gradients; NFSD's is a step from x against its direction."""
+    def wanted(self, x: Tensor, x_t: Tensor, k: Tensor, c: Tensor) -> Tensor:
+        """x_psi of x_t at level k, without gradients; NFSD's is a step against its direction."""
         options, process = self.options, self.process
         if options.weighting == "nfsd":
+            t = process.at(k)
             alpha = process.alpha(t).clamp(min=1e-4)  # where it is 0, so is c(t)
-            return x - process.sigma(t) / alpha * self.nfsd(x_t, t, c)
+            return x - process.sigma(t) / alpha * self.nfsd(x_t, k, c)
         ask = asked(self.teacher, process, c, self.nothing, options.guidance)
-        return denoised(ask, process, x_t, t, options.teacher_steps)
+        return denoised(ask, process, x_t, k, options.teacher_steps)
 
-    def nfsd(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    def nfsd(self, x_t: Tensor, k: Tensor, c: Tensor) -> Tensor:
         """delta_D + s delta_C (arXiv 2310.17590), which stand in for SDS's eps_psi - eps'."""
         texts = torch.cat([c, self.nothing.expand_as(c), self.negative.expand_as(c)])
-        _, eps = plain(self.teacher, self.process, x_t.repeat(3, 1, 1, 1), t.repeat(3), texts)
+        t = self.process.at(k).repeat(3)
+        _, eps = plain(self.teacher, self.process, x_t.repeat(3, 1, 1, 1), t, texts)
         with_c, without, bad = eps.chunk(3)
-        quiet = (t < self.process.timesteps // 5)[:, None, None, None]  # little noise is in x_t
+        quiet = (k < self.process.timesteps // 5)[:, None, None, None]  # little noise is in x_t
         delta_d = torch.where(quiet, without, without - bad)
         return delta_d + self.options.guidance * (with_c - without)

@@ -42,10 +42,9 @@ class Denoising(Method):
     cached. With ``attribute_weight`` a `Witness` says which objects the predicted x_0 shows. With
     ``mistakes`` the noise of some samples holds a part of the scene as it should not be, in the
     manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
-    errors, and must learn to trust the caption more than them. Stages whose rate begins anew end in
-    different places; with ``ends`` their mean is kept (arXiv 1803.05407, alg. 1). With ``inpaint``
-    it also sees a mask, and the picture without what the mask covers, with ``enlarge`` the picture
-    as a smaller one has it (arXiv 2112.10752, secs. 4.5 and 4.4).
+    errors, and must learn to trust the caption more than them. With ``inpaint`` it also sees a
+    mask, and the picture without what the mask covers, with ``enlarge`` the picture as a smaller
+    one has it (arXiv 2112.10752, secs. 4.5 and 4.4).
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd",)
@@ -78,12 +77,6 @@ class Denoising(Method):
     )
     warm: bool = Field(
         False, description="go on from the UNet that an earlier stage or the base left"
-    )
-    ends: int = Field(
-        1,
-        ge=1,
-        description="save the mean of the weights that so many stages of denoising ended with, "
-        "this one the last of them",
     )
     inpaint: bool = Field(
         False, description="paint into pictures: a mask and the rest of the picture are seen too"
@@ -121,7 +114,6 @@ class Denoising(Method):
         unet.to(memory_format=torch.channels_last)
         if self.warm:
             self.go_on(unet, shop)
-        earlier = self.earlier_ends(unet, shop)
 
         witness = None
         if self.attribute_weight:
@@ -153,32 +145,8 @@ class Denoising(Method):
             batch=batch,
             results={"unet": unet, "scheduler": scheduler},
             averages={"unet": average(unet, self.ema)} if self.ema else {},
-            finish=lambda results: mean_with(results["unet"], earlier, shop),
             pipeline=INPAINTING if self.inpaint else ENLARGING if self.enlarge else "",
         )
-
-    def earlier_ends(self, unet: Any, shop: Workshop) -> list[Path]:
-        """The folders that the stages before this one left, as many as ``ends`` asks for.
-
-        Raises:
-            EdgeflashError: there are not so many stages of denoising right before this one, or
-                they trained another network.
-        """
-        if self.ends == 1:
-            return []
-        number = int(shop.folder.name.partition("-")[0])
-        folders = [
-            shop.folder.with_name(f"{number - back}-denoising") / "student"
-            for back in range(1, self.ends)
-        ]
-        if not all((folder / "unet").is_dir() for folder in folders):
-            raise EdgeflashError(
-                f"denoising.ends = {self.ends}: there are not so many stages of denoising up to "
-                "here; lower it"
-            )
-        for folder in folders:
-            check_alike(unet, shop.load(folder, "unet"), "ends", folder)
-        return folders
 
     def conditions(self, channels: int, side_px: int) -> tuple[Condition, ...]:
         """What the UNet sees beside x_t, of latents of so many channels."""
@@ -208,7 +176,7 @@ class Denoising(Method):
         more = unet.config.in_channels - sees
         widened = more > 0 and sees == before.config.out_channels
         but = ("in_channels", ENLARGES) if widened else ()
-        check_alike(unet, before, "warm", shop.student, but)
+        check_alike(unet, before, shop.student, but)
         if widened:  # what is seen anew has no say at first
             first = weights["conv_in.weight"]  # [w, c, 3, 3]
             weights["conv_in.weight"] = F.pad(first, (0, 0, 0, 0, 0, more))
@@ -271,21 +239,12 @@ class Denoising(Method):
         )
 
 
-def check_alike(
-    unet: Any, other: Any, option: str, folder: Path, but: tuple[str, ...] = ()
-) -> None:
+def check_alike(unet: Any, other: Any, folder: Path, but: tuple[str, ...]) -> None:
     """Raises EdgeflashError where a folder's UNet is not the one that the options describe."""
     here, there = (json.loads(each.to_json_string()) for each in (unet, other))
     told = [k for k in here if k[0] != "_" and k not in but and there.get(k) != here[k]]
     if told:
         raise EdgeflashError(
-            f"denoising.{option}: {folder / 'unet'} is another network than the options "
+            f"denoising.warm: {folder / 'unet'} is another network than the options "
             f"describe (differs: {', '.join(told)})"
         )
-
-
-def mean_with(unet: nn.Module, earlier: list[Path], shop: Workshop) -> dict[str, float]:
-    """Gives a UNet the mean of its own weights and those in the folders, in place; no figures."""
-    told = [unet.state_dict(), *(shop.load(folder, "unet").state_dict() for folder in earlier)]
-    unet.load_state_dict({k: torch.stack([each[k] for each in told]).mean(0) for k in told[0]})
-    return {}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import LCMScheduler
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,8 +17,9 @@ from edgeflash.roles import Method
 from .discriminators import UnetCritic, softplus_critic
 from .draws import randint
 from .encoded import cached_samples
+from .few_steps import few_step_scheduler
 from .losses import noised_matching
-from .process import Process, noise_config, noise_like
+from .process import Process, noise_like
 from .rollout import renoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked, plain
@@ -37,13 +37,15 @@ class DMD(Method):
     With ``gan_weight`` the fake score also judges samples and pictures, noised alike, by its
     innermost features (eq. 4). The student keeps an `LCMScheduler` that stops where it was trained:
     999, 749, 499, 249. One step at 399, the paper's one-step SDXL, is ``denoising_steps = 1`` with
-    ``denoising_timestep = 400``.
+    ``denoising_timestep = 400``. Of a flow (SD 3) it stops at even steps from noise alone, shifted
+    as the teacher's: see `edgeflash/even_steps.py`.
 
     The fake score is a second trained network of the teacher's size. Published: FID 8.35 for SD 1.5
     at one step (COCO 2014, 30 k), 19.3 for SDXL at 4 (10 k), with the adversarial term.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    flows: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
@@ -109,24 +111,13 @@ class DMD(Method):
         )
 
     def timesteps(self) -> range:
-        """Where the student's steps are, sec. 4.4: 999, 749, 499 and 249 by default."""
+        """The levels of the student's steps, sec. 4.4: 999, 749, 499 and 249 by default."""
         stride = self.denoising_timestep // self.denoising_steps
         return range(self.denoising_timestep - 1, -1, -stride)
 
-    def scheduler(self, teacher: Path) -> LCMScheduler:
-        """x_0, then fresh noise, at the student's own timesteps.
-
-        Where they begin below the last of the teacher's, the noise that lies above is cut off.
-        """
-        noise = noise_config(teacher)
-        betas = LCMScheduler(**noise).betas
-        if self.denoising_timestep < len(betas):
-            noise["num_train_timesteps"] = self.denoising_timestep
-            noise["trained_betas"] = betas[: self.denoising_timestep].tolist()
-            noise["rescale_betas_zero_snr"] = False  # they are rescaled already, if at all
-        return LCMScheduler(
-            **noise, clip_sample=False, original_inference_steps=self.denoising_steps
-        )
+    def scheduler(self, teacher: Path) -> Any:
+        """x_0, then fresh noise, at the student's own timesteps."""
+        return few_step_scheduler(teacher, self.denoising_steps, first=self.denoising_timestep)
 
 
 @dataclass(frozen=True)
@@ -149,7 +140,7 @@ class Duel:
         x, _ = plain(network, process, x_t, t, c)
         terms = {"matching": self.matching(x, c, generator)}
         if self.options.gan_weight:
-            t = randint(0, process.timesteps, len(x), generator).to(x.device)
+            t = process.at(randint(0, process.timesteps, len(x), generator)).to(x.device)
             x_t = process.noised(x, noise_like(x, generator), t)
             fooled = F.softplus(-self.fake(x_t, t, c).logits.float()).mean()
             terms["adversarial"] = self.options.gan_weight * fooled
@@ -162,7 +153,7 @@ class Duel:
             clean, _ = plain(self.student, process, *self.given(x_0, c, generator), c)
         if self.options.gan_weight:  # samples and pictures in one call
             clean, c = torch.cat([clean, x_0]), torch.cat([c, c])
-        t = randint(0, process.timesteps, len(clean), generator).to(clean.device)
+        t = process.at(randint(0, process.timesteps, len(clean), generator)).to(clean.device)
         eps = noise_like(clean, generator)
         told = network(process.noised(clean, eps, t), t, c)
         wanted = process.target(clean, eps, t)[:count]
@@ -174,9 +165,9 @@ class Duel:
 
     def given(self, like: Tensor, c: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """x_t and t [n] as the student finds them at a step of its own, one for the whole batch."""
-        ladder = self.options.timesteps()
+        ladder = self.process.at(torch.tensor(self.options.timesteps())).to(like.device)
         last = int(torch.randint(len(ladder), (1,), generator=generator))
-        times = [torch.full((len(like),), t, device=like.device) for t in ladder[: last + 1]]
+        times = [t.expand(len(like)) for t in ladder[: last + 1]]
         x = renoised(
             lambda x, t: plain(self.student, self.process, x, t, c),
             self.process,
@@ -191,7 +182,7 @@ class Duel:
         options, process = self.options, self.process
         low, high = (round(share * process.timesteps) for share in (options.t_min, options.t_max))
         last = min(high, process.timesteps - 1)
-        t = randint(low, last + 1, len(x), generator).to(x.device)
+        t = process.at(randint(low, last + 1, len(x), generator)).to(x.device)
         real = asked(self.teacher, process, c, self.nothing, options.real_guidance)
         fake = asked(self.fake, process, c, self.nothing)
         return noised_matching(x, t, real, fake, process, generator)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,9 +17,10 @@ from .consistency import consistency
 from .discriminators import FrozenCritic, least_squares_critic
 from .draws import randint
 from .encoded import cached_samples
-from .few_steps import few_step_scheduler
+from .few_steps import few_step_scheduler, trailing
 from .losses import noised_matching
-from .process import Process, noise_config, noise_like
+from .process import Process, noise_like
+from .rollout import multistep
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import asked
 
@@ -48,6 +47,7 @@ class Flash(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    flows: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
@@ -108,7 +108,6 @@ class Flash(Method):
             critic=FrozenCritic(teacher).to(shop.device) if any(self.gan_weights) else None,
             process=process,
             nothing=nothing,
-            solver=self.solver(shop.teacher),
         )
         players = {"student": Player(lesson.student, lesson.student_loss)}
         if lesson.critic:
@@ -120,13 +119,6 @@ class Flash(Method):
             results={shop.denoiser: lesson.student, "scheduler": scheduler},
             averages={shop.denoiser: average(lesson.student, self.ema)} if self.ema else {},
         )
-
-    def solver(self, teacher: Path) -> DPMSolverMultistepScheduler:
-        """DPM-Solver++ (2M) with the teacher's noise, which is told x_0."""
-        noise = noise_config(teacher) | {"prediction_type": "sample"}
-        solver = DPMSolverMultistepScheduler(**noise, timestep_spacing="trailing")
-        solver.set_timesteps(self.teacher_steps)
-        return solver
 
     def phase(self, step: int) -> int:
         """Which of the even phases a step, counted from 0, falls into."""
@@ -156,7 +148,11 @@ class Lesson:
     critic: Any
     process: Process
     nothing: Tensor
-    solver: DPMSolverMultistepScheduler
+
+    @property
+    def stops(self) -> Tensor:
+        """The timesteps of the teacher's steps, and the clean sample's, [K + 1]."""
+        return self.process.at(trailing(self.process.timesteps, self.options.teacher_steps))
 
     def student_loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         c, step, options = batch["c"], int(batch["step"]), self.options
@@ -187,24 +183,19 @@ class Lesson:
         x_0 = batch["x_0"]
         shares = self.options.shares(self.options.phase(int(batch["step"])))
         first = int(torch.multinomial(shares, 1, generator=generator))
-        t = self.solver.timesteps[first].to(x_0.device).expand(len(x_0))
+        t = self.stops[first].to(x_0.device).expand(len(x_0))
         return self.process.as_sampled(x_0, noise_like(x_0, generator), t), t, first
 
-    @torch.no_grad()
     def sample(self, x: Tensor, first: int, c: Tensor, scale: float) -> Tensor:
         """Where the guided teacher gets to from x at its step number ``first``, [n, c, h, w]."""
         ask = asked(self.teacher, self.process, c, self.nothing, scale)
-        self.solver.set_timesteps(self.options.teacher_steps)  # forgets the sample before
-        self.solver.set_begin_index(first)
-        for t in self.solver.timesteps[first:]:
-            x_0, _ = ask(x, t.to(x.device).expand(len(x)))
-            x = self.solver.step(x_0, t, x).prev_sample
-        return x
+        times = [t.expand(len(x)) for t in self.stops[first:].to(x.device)]
+        return multistep(ask, self.process, x, times)
 
     def matching(self, x: Tensor, c: Tensor, generator: torch.Generator) -> Tensor:
         """Distribution matching of samples x at any timestep; twice DMD's own half of a square."""
         process = self.process
-        t = randint(0, process.timesteps, len(x), generator).to(x.device)
+        t = process.at(randint(0, process.timesteps, len(x), generator)).to(x.device)
         scale = self.options.scale(generator)
         real = asked(self.teacher, process, c, self.nothing, scale)
         fake = asked(self.student, process, c, self.nothing)
@@ -213,5 +204,5 @@ class Lesson:
     def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples as the critic sees them, each at one of four timesteps."""
         stops = (torch.tensor(RENOISED) * self.process.timesteps).long()
-        t = stops[randint(0, len(stops), len(x), generator)].to(x.device)
+        t = self.process.at(stops[randint(0, len(stops), len(x), generator)]).to(x.device)
         return self.process.noised(x, noise_like(x, generator), t), t

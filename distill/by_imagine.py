@@ -49,6 +49,7 @@ class Imagine(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    flows: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
@@ -95,9 +96,9 @@ class Imagine(Method):
             averages={shop.denoiser: average(lesson.student, self.ema)} if self.ema else {},
         )
 
-    def gamma(self, t: Tensor, timesteps: int) -> Tensor:
-        """Timesteps int64 [n] at which the teacher begins, for the student's t."""
-        share = (t + 1) / timesteps
+    def gamma(self, k: Tensor, timesteps: int) -> Tensor:
+        """Levels int64 [n] at which the teacher begins, for the student's."""
+        share = (k + 1) / timesteps
         shifted = self.shift * share / (1 + (self.shift - 1) * share)
         return ((shifted * timesteps).round().long() - 1).clamp(min=0)
 
@@ -121,11 +122,11 @@ class Lesson:
 
     def student_loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         c, options = batch["c"], self.options
-        x_t, t = self.start(batch["x_0"], c, generator)
-        x, eps = plain(network, self.process, x_t, t, c)
+        x_t, k = self.start(batch["x_0"], c, generator)
+        x, eps = plain(network, self.process, x_t, self.process.at(k), c)
         if options.renoise == "fresh":
             eps = noise_like(x, generator)
-        wanted = self.target(x.detach(), eps.detach(), options.gamma(t, self.process.timesteps), c)
+        wanted = self.target(x.detach(), eps.detach(), options.gamma(k, self.process.timesteps), c)
         terms = {"reconstruction": F.mse_loss(x, wanted)}
         if options.gan_weight:
             judged = self.critic(*self.noised(x, generator), c)
@@ -135,20 +136,21 @@ class Lesson:
     def critic_loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, c = batch["x_0"], batch["c"]
         with torch.no_grad():
-            x, _ = plain(self.student, self.process, *self.start(x_0, c, generator), c)
+            x_t, k = self.start(x_0, c, generator)
+            x, _ = plain(self.student, self.process, x_t, self.process.at(k), c)
         both = self.noised(torch.cat([x_0, x]), generator)
         real, fake = network(*both, torch.cat([c, c])).chunk(2)
         return {"critic": hinge_critic(real, fake)}
 
     def start(self, x_0: Tensor, c: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """x_t and t [n] of a step of the student's, one step for the whole batch."""
+        """x_t of a step of the student's and its level [n], one step for the whole batch."""
         stops = trailing(self.process.timesteps, self.options.denoising_steps)
         last = int(torch.randint(self.options.denoising_steps, (1,), generator=generator))
-        times = [stop.to(x_0.device).expand(len(x_0)) for stop in stops[: last + 1]]
-        noise = noise_like(x_0, generator)
+        levels = [stop.to(x_0.device).expand(len(x_0)) for stop in stops[: last + 1]]
+        times, noise = [self.process.at(k) for k in levels], noise_like(x_0, generator)
         if not self.options.backward:
-            return self.process.noised(x_0, noise, times[-1]), times[-1]
-        return self.rollout(noise, times, c), times[-1]
+            return self.process.noised(x_0, noise, times[-1]), levels[-1]
+        return self.rollout(noise, times, c), levels[-1]
 
     @torch.no_grad()
     def rollout(self, noise: Tensor, times: list[Tensor], c: Tensor) -> Tensor:
@@ -162,10 +164,10 @@ class Lesson:
     def target(self, x: Tensor, eps: Tensor, gamma: Tensor, c: Tensor) -> Tensor:
         """The teacher's x_0 for samples x that it is given noised by eps to gamma, [n, c, h, w]."""
         ask = asked(self.teacher, self.process, c, self.nothing, self.options.guidance)
-        x_t = self.process.noised(x, eps, gamma)
+        x_t = self.process.noised(x, eps, self.process.at(gamma))
         return denoised(ask, self.process, x_t, gamma, self.options.teacher_steps)
 
     def noised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Samples as the critic sees them, at any timestep."""
-        t = randint(0, self.process.timesteps, len(x), generator).to(x.device)
+        t = self.process.at(randint(0, self.process.timesteps, len(x), generator)).to(x.device)
         return self.process.noised(x, noise_like(x, generator), t), t

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -32,14 +33,16 @@ class LADD(Method):
 
     The student is given a latent noised to one of its timesteps, and noise alone at the last, and
     makes x of it. x, and latents that the guided teacher made of the captions, are noised anew and
-    shown to the frozen teacher; a head on each of its transformers tells the two apart, knowing the
-    noise level and the caption's mean state. The level sigma / (alpha + sigma), which is t in the
-    paper's rectified flow, is logit-normal: more noise, more of the composition is judged. With
-    latents of the teacher's own the paper needs no distillation term; ``latents = "pictures"``
-    takes those of the data.
+    shown to the frozen teacher; a head on each of its transformers, or on each block of the one
+    that it is, tells the two apart, knowing the noise level and the caption's mean state. The level
+    sigma / (alpha + sigma), which is t in the paper's rectified flow, is logit-normal: more noise,
+    more of the composition is judged. With latents of the teacher's own the paper needs no
+    distillation term; ``latents = "pictures"`` takes those of the data.
 
     The paper's student times 1, 0.75, 0.5 and 0.25 are shares of all timesteps here, where an
-    `LCMScheduler` stops: 999, 749, 499 and 249, of levels 0.94, 0.80, 0.62 and 0.41.
+    `LCMScheduler` stops: 999, 749, 499 and 249, of levels 0.94, 0.80, 0.62 and 0.41. On a flow they
+    are the paper's, shifted as the teacher's steps are, with SD 3's shift to 1, 0.9, 0.75 and 0.5:
+    see `edgeflash/even_steps.py`.
 
     The paper's hyperparameters were not found; the defaults are those of a public re-implementation
     (Z-Image, 6 B), except guidance and solver. It blames its collapse on one sample a batch: take
@@ -50,7 +53,7 @@ class LADD(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
-    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
+    flows: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of the student")
     critic_learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of the heads")
@@ -96,13 +99,13 @@ class LADD(Method):
             latents = sampled_latents(
                 shop, teacher, process, texts, guidance=self.guidance, steps=self.solver_steps
             )
-        seen = transformers(teacher)
-        width = TIME_CHANNELS + nothing.shape[-1]
-        heads = [Head(t.config.in_channels, width, self.head_width, dims=2) for t in seen]
+        seen, widths = transformers(teacher)
+        told = TIME_CHANNELS + nothing.shape[-1]
+        heads = [Head(width, told, self.head_width, dims=2) for width in widths]
         duel = Duel(
             options=self,
             teacher=teacher,
-            taps=Taps(seen),
+            taps=Taps(seen, which=-1),  # text and picture, where transformers put out both
             student=shop.load(shop.student, shop.denoiser).train(),
             heads=Heads(heads).to(shop.device),
             process=process,
@@ -130,25 +133,40 @@ class LADD(Method):
         return torch.tensor(self.first_shares if step < self.first_steps else self.shares)
 
     def levels(self, count: int, process: Process, generator: torch.Generator) -> Tensor:
-        """Timesteps int64 [count] of logit-normal levels sigma / (alpha + sigma)."""
+        """Timesteps [count] of logit-normal levels sigma / (alpha + sigma)."""
         logits = self.noise_mean + self.noise_std * randn((count,), generator)
         alpha, sigma = process.abar.sqrt(), (1 - process.abar).sqrt()
-        t = torch.searchsorted(sigma / (alpha + sigma), logits.sigmoid().to(alpha.device))
-        return t.clamp(max=process.timesteps - 1)  # there is no more noise than at the last one
+        k = torch.searchsorted(sigma / (alpha + sigma), logits.sigmoid().to(alpha.device))
+        return process.at(k.clamp(max=process.timesteps - 1))  # there is no more noise than there
 
 
-def transformers(unet: Any) -> Sequence[Any]:
-    """The transformers of a UNet, that heads are put on.
+def transformers(denoiser: Any) -> tuple[Sequence[Any], list[int]]:
+    """What heads are put on, and its widths: a UNet's transformers, or a transformer's blocks.
 
     Raises:
         EdgeflashError: it has none.
     """
-    found = [module for module in unet.modules() if isinstance(module, Transformer2DModel)]
+    if blocks := getattr(denoiser, "transformer_blocks", None):
+        config = denoiser.config
+        return blocks, [config.num_attention_heads * config.attention_head_dim] * len(blocks)
+    found = [module for module in denoiser.modules() if isinstance(module, Transformer2DModel)]
     if not found:
         raise EdgeflashError(
             "method 'ladd' puts heads on transformers: the teacher's UNet has none"
         )
-    return found
+    return found, [transformer.config.in_channels for transformer in found]
+
+
+def across(tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens [n, s, w] of patches of latents ``like`` [n, c, h, w], row by row, as a map.
+
+    What is a map [n, w, h, w] already stays as it is.
+    """
+    if tokens.dim() == 4:
+        return tokens
+    height, width = like.shape[-2:]
+    patch = isqrt(height * width // tokens.shape[1])
+    return tokens.mT.reshape(len(tokens), -1, height // patch, width // patch)
 
 
 @dataclass(frozen=True)
@@ -188,7 +206,7 @@ class Duel:
     def features(self, x: Tensor, t: Tensor, c: Tensor, generator: torch.Generator) -> list[Tensor]:
         """What the teacher's transformers make of latents x noised to t, [n, w, h, w] each."""
         self.teacher(self.process.noised(x, noise_like(x, generator), t), t, c)
-        return self.taps.outputs
+        return [across(tokens, x) for tokens in self.taps.outputs]
 
 
 def told(t: Tensor, c: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import LCMScheduler
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from edgeflash.errors import EdgeflashError
+from edgeflash.even_steps import chosen
 from edgeflash.roles import Method
 
 from .consistency import consistency
@@ -33,9 +33,13 @@ class LCM(Method):
     and is sampled without guidance. The student keeps an `LCMScheduler`. ``attribute_weight`` adds
     what a `Witness` says of f(x_t), as a reward (arXiv 2403.11027, sec. 4). ``own_steps`` shows the
     student what it will meet in use, its own samples noised again (arXiv 2405.05224, sec. 4.1).
+
+    Of a flow (SD 3) the teacher's step is Euler's, f = x_0 needs no boundary scalings, and the grid
+    is shifted as the teacher's; pipelines of diffusers must be told it: `edgeflash/even_steps.py`.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    flows: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
@@ -77,12 +81,11 @@ class LCM(Method):
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
         scheduler = few_step_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling)
-        ways = self.ways(scheduler, process.timesteps)
         batch, nothing = cached_samples(shop)
         witness = None
         if self.attribute_weight:
             witness = Witness.at(shop, "lcm", batch(np.arange(1)), process)
-        lesson = Lesson(self, teacher, target, process, nothing, ways, witness)
+        lesson = Lesson(self, teacher, target, process, nothing, self.ways(), witness)
         players = witness.players() if witness else {}
         return Stage(
             players=players | {"student": Player(student, lesson.loss)},
@@ -93,17 +96,16 @@ class LCM(Method):
         )
 
     def times(self, n: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
-        """Timestep t of grid entry n, int64, and s one entry below it, which is 0 at the end."""
+        """Levels of t, grid entry n, and of s, one entry below it, which is 0 at the end; int64."""
         skip = timesteps // self.ddim_steps
         t = (n + 1) * skip - 1
         return t, (t - skip).clamp(min=0)
 
-    def ways(self, scheduler: LCMScheduler, timesteps: int) -> list[Tensor]:
+    def ways(self) -> list[Tensor]:
         """Where sampling in 1 to own_steps steps may stand: the grid entries passed till there."""
-        skip, found = timesteps // self.ddim_steps, []
+        found = []
         for steps in range(1, self.own_steps + 1):
-            scheduler.set_timesteps(steps)
-            entries = (scheduler.timesteps + 1) // skip - 1
+            entries = self.ddim_steps - 1 - torch.tensor(chosen(self.ddim_steps, steps))
             found += [entries[: i + 1] for i in range(steps)]
         return found
 
@@ -139,13 +141,14 @@ class Lesson:
     def start(
         self, network: Any, x_0: Tensor, c: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t [n, c, h, w], t and s int64 [n]: of data, and of own samples in the second half."""
+        """x_t [n, c, h, w], t and s [n]: of data, and of own samples in the second half."""
         count, half, eps = len(x_0), len(x_0) // 2, noise_like(x_0, generator)
         n = randint(0, self.options.ddim_steps, count, generator)
         if self.ways:
             way = self.ways[int(torch.randint(len(self.ways), (), generator=generator))]
             n[half:] = way[-1]
-        t, s = (time.to(x_0.device) for time in self.options.times(n, self.process.timesteps))
+        levels = self.options.times(n, self.process.timesteps)
+        t, s = (self.process.at(level).to(x_0.device) for level in levels)
         x_t = self.process.noised(x_0, eps, t)
         if self.ways:
             x_t[half:] = self.own(network, eps[half:], way, c[half:], generator)
@@ -155,8 +158,8 @@ class Lesson:
         self, network: Any, noise: Tensor, way: Tensor, c: Tensor, generator: torch.Generator
     ) -> Tensor:
         """x [n, c, h, w] at the last grid entry of a way that begins with noise; no gradients."""
-        t, _ = self.options.times(way.to(noise.device), self.process.timesteps)
-        times = [time.expand(len(noise)) for time in t]
+        levels, _ = self.options.times(way.to(noise.device), self.process.timesteps)
+        times = [time.expand(len(noise)) for time in self.process.at(levels)]
 
         def ask(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             return self.consistency(network, x, t, c), x

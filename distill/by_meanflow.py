@@ -132,13 +132,13 @@ class Lesson:
         wide_t, wide_r = t[:, None, None, None], r[:, None, None, None]
         z = (1 - wide_t) * x_0 + wide_t * eps
         v, c = self.velocity(network, z, t, eps - x_0, c, generator)
-        du = torch.zeros_like(z)
-        if (some := r < t).any():
-            du[some] = rate(
-                lambda z, t: mean_velocity(network, process, z, t, r[some], c[some]),
-                z[some], t[some], v[some], options.difference, (r[some], level(process.angles[-1])),
-            )  # fmt: skip
-        u = v - (wide_t - wide_r) * du
+        du, some = torch.zeros_like(z), r < t
+        some[0] = True  # so that all processes call the network as often, which FSDP waits for
+        du[some] = rate(
+            lambda z, t: mean_velocity(network, process, z, t, r[some], c[some]),
+            z[some], t[some], v[some], options.difference, (r[some], level(process.angles[-1])),
+        )  # fmt: skip
+        u = v - torch.where(wide_r < wide_t, (wide_t - wide_r) * du, 0)
         output, _, timesteps = told(network, process, z, t, r, c)
         wanted = process.target(z - wide_t * u, z + (1 - wide_t) * u, timesteps)
         error = (output - wanted).square().sum((1, 2, 3))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +17,7 @@ from edgeflash.roles import Method
 
 from .draws import rand, randint
 from .encoded import cached_samples
+from .few_steps import euler_scheduler
 from .process import FLOW, Flow, Process, noise_config, noise_like, predicts
 from .rollout import ddim
 from .seen import dropped
@@ -98,16 +99,10 @@ class PeRFlow(Method):
         between = [torch.lerp(start.float(), end.float(), part) for part in parts]
         return between if start.is_floating_point() else [t.round().long() for t in between]
 
-    def scheduler(self, teacher: Path) -> DDIMScheduler | DPMSolverMultistepScheduler:
+    def scheduler(self, teacher: Path) -> Any:
         """DDIM, or Euler, that begins at each window's start, as their ends are counted here."""
         if predicts(teacher) == FLOW:
-            return DPMSolverMultistepScheduler(
-                num_train_timesteps=noise_config(teacher).get("num_train_timesteps", 1000),
-                prediction_type="flow_prediction",
-                use_flow_sigmas=True,
-                flow_shift=1.0,
-                solver_order=1,
-            )
+            return euler_scheduler(**noise_config(teacher) | {"shift": 1.0})
         return DDIMScheduler(
             **noise_config(teacher),
             clip_sample=False,

@@ -43,6 +43,7 @@ class Progressive(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    flows: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 
     denoising_steps: int = Field(4, ge=1, description="of the student; its teacher takes two each")
@@ -105,7 +106,7 @@ class Progressive(Method):
         )
 
     def times(self, n: Tensor, timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps t, u and s of the student's steps n, of which 0 is the noisiest."""
+        """Levels of t, u and s of the student's steps n, of which 0 is the noisiest."""
         stops = trailing(timesteps, 2 * self.denoising_steps)
         return stops[2 * n], stops[2 * n + 1], stops[2 * n + 2]
 
@@ -135,7 +136,8 @@ class Lesson:
         x_0, count, process, options = batch["x_0"], len(batch["x_0"]), self.process, self.options
         eps = noise_like(x_0, generator)
         n = randint(0, options.denoising_steps, count, generator)
-        t, u, s = (time.to(x_0.device) for time in options.times(n, process.timesteps))
+        levels = options.times(n, process.timesteps)
+        t, u, s = (process.at(level).to(x_0.device) for level in levels)
         empty = rand(count, generator) < options.caption_dropout
         c = dropped(batch["c"], self.nothing, empty)
         kept = options.scales(count, generator)
@@ -148,7 +150,7 @@ class Lesson:
         gap = (told - wanted).square()
         terms = {"halving": (options.weight(process, t) * gap).mean()}
         if options.denoising_weight:
-            t = randint(0, process.timesteps, count, generator).to(x_0.device)
+            t = process.at(randint(0, process.timesteps, count, generator)).to(x_0.device)
             output = network(process.noised(x_0, eps, t), t, c).sample.float()
             denoising = F.mse_loss(output, process.target(x_0, eps, t))
             terms["denoising"] = options.denoising_weight * denoising

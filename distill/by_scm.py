@@ -28,7 +28,9 @@ class SCM(Method):
     TrigFlow, x_t = cos(t) x_0 + sin(t) z, is the teacher's own noise told by its angle t =
     atan(sigma / alpha): latents have a standard deviation near 1, so sigma_d drops out. F is v, and
     f the x_0 that a network of eps, v or x_0 means. So a student stays what its teacher is, and an
-    `LCMScheduler` samples it without guidance, by x_0 and fresh noise.
+    `LCMScheduler` samples it without guidance, by x_0 and fresh noise. A flow (SD 3) is TrigFlow
+    too, but for the length of x_t, which networks are given as they know it (SANA-Sprint, arXiv
+    2503.09641, sec. 3.1); its sampler is that of `edgeflash/even_steps.py`.
 
     "distillation" (sCD) moves x_t by the teacher's velocity dx/dt, "training" (sCT) by that of
     picture and noise, without a teacher. F follows F + g / (rms(g) + c), where g = cos(t) df/dt =
@@ -41,6 +43,7 @@ class SCM(Method):
     for it: CIFAR-10 FID 2.06 and ImageNet 512x512 1.88, both at 2 steps.
     """
 
+    flows: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 
     kind: Literal["distillation", "training"] = Field(
@@ -115,14 +118,15 @@ class Lesson:
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
         x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
         eps, angle = noise_like(x_0, generator), options.times(process, len(x_0), generator)
-        t = process.timestep(angle)
-        x_t = process.noised(x_0, eps, t)
+        t, (cos, sin) = process.timestep(angle), _cos_sin(angle)
+        x_t = cos * x_0 + sin * eps
+        seen = process.norm(t) * x_t
         if self.teacher is not None:
             ask = asked(self.teacher, process, c, self.nothing, options.guidance)
-            x_0, eps = ask(x_t, t)
-        dx = process.v(x_0, eps, t)
-        output = network(x_t, t, c).sample.float()
-        v = process.v(process.x_0(output, x_t, t), process.eps(output, x_t, t), t).detach()
+            x_0, eps = ask(seen, t)
+        dx = cos * eps - sin * x_0
+        output = network(seen, t, c).sample.float()
+        v = (cos * process.eps(output, seen, t) - sin * process.x_0(output, seen, t)).detach()
         dv = rate(
             lambda x, angle: trigflow(network, process, x, angle, c),
             x_t, angle, dx, options.difference, (process.angles[1], process.angles[-1]),
@@ -135,8 +139,9 @@ class Lesson:
 
 def trigflow(unet: Any, process: Process, x: Tensor, angle: Tensor, c: Tensor) -> Tensor:
     """F(x, t) [n, c, h, w]: the velocity that a network means, at angles [n]."""
-    t = process.timestep(angle)
-    return process.v(*plain(unet, process, x, t, c), t)
+    t, (cos, sin) = process.timestep(angle), _cos_sin(angle)
+    x_0, eps = plain(unet, process, process.norm(t) * x, t, c)
+    return cos * eps - sin * x_0
 
 
 def parts(x: Tensor, angle: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

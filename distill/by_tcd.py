@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import TCDScheduler
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +16,8 @@ from edgeflash.roles import Method
 
 from .draws import rand, randint
 from .encoded import cached_samples
-from .process import Process, noise_config, noise_like
+from .few_steps import trajectory_scheduler
+from .process import Process, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided, plain
 
@@ -32,10 +32,12 @@ class TCD(Method):
     teacher once for both branches, and the target once.
 
     The student keeps a `TCDScheduler`, whose tables have its gamma of 0.3. Pipelines of diffusers
-    pass a gamma of their own, 0: call them with ``eta=0.3``.
+    pass a gamma of their own, 0: call them with ``eta=0.3``. Of a flow (SD 3) gamma is 0, and steps
+    are Euler's: see `edgeflash/even_steps.py`.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
+    flows: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 
     ema: float = Field(0.999, ge=0, lt=1, description="decay of the weight average kept; 0: none")
@@ -87,16 +89,14 @@ class TCD(Method):
         return n, torch.minimum(m, n)  # what is below 1 may be rounded up
 
     def times(self, n: Tensor, m: Tensor, timesteps: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Timesteps t_{n+k}, t_n and t_m: k of one step below the other, and 0 at the end."""
+        """Levels of t_{n+k}, t_n and t_m: k of one step below the other, and 0 at the end."""
         skip = timesteps // self.ddim_steps
         t, u, s = ((entry * skip - 1).clamp(min=0) for entry in (n + 1, n, m))
         return t, u, s
 
-    def scheduler(self, teacher: Path) -> TCDScheduler:
-        """Strategic stochastic sampling (alg. 4) on the loss's grid, with the teacher's betas."""
-        return TCDScheduler(
-            **noise_config(teacher), clip_sample=False, original_inference_steps=self.ddim_steps
-        )
+    def scheduler(self, teacher: Path) -> Any:
+        """The sampler, on the loss's grid."""
+        return trajectory_scheduler(teacher, self.ddim_steps)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ class Lesson:
         x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
         eps = noise_like(x_0, generator)
         entries = options.draws(len(x_0), generator)
-        t, u, s = (time.to(x_0.device) for time in options.times(*entries, process.timesteps))
+        levels = options.times(*entries, process.timesteps)
+        t, u, s = (process.at(level).to(x_0.device) for level in levels)
         spread = options.w_max - options.w_min
         w = options.w_min + spread * rand(len(x_0), generator).to(x_0.device)
         x_t = process.noised(x_0, eps, t)

@@ -91,6 +91,12 @@ def _encoder(vae: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: (vae.encode(x).latent_dist.mean - shift) * vae.config.scaling_factor
 
 
+def unscaled(z: Tensor, vae: Any) -> Tensor:
+    """Scaled latents [n, c, h, w] as an autoencoder decodes them."""
+    unmoved: Tensor = z / vae.config.scaling_factor
+    return unmoved + (vae.config.get("shift_factor") or 0.0)
+
+
 def cached_conditioning(
     shop: Workshop, conditions: Sequence[Condition] | None = None
 ) -> tuple[Rows, Tensor]:
@@ -215,14 +221,14 @@ def sampled_latents(
     """
     assert shop.teacher
     (conditioning, nothing), shape = texts, latent_shape(shop)
-    last = process.timesteps - 1
+    last = process.timesteps - 1  # noise alone
 
     def sample(rows: np.ndarray) -> Tensor:
         eps = noise_of(rows, shape).to(shop.device)
-        t = torch.full((len(rows),), last, device=shop.device)
+        k = torch.full((len(rows),), last, device=shop.device)
         ask = asked(unet, process, conditioning(rows).to(shop.device), nothing, guidance)
         with shop.autocast():
-            return denoised(ask, process, eps, t, steps)
+            return denoised(ask, process, eps, k, steps)
 
     def make(indices: np.ndarray) -> Tensor:
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))

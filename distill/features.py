@@ -20,9 +20,10 @@ Sees = Callable[[Tensor], tuple[list[Tensor], Tensor]]
 
 
 class Taps:
-    """Keeps what modules put out in the latest forward pass."""
+    """Keeps what modules put out in the latest forward pass; ``which`` of several tensors."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], which: int = 0) -> None:
+        self.which = which
         self._latest: dict[int, Tensor] = {}
         for place, module in enumerate(modules):
             module.register_forward_hook(self._hook(place))
@@ -30,7 +31,7 @@ class Taps:
     def _hook(self, place: int) -> Any:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             while not isinstance(output, Tensor):  # blocks return tuples, transformers a dataclass
-                output = output[0]
+                output = output[self.which]
             self._latest[place] = output
 
         return keep

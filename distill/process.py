@@ -32,6 +32,7 @@ NOISE = (  # what of a scheduler's config describes the noise, and not the sampl
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 FLOW: Final = "flow"
+SIGMA_DATA = 0.5  # in LCM's boundary scalings (arXiv 2310.04378)
 
 
 def is_flow(config: dict[str, Any]) -> bool:
@@ -50,11 +51,26 @@ def predicts(folder: Path) -> str:
 
 
 def noise_config(folder: Path) -> dict[str, Any]:
-    """What a diffusers folder's scheduler config says of the noise: for another sampler of it."""
+    """What a diffusers folder's scheduler config says of the noise: for another sampler of it.
+
+    Of a flow that is ``num_train_timesteps`` and ``shift``, as `FlowMatchEulerDiscreteScheduler`
+    calls them.
+
+    Raises:
+        EdgeflashError: a flow whose shift depends on the size of pictures.
+    """
     from diffusers import DDPMScheduler
 
     config = DDPMScheduler.load_config(str(folder / "scheduler"))
-    return {k: config[k] for k in NOISE if k in config}
+    if not is_flow(config):
+        return {k: config[k] for k in NOISE if k in config}
+    if config.get("use_dynamic_shifting"):
+        raise EdgeflashError(
+            f"{folder / 'scheduler'}: shifts by the size of pictures (use_dynamic_shifting), and "
+            "methods know one shift alone: set that to false, and shift to a number such as 3"
+        )
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    return {"num_train_timesteps": config.get("num_train_timesteps", 1000), "shift": shift}
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,8 @@ class Process:
 
         config = DDPMScheduler.load_config(str(folder / "scheduler"))
         if is_flow(config):
-            return Flow.until(config.get("num_train_timesteps", 1000), device)
+            noise = noise_config(folder)
+            return Flow.until(noise["num_train_timesteps"], device, noise["shift"])
         if "beta_schedule" not in config:
             name = config.get("_class_name")
             raise EdgeflashError(f"{folder / 'scheduler'}: {name} has no variance-preserving noise")
@@ -104,6 +121,14 @@ class Process:
     def timesteps(self) -> int:
         return len(self.abar)
 
+    def at(self, k: Tensor) -> Tensor:
+        """The timesteps [n] of noise levels k, int64 [n]: 0 is the least noise, -1 none.
+
+        Methods count and draw levels; everything else here, and networks, take timesteps. The two
+        are the same but of a `Flow`.
+        """
+        return k
+
     def alpha(self, t: Tensor) -> Tensor:
         """alpha_t for timesteps [n], as [n, 1, 1, 1]; -1 is the clean sample.
 
@@ -116,6 +141,10 @@ class Process:
         """sigma_t for timesteps [n], as [n, 1, 1, 1]; -1 is the clean sample."""
         sigma = self.angle(t).sin() if t.is_floating_point() else (1 - self._abar(t)).sqrt()
         return sigma[:, None, None, None]
+
+    def norm(self, t: Tensor) -> Tensor:
+        """Of x_t, over that of cos(angle) x_0 + sin(angle) eps, [n, 1, 1, 1]: 1 but of a flow."""
+        return torch.ones_like(self.sigma(t))
 
     def ratio(self, t: Tensor) -> Tensor:
         """sigma_t / alpha_t for timesteps [n], as [n, 1, 1, 1]: the noise of x / alpha."""
@@ -142,6 +171,13 @@ class Process:
         below = places.clamp(1, self.timesteps) - 1
         start, end = self.angles[below], self.angles[below + 1]
         return below - 1 + (angle - start) / (end - start)
+
+    def scalings(self, t: Tensor, timestep_scaling: float) -> tuple[Tensor, Tensor]:
+        """c_skip and c_out of x and x_0, [n, 1, 1, 1]: f(x, 0) = x whatever the network says."""
+        scaled = timestep_scaling * t.float()[:, None, None, None]
+        c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+        c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
+        return c_skip, c_out
 
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0), all [n, c, h, w]."""
@@ -190,21 +226,42 @@ class Flow(Process):
     """x_t = (1 - sigma) x_0 + sigma eps with sigma = t / T (arXiv 2403.03206, eq. 13).
 
     Networks predict eps - x_0. Timesteps are those they are given, real numbers: 0, and what is
-    below, is the clean sample, and T noise alone. ``abar`` is that of the variance-preserving
-    process that has the same noise at whole timesteps.
+    below, is the clean sample, and T noise alone. Levels are evenly spaced before they are shifted
+    towards noise, as the teacher's own sampler has it. ``abar`` is that of the variance-preserving
+    process that has the same noise, sigma / alpha, at every level.
+
+    Attributes:
+        shift: of the levels (eq. 23); 1: none.
     """
 
+    shift: float = 1.0
+
     @classmethod
-    def until(cls, timesteps: int, device: torch.device) -> Flow:
-        sigma = torch.arange(timesteps, device=device) / timesteps
+    def until(cls, timesteps: int, device: torch.device, shift: float = 1.0) -> Flow:
+        levels = torch.arange(1, timesteps + 1, device=device)
+        sigma = _shifted(levels / timesteps, shift)
         signal = (1 - sigma).square()
-        return cls(signal / (signal + sigma.square()), FLOW)
+        return cls(signal / (signal + sigma.square()), FLOW, shift)
+
+    def at(self, k: Tensor) -> Tensor:
+        return self.timesteps * _shifted((k + 1) / self.timesteps, self.shift)
+
+    def scalings(self, t: Tensor, timestep_scaling: float) -> tuple[Tensor, Tensor]:
+        """None are needed: x_0(x, 0) = x - 0 v is x whatever the network says."""
+        c_out = torch.ones_like(self.sigma(t))
+        return 1 - c_out, c_out
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - self.sigma(t)
 
     def sigma(self, t: Tensor) -> Tensor:
         return (t.clamp(min=0) / self.timesteps)[:, None, None, None]
+
+    def norm(self, t: Tensor) -> Tensor:
+        return (self.alpha(t).square() + self.sigma(t).square()).sqrt()
+
+    def timestep(self, angle: Tensor) -> Tensor:
+        return self.timesteps * angle.sin() / (angle.sin() + angle.cos())
 
     def as_sampled(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return self.noised(x_0, eps, t)
@@ -217,6 +274,10 @@ class Flow(Process):
 
     def eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return x_t + self.alpha(t) * output
+
+
+def _shifted(sigma: Tensor, shift: float) -> Tensor:
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:

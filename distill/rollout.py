@@ -22,7 +22,7 @@ def ddim(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Te
 
     Args:
         x: [n, c, h, w] at times[0].
-        times: timesteps int64 [n], each below the one before; -1 is the clean sample.
+        times: timesteps [n], each below the one before.
     """
     for t, s in pairwise(times):
         x = process.ddim(*ask(x, t), s)
@@ -46,15 +46,38 @@ def heun(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Te
 
 
 @torch.no_grad()
-def denoised(ask: Asked, process: Process, x: Tensor, t: Tensor, steps: int) -> Tensor:
-    """x_0 that so many DDIM steps, evenly spaced down from t, lead to.
+def multistep(ask: Asked, process: Process, x: Tensor, times: Sequence[Tensor]) -> Tensor:
+    """The same ODE by DPM-Solver++ (2M), which looks a call back (arXiv 2211.01095, alg. 2).
+
+    Its first step, one from noise alone and one to the clean sample are of first order, as DDIM's.
 
     Args:
-        x: [n, c, h, w] at t.
-        t: timesteps int64 [n].
+        x: [n, c, h, w] at times[0].
+        times: timesteps [n], each below the one before.
+    """
+    before, h_before = x, torch.full_like(process.sigma(times[0]), torch.inf)
+    for t, s in pairwise(times):
+        x_0, _ = ask(x, t)
+        h = process.ratio(t).log() - process.ratio(s).log()  # of lambda = log(alpha / sigma)
+        d = x_0 + torch.where(h.isfinite(), h / (2 * h_before), 0) * (x_0 - before)
+        shrinks = process.sigma(s) / process.sigma(t)
+        x = shrinks * x + (process.alpha(s) - shrinks * process.alpha(t)) * d
+        before, h_before = x_0, h
+    torch.clear_autocast_cache()  # as above
+    return x
+
+
+@torch.no_grad()
+def denoised(ask: Asked, process: Process, x: Tensor, k: Tensor, steps: int) -> Tensor:
+    """x_0 that so many DDIM steps, at evenly spaced levels down from k, lead to.
+
+    Args:
+        x: [n, c, h, w] at level k.
+        k: noise levels int64 [n].
         steps: calls of the network.
     """
-    times = [((t + 1) * (steps - i) // steps - 1).clamp(min=0) for i in range(steps)]
+    levels = [((k + 1) * (steps - i) // steps - 1).clamp(min=0) for i in range(steps)]
+    times = [process.at(level) for level in levels]
     x_0, _ = ask(ddim(ask, process, x, times), times[-1])
     return x_0
 
@@ -69,7 +92,7 @@ def renoised(
 
     Args:
         x: [n, c, h, w] at times[0].
-        times: timesteps int64 [n], each below the one before; what comes back is at times[-1].
+        times: timesteps [n], each below the one before; what comes back is at times[-1].
     """
     for t, s in pairwise(times):
         x_0, _ = ask(x, t)

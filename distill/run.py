@@ -28,7 +28,7 @@ from edgeflash.student import (
 )
 from edgeflash.tokenizer import write_vocabulary
 
-from . import crew, fit, sharded
+from . import crew, ends, fit, sharded
 from .data import open_store
 from .folders import copy_folder, halve
 from .loop import Outcome, train
@@ -149,6 +149,8 @@ def _run_stage(
     """Trains one stage and writes its student and `outcome.json`, the mark that it is done."""
     Costs.forget()
     stage = method.begin(shop)
+    if method.ends:
+        ends.join(stage, name, method.ends, shop)
     if method.lora_rank:
         add_lora(stage, method, name, seed)
     outcome = train(

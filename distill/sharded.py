@@ -35,7 +35,11 @@ BLOCKS = (  # gathered one at a time
     "AutoencoderTinyBlock",
 )
 
-UNGATHERED = ("DTensor", "data is not allocated")  # in what torch says of weights that are cut up
+UNGATHERED = (  # in what torch says of weights that are cut up
+    "DTensor",
+    "data is not allocated",
+    "storage of size 0",
+)
 
 
 def heed(accelerator: Accelerator) -> None:

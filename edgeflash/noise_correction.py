@@ -29,5 +29,7 @@ def _x_0(prediction: str, alpha: float, sigma: float) -> tuple[float, float]:
     """The factors of x and output in x_0."""
     if prediction == "epsilon":
         return 1 / alpha, -sigma / alpha
+    if prediction == "flow_prediction":
+        return 1.0, -sigma
     assert prediction in ("v_prediction", "sample"), prediction
     return (alpha, -sigma) if prediction == "v_prediction" else (0.0, 1.0)

@@ -63,6 +63,12 @@ class Method(Plugin, ABC):
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's decoupled weight decay")
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm")
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the weight average kept; 0: none")
+    ends: int | None = Field(
+        None,
+        ge=2,
+        description="save the mean of what so many stages of this method, one after the other and "
+        "this one the last, ended with",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="autocast of the networks")
     lora_rank: int | None = Field(
         None, ge=1, description="train LoRA of this rank on the denoiser, not all of it"
@@ -78,6 +84,8 @@ class Method(Plugin, ABC):
     def _divides(self) -> Self:
         if not self.lora_rank and (self.lora_alpha or self.lora_targets):
             raise ValueError("lora_alpha and lora_targets go with lora_rank")
+        if self.lora_rank and self.ends:
+            raise ValueError("ends is of whole networks: leave it or lora_rank out")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide {self.batch_size}")
         return self

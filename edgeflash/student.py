@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from edgeflash import align_your_steps
+from edgeflash import align_your_steps, even_steps
 from edgeflash.bundle import Part
 from edgeflash.complaint import wrong_types
 from edgeflash.disk import MANIFEST, sha256_of, write_atomic
@@ -191,15 +191,13 @@ class Student:
         """The step counts it was made for, or else those that are usual with its sampler."""
         if self.manifest and self.manifest.schedules:
             return tuple(self.manifest.schedules)
-        few = self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS
-        return FEW_STEPS if few else MANY_STEPS
+        return FEW_STEPS if self._few_step_sampler() else MANY_STEPS
 
     def own_timesteps(self) -> str:
         """What tells that it was distilled for timesteps of its own; "" where nothing does."""
         if self.manifest and (method := self.manifest.lineage.own_timesteps):
             return f"by {method}"
-        name = self.class_of("scheduler")[1]
-        return name if name in FEW_STEP_SAMPLERS else ""
+        return self._few_step_sampler()
 
     def schedules(
         self, steps: Sequence[int] | None = None, timesteps: str | None = None
@@ -219,8 +217,9 @@ class Student:
         wanted = sorted(set(steps or self.step_counts()))
         lacking = [n for n in wanted if n not in own]
         scheduler = self._scheduler() if lacking else None
-        tables = {n: lower_schedule(scheduler, n) for n in lacking}
-        if lacking and self.config("scheduler").get(MARK):
+        config = self.config("scheduler") if lacking else {}
+        tables = {n: lower_schedule(scheduler, n, **even_steps.timing(config, n)) for n in lacking}
+        if config.get(MARK):
             tables = {n: corrected(table) for n, table in tables.items()}
         return {n: own.get(n) or tables[n] for n in wanted}
 
@@ -245,7 +244,7 @@ class Student:
             return self.manifest.guidance
         if channels := self.config(self.family.denoiser).get("time_cond_proj_dim"):
             return Guidance(kind="embedded", scale=LCM_SCALE, channels=channels)
-        if self.class_of("scheduler")[1] in FEW_STEP_SAMPLERS:
+        if self._few_step_sampler():
             return Guidance()
         return Guidance(kind="cfg", scale=self.family.cfg_scale)
 
@@ -259,6 +258,12 @@ class Student:
         if self.manifest and self.manifest.default_steps in on_offer:
             return self.manifest.default_steps
         return on_offer[-1]
+
+    def _few_step_sampler(self) -> str:
+        """The name of its sampler, if that is one of students alone; "" where it is not."""
+        name = self.class_of("scheduler")[1]
+        marked = self.config("scheduler").get(even_steps.MARK)
+        return name if marked or name in FEW_STEP_SAMPLERS else ""
 
     def _scheduler(self) -> Any:
         import diffusers

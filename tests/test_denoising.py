@@ -17,6 +17,7 @@ from edgeflash import shapes
 from edgeflash.distill.by_denoising import Denoising
 from edgeflash.distill.data import open_store
 from edgeflash.distill.encoded import cached_conditioning
+from edgeflash.distill.ends import join
 from edgeflash.distill.process import Process
 from edgeflash.distill.stage import Workshop
 from edgeflash.errors import EdgeflashError
@@ -127,9 +128,8 @@ def test_the_mean_of_the_ends_of_stages_is_saved(shop: Workshop, tmp_path: Path)
     last = replace(shop, student=work / "3-denoising" / "student", folder=work / "4-denoising")
 
     def saved(ends: int) -> set[float]:
-        stage = Denoising.model_validate(sizes | {"warm": True, "ends": ends, "ema": 0.9}).begin(
-            last
-        )
+        stage = Denoising.model_validate(sizes | {"warm": True, "ema": 0.9}).begin(last)
+        join(stage, "denoising", ends, last)
         average = stage.averages["unet"].module
         torch.nn.init.constant_(average.conv_in.bias, 8)
         stage.finish(stage.final())

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 from test_distill import small_recipe
 
+from edgeflash.distill.by_lcm import LCM
+from edgeflash.distill.loop import Outcome
 from edgeflash.distill.run import _check_steps, distill
-from edgeflash.distill.stage import Workshop
+from edgeflash.distill.stage import Stage, Workshop
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import recipe_of
 
@@ -175,6 +177,29 @@ def test_an_auxiliary_classifier_moves_the_student(tmp_path: Path) -> None:
     without, with_it = trained(0), trained(1)
     moved = {name for name in without if not torch.equal(without[name], with_it[name])}
     assert "conv_out.weight" in moved
+
+
+def test_every_method_can_save_the_mean_of_its_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter((1.0, 4.0))
+
+    def train(stage: Stage, *_: Any, **__: Any) -> Outcome:
+        torch.nn.init.constant_(stage.final()["unet"].conv_in.bias, next(values))
+        return Outcome(1, 0.0, {}, {}, stage.finish(stage.final()))
+
+    monkeypatch.setattr("edgeflash.distill.run.train", train)
+    stages: list[dict[str, Any]] = [{"by": "lcm"}, {"by": "lcm", "ends": 2}]
+    out = distill(small_recipe(tmp_path, stage=stages, sampling=None), tmp_path / "student")
+    weights = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert (weights["conv_in.bias"] == 2.5).all()
+    with pytest.raises(ValueError, match="ends is of whole networks"):
+        LCM(ends=2, lora_rank=4)
+    stages[0] = {"by": "tcd"}
+    recipe = small_recipe(tmp_path, stage=stages, sampling=None)
+    values = iter((1.0, 4.0))
+    with pytest.raises(EdgeflashError, match=r"lcm.ends = 2: there are not so many stages of lcm"):
+        distill(recipe, tmp_path / "mixed")
 
 
 @pytest.mark.parametrize("by", ["lcm", "scm"])

@@ -36,15 +36,14 @@ def batch(count: int, step: int = 0) -> dict[str, Tensor]:
     return plain_batch(count) | {"step": torch.tensor(step)}
 
 
-def lesson(home: Path, options: Flash, it: Process | None = None, **others: Any) -> Lesson:
+def lesson(options: Flash, it: Process | None = None, **others: Any) -> Lesson:
     it = it or process()
     networks = {"teacher": posterior(it), "student": posterior(it), "critic": None}
-    solver = options.solver(teacher_folder(home))
     given = {"nothing": NOTHING} | networks | others
-    return Lesson(options=options, process=it, solver=solver, **given)
+    return Lesson(options=options, process=it, **given)
 
 
-def test_starts_are_drawn_around_the_students_steps(tmp_path: Path) -> None:
+def test_starts_are_drawn_around_the_students_steps() -> None:
     options = Flash()
     tables = [
         {15: 0.0532, 16: 0.3933, 17: 0.0532, 23: 0.0532, 24: 0.3933, 25: 0.0532},
@@ -56,8 +55,8 @@ def test_starts_are_drawn_around_the_students_steps(tmp_path: Path) -> None:
         shares = options.shares(phase)
         assert float(shares.sum()) == pytest.approx(1)
         assert {i: float(shares[i]) for i in table} == pytest.approx(table, abs=1e-4)
-    solver = options.solver(teacher_folder(tmp_path))
-    assert [int(solver.timesteps[i]) for i in (0, 8, 16, 24)] == [999, 749, 499, 249]
+    stops = lesson(options).stops
+    assert [int(stops[i]) for i in (0, 8, 16, 24, 32)] == [999, 749, 499, 249, -1]
 
 
 def test_phases_last_as_long_and_go_by_steps() -> None:
@@ -66,8 +65,8 @@ def test_phases_last_as_long_and_go_by_steps() -> None:
     assert [options.phase(step) for step in steps] == [0, 0, 1, 1, 2, 3, 3]
 
 
-def test_a_batch_starts_at_one_place_and_from_pure_noise_at_the_first(tmp_path: Path) -> None:
-    taught = lesson(tmp_path, Flash(**ONE))
+def test_a_batch_starts_at_one_place_and_from_pure_noise_at_the_first() -> None:
+    taught = lesson(Flash(**ONE))
     seen = set()
     for seed in range(40):
         far = batch(4000) | {"x_0": torch.full((4000, 1, 1, 1), 20.0)}
@@ -80,7 +79,7 @@ def test_a_batch_starts_at_one_place_and_from_pure_noise_at_the_first(tmp_path: 
 
 
 @pytest.mark.parametrize(("first", "error"), [(0, 0.08), (8, 0.08), (24, 0.12)])
-def test_the_teacher_walks_to_the_end_of_its_path(tmp_path: Path, first: int, error: float) -> None:
+def test_the_teacher_walks_to_the_end_of_its_path(first: int, error: float) -> None:
     it, calls = process(), []
     answer = posterior(it)
 
@@ -88,30 +87,28 @@ def test_the_teacher_walks_to_the_end_of_its_path(tmp_path: Path, first: int, er
         calls.append(int(t[0]))
         return answer(x, t, c)
 
-    taught, x = lesson(tmp_path, Flash(), teacher=teacher), normal(50)
+    taught, x = lesson(Flash(), teacher=teacher), normal(50)
     for _ in range(2):  # nothing is left of the walk before
         calls.clear()
         found = taught.sample(x, first, torch.zeros(50, 1, 1), 1.0)
-        assert calls == taught.solver.timesteps[first:].tolist()
+        assert calls == taught.stops[first:-1].tolist()
         wanted = exact(it)(x, torch.tensor([calls[0]]), NOTHING).sample
         assert float((found - wanted).abs().max()) < error  # of DDIM from pure noise: 0.15
 
 
-def test_guidance_is_drawn_between_its_bounds(tmp_path: Path) -> None:
+def test_guidance_is_drawn_between_its_bounds() -> None:
     options = Flash(guidance_min=3, guidance_max=13)
     scales = [options.scale(seeded(seed)) for seed in range(300)]
     assert 3 <= min(scales) < 3.3 and 12.7 < max(scales) <= 13
-    taught = lesson(tmp_path, options, teacher=says(lambda c: c), nothing=NOTHING + 1)
+    taught = lesson(options, teacher=says(lambda c: c), nothing=NOTHING + 1)
     c = torch.full((2, 1, 1), 3.0)
     assert torch.allclose(taught.sample(normal(2), 24, c, 4.0), torch.tensor(1 + 4.0 * 2))
 
 
 @pytest.mark.parametrize(("distance", "wanted"), [("l2", 0.25), ("l1", 0.5)])
-def test_the_student_is_told_the_teachers_sample(
-    tmp_path: Path, distance: Any, wanted: float
-) -> None:
+def test_the_student_is_told_the_teachers_sample(distance: Any, wanted: float) -> None:
     options = Flash(**ONE, **UNGUIDED, distance=distance)
-    taught = lesson(tmp_path, options, teacher=says(lambda c: c + 2))
+    taught = lesson(options, teacher=says(lambda c: c + 2))
     right, off = (says(lambda c, v=v: c + v) for v in (2.0, 2.5))
     terms = [taught.student_loss(student, batch(8), seeded()) for student in (right, off)]
     assert all(list(told) == ["distillation"] for told in terms)
@@ -123,11 +120,11 @@ def test_the_student_is_told_the_teachers_sample(
     ("t", "bias"), [(999, 0.484), (749, 0.449), (499, 0.396), (249, 0.295), (19, 0.033)]
 )
 def test_a_student_for_a_fake_score_is_biased_as_computed(
-    tmp_path: Path, t: int, bias: float, monkeypatch: pytest.MonkeyPatch
+    t: int, bias: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """f* for the fake score: (s / sqrt V) (1 - alpha s / sqrt V) of x_t - alpha m is left."""
     it = process()
-    taught = lesson(tmp_path, Flash(**UNGUIDED), student=exact(it))
+    taught = lesson(Flash(**UNGUIDED), student=exact(it))
     monkeypatch.setattr(by_flash, "randint", lambda low, high, count, _: torch.full((count,), t))
     x = (M + S * normal(6)).requires_grad_()
     (gradient,) = torch.autograd.grad(taught.matching(x, torch.zeros(6, 1, 1), seeded()), x)
@@ -140,8 +137,8 @@ def test_a_student_for_a_fake_score_is_biased_as_computed(
     assert torch.allclose(gradient, wanted, atol=2e-2 * float(wanted.abs().max()))
 
 
-def test_the_critic_looks_at_four_noise_levels(tmp_path: Path) -> None:
-    taught = lesson(tmp_path, Flash())
+def test_the_critic_looks_at_four_noise_levels() -> None:
+    taught = lesson(Flash())
     x_t, t = taught.noised(torch.full((8000, 1, 2, 2), 3.0), seeded())
     assert sorted(set(t.tolist())) == [10, 250, 500, 750]
     for stop in (10, 250, 500, 750):
@@ -150,10 +147,10 @@ def test_the_critic_looks_at_four_noise_levels(tmp_path: Path) -> None:
         assert float(part.std()) == pytest.approx(float(taught.process.sigma(at)), rel=0.05)
 
 
-def test_terms_join_by_phase_and_critic_and_adversarial_take_turns(tmp_path: Path) -> None:
+def test_terms_join_by_phase_and_critic_and_adversarial_take_turns() -> None:
     critic = lambda x, t, c: 0 * x + 1  # noqa: E731
     options = Flash(steps=40, **UNGUIDED)
-    taught = lesson(tmp_path, options, critic=critic)
+    taught = lesson(options, critic=critic)
 
     def terms(step: int) -> dict[str, Tensor]:
         return taught.student_loss(taught.student, batch(2, step), seeded())
@@ -168,8 +165,8 @@ def test_terms_join_by_phase_and_critic_and_adversarial_take_turns(tmp_path: Pat
     assert float(lost) == pytest.approx(0.5 * (fooled**2 + (1 - fooled) ** 2))
 
 
-def test_the_critic_is_shown_data_first(tmp_path: Path) -> None:
-    taught = lesson(tmp_path, Flash(), student=says(lambda c: c - 40))
+def test_the_critic_is_shown_data_first() -> None:
+    taught = lesson(Flash(), student=says(lambda c: c - 40))
     data = batch(400) | {"x_0": torch.full((400, 1, 1, 1), 40.0)}
     loss = taught.critic_loss(lambda x, t, c: x, data, seeded())["critic"]
     assert float(loss) < 1e-3

@@ -135,8 +135,8 @@ def unet(**changes: Any) -> Any:
 
 
 def test_every_transformer_of_the_teacher_gets_a_head() -> None:
-    widths = [t.config.in_channels for t in transformers(unet())]
-    assert widths == [16] * 4  # one down, two up, one in the middle
+    found, widths = transformers(unet())
+    assert len(found) == 4 and widths == [16] * 4  # one down, two up, one in the middle
     bare = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     with pytest.raises(EdgeflashError, match="the teacher's UNet has none"):
         transformers(unet(**bare, mid_block_type=None))

@@ -27,7 +27,7 @@ from edgeflash.distill.by_blocks import (
 )
 from edgeflash.distill.by_lcm import LCM, Lesson
 from edgeflash.distill.by_reading import as_named
-from edgeflash.distill.consistency import consistency, scalings
+from edgeflash.distill.consistency import TIMESTEP_SCALING, consistency
 from edgeflash.distill.discriminators import hinge_critic, least_squares_critic
 from edgeflash.distill.features import Taps
 from edgeflash.distill.losses import pseudo_huber
@@ -147,7 +147,7 @@ def test_guidance_follows_lcms_convention_and_makes_one_call() -> None:
 
 def test_lcms_boundary_scalings_and_grid() -> None:
     lcm = LCM()
-    c_skip, c_out = scalings(torch.tensor([0, 19, 999]))
+    c_skip, c_out = process().scalings(torch.tensor([0, 19, 999]), TIMESTEP_SCALING)
     assert c_skip.flatten().tolist() == pytest.approx([1, 6.925e-6, 2.5e-9], rel=1e-2)
     assert c_out.flatten().tolist() == pytest.approx([0, 1, 1], abs=1e-5)
     t, s = lcm.times(torch.arange(50), 1000)
@@ -202,7 +202,7 @@ def test_an_lcm_student_is_met_where_its_own_sampler_stands() -> None:
         return SimpleNamespace(sample=m + s * (x - it.alpha(t) * m) / spread)
 
     scheduler = LCMScheduler(original_inference_steps=20)
-    ways = [way.tolist() for way in lcm.ways(scheduler, 1000)]
+    ways = [way.tolist() for way in lcm.ways()]
     scheduler.set_timesteps(3)
     three = [(int(t) + 1) // 50 - 1 for t in scheduler.timesteps]
     assert ways[0] == [19] and ways[3:] == [

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from exported import Exported, export
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_sd3 import CHANNELS, JOINT, POOLED, WIDTHS, write_sd3
 from tiny_student import LENGTH
 
@@ -202,12 +203,16 @@ def test_perflow_s_windows_of_a_flow_are_those_its_sampler_walks(folder: Path) -
     torch.testing.assert_close(it.noised(x_0, eps, end), z_e)
 
 
-def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
+def pictures(folder: Path) -> dict[str, Any]:
+    folder.mkdir()
     for i, caption in enumerate(("a red star", "blue ring")):
-        Image.new("RGB", (16, 16), (60 * i, 99, 0)).save(tmp_path / f"in/{i}.png")
-        (tmp_path / f"in/{i}.txt").write_text(caption)
-    data = {"kind": "folder", "path": str(tmp_path / "in"), "size_px": 16}
+        Image.new("RGB", (16, 16), (60 * i, 99, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return {"kind": "folder", "path": str(folder), "size_px": 16}
+
+
+def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: Path) -> None:
+    data = pictures(tmp_path / "in")
     stage = {"by": "perflow", "windows": 2, "solver_steps": 2, "guidance": 4.0}
     stage |= {"steps": 2, "batch_size": 2}
     plain = {"name": "small", "teacher": str(folder), "data": data, "stage": [stage]}
@@ -226,13 +231,59 @@ def test_a_recipe_gives_a_student_that_diffusers_loads(folder: Path, tmp_path: P
     )
     assert told.images.shape == (1, 3, 16, 16) and told.images.isfinite().all()
     for by, said in (
-        ("lcm", r"is a flow from picture .*'lcm' does not learn so far: choose perflow$"),
-        ("ladd", r"makes parts of sd, sdxl alone.*; sd3 is taken by perflow$"),
+        ("consistency", r"is a flow from .* does not learn so far: choose .*lcm or perflow"),
+        ("gan", r"makes parts of sd, sdxl alone.*; sd3 is taken by .*lcm, perflow"),
     ):
         plain["stage"] = [{"by": by, "steps": 1, "batch_size": 1}]
         with pytest.raises(EdgeflashError, match=said):
             distill(recipe_of(plain, "test"), tmp_path / "other")
         assert not (tmp_path / "other.run/cache").exists(), "before any work"
+
+
+QUICK: list[dict[str, Any]] = [  # of the last stage the whole student is looked at
+    {"by": "ladd", "solver_steps": 2, "critic_updates": 1, "head_width": 8},
+    {"by": "lcm", "own_steps": 2, "ema": 0.5},
+]
+SLOW: list[dict[str, Any]] = [
+    {"by": "progressive", "denoising_steps": 2, "denoising_weight": 0.2},
+    {"by": "imagine", "denoising_steps": 2, "teacher_steps": 2, "gan_weight": 0},
+    {"by": "flash", "teacher_steps": 4, "modes": [[0, 1]], "dmd_weights": [0.7]}
+    | {"gan_weights": [0]},
+    {"by": "add", "student_steps": 2},
+    {"by": "dmd", "fake_updates": 1},
+    {"by": "scm"},
+    {"by": "tcd"},
+    {"by": "lcm"},
+]
+EVEN = {1: [1000], 2: [1000, 750]}
+WALKS = {"progressive": {2: [999, 749]}, "imagine": {2: [999, 749]}}
+
+
+@pytest.mark.parametrize("few", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=len)
+def test_methods_teach_a_small_sd3_and_every_student_has_tables(
+    tmp_path: Path, few: list[dict[str, Any]]
+) -> None:
+    folder = write_sd3(tmp_path / "sd3", t5=False)
+    stages = [stage | {"steps": 2, "batch_size": 2} for stage in few]
+    plain = {"name": "small", "teacher": str(folder), "stage": stages}
+    out = distill(recipe_of(plain | {"data": pictures(tmp_path / "in")}, "test"), tmp_path / "out")
+    before, weights = folder, "transformer/diffusion_pytorch_model.safetensors"
+    for number, by in enumerate((stage["by"] for stage in few), 1):
+        home = tmp_path / f"out.run/{number}-{by}/student"
+        tables = Student.open(home).schedules(list(wanted := WALKS.get(by, EVEN)))
+        for count, times in wanted.items():
+            assert [row.t for row in tables[count].steps] == pytest.approx(times), by
+        ours, theirs = (load_file(each / weights) for each in (home, before))
+        assert not torch.equal(ours["proj_out.weight"], theirs["proj_out.weight"]), by
+        before = home
+    student = Student.open(out)
+    tables = student.schedules()
+    assert list(tables) == [1, 2, 4] and student.guidance() == Guidance()
+    times = [1000, 904.7619, 750, 513.1579]  # 50, 38, 25 and 13 of 50, shifted
+    assert [row.t for row in tables[4].steps] == pytest.approx(times)
+    (out / "edgeflash.json").unlink()  # the folder alone tells as much
+    bare = Student.open(out)
+    assert bare.step_counts() == (1, 2, 4) and bare.guidance() == Guidance()
 
 
 def test_pictures_larger_than_its_places_reach_are_refused(folder: Path) -> None:

@@ -69,20 +69,37 @@ def test_two_halves_learn_what_one_whole_does_and_go_on_exactly(
     assert curve(tmp_path, "resumed") == curve(tmp_path, "halves")
 
 
-SMALL: dict[str, dict[str, Any]] = {
-    "lcm": {"target_ema": 0.5},  # a target that is cut up as its network is
-    "lora": {"by": "lcm", "lora_rank": 2, "target_ema": 0.5},
-    "blocks": {"rule": "small"},
-    "decoder": {"width": 8, "blocks": [1, 1]},  # part of a player's network
-    "tcd": {},
+SMALL: dict[str, list[dict[str, Any]]] = {  # stages
+    "lcm": [{"by": "lcm", "target_ema": 0.5}],  # a target that is cut up as its network is
+    "lora": [{"by": "lcm", "lora_rank": 2, "target_ema": 0.5}],
+    "blocks": [{"by": "blocks", "rule": "small"}],
+    "decoder": [{"by": "decoder", "width": 8, "blocks": [1, 1]}],  # part of a player's network
+    "paths": [
+        {"by": "tcd"},
+        {"by": "perflow", "windows": 2, "solver_steps": 2},
+        {"by": "progressive", "denoising_steps": 2},
+        {"by": "consistency"},
+        {"by": "scm"},
+        {"by": "meanflow"},  # few of whose samples ask for a rate
+    ],
+    "critics": [
+        {"by": "ladd", "latents": "pictures", "critic_updates": 1},
+        {"by": "flash", "teacher_steps": 4, "modes": [[0, 1, 0, 0]], "dmd_weights": [0.7]}
+        | {"gan_weights": [0.3]},
+        {"by": "imagine", "denoising_steps": 2, "teacher_steps": 2},
+        {"by": "add", "r1_weight": 0},
+        {"by": "ufogen"},
+        {"by": "sdxs", "solver_steps": 2},
+    ],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_student_that_was_cut_up_is_saved_whole(tmp_path: Path, name: str) -> None:
-    stage = {"by": name, "steps": 2, "batch_size": 4, "accumulate": 4, "ema": 0.5} | SMALL[name]
-    recipe = small_recipe(tmp_path, stage=[stage], sampling=None)
+    common = {"steps": 2, "batch_size": 4, "accumulate": 4, "ema": 0.5}
+    stages = [common | stage for stage in SMALL[name]]
+    recipe = small_recipe(tmp_path, stage=stages, sampling=None)
     whole = distill(recipe, tmp_path / "whole")
     assert two(partial(cut_up, partial(distill, recipe, tmp_path / "halves"))) == [0, 0]
     files = [path.relative_to(whole) for path in whole.rglob("*.safetensors")]
@@ -98,6 +115,7 @@ def test_a_student_that_was_cut_up_is_saved_whole(tmp_path: Path, name: str) -> 
     "stage",
     [
         {"by": "gan", "solver_steps": 2},  # R1: a second derivative
+        {"by": "add"},
         {"by": "decoder", "width": 8, "blocks": [1, 1], "adversarial_weight": 0.1},
     ],
     ids=lambda stage: stage["by"],
