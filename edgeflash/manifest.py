@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 
-FORMAT_VERSION = 3  # the newest that is read
+FORMAT_VERSION = 4  # the newest that is read
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
