@@ -68,16 +68,19 @@ def check(student: Student, pipeline: str) -> None:
     if student.index["_class_name"] != pipeline:
         if home.is_dir():
             raise EdgeflashError(
-                f"{home}: lies there, but model_index.json does not ask for it: set its _class_name "
-                f'to {pipeline} and its {NAME} to ["diffusers", "ControlNetModel"], or take the '
-                "folder away"
+                f"{home}: lies there, but model_index.json does not ask for it: set _class_name "
+                f'in that to {pipeline} and {NAME} to ["diffusers", "ControlNetModel"], or take '
+                "the folder away"
             )
         return
     own, unet = student.config(NAME), student.config("unet")
     times = 2 ** (len(own["conditioning_embedding_out_channels"]) - 1)
     wanted = {
         "in_channels": (own["in_channels"], unet["in_channels"]),
-        "cross_attention_dim": (_all(own["cross_attention_dim"]), _all(unet["cross_attention_dim"])),
+        "cross_attention_dim": (
+            _all(own["cross_attention_dim"]),
+            _all(unet["cross_attention_dim"]),
+        ),
         "addition_embed_type": (own.get("addition_embed_type"), unet.get("addition_embed_type")),
         "residuals of": (_channels(own), _channels(unet)),
         "conditioning_channels": (own.get("conditioning_channels", 3), 3),
@@ -122,10 +125,15 @@ def residuals(
 
 
 class Controlled:
-    """A denoiser as the loop calls it, with a ControlNet beside it that sees one picture."""
+    """A denoiser as the loop calls it, with a ControlNet that is asked before, of one picture.
+
+    Attributes:
+        told: for a golden: the picture, and what the ControlNet gave in the first call, by role.
+    """
 
     def __init__(self, network: Any, controlnet: Network, picture: Array) -> None:
-        self._network, self._controlnet, self._picture = network, controlnet, picture
+        self._network, self._controlnet = network, controlnet
+        self.told: dict[str, Array] = {PICTURE: picture}
 
     def __call__(self, **by_role: Array) -> Array:
         found: Array = self._network(**by_role, **self._residuals(by_role))
@@ -137,7 +145,9 @@ class Controlled:
         return found
 
     def _residuals(self, by_role: dict[str, Array]) -> dict[str, Array]:
-        return residuals(self._controlnet, by_role, self._picture)
+        found = residuals(self._controlnet, by_role, self.told[PICTURE])
+        self.told = found | self.told  # the first call's stay
+        return found
 
 
 def edges(pictures: Float32) -> Float32:

@@ -16,6 +16,7 @@ from typing import get_args
 import numpy as np
 
 from edgeflash.bundle import Bundle, Component, Manifest, TensorSpec, kind_of
+from edgeflash.control import NAME
 from edgeflash.devices import Device, Limit, Verdict
 from edgeflash.errors import EdgeflashError
 from edgeflash.shelf import absent
@@ -329,7 +330,7 @@ def _read(bundle: Bundle, component: Component) -> tuple[Graph, str]:
 def _shapes(component: Component, manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Of the inputs, for one image: with guidance of the kind "cfg" that is two rows."""
     guidance, image, latent = manifest.guidance, manifest.image, manifest.latent
-    both = ("text_encoder", "denoiser", "denoiser_cached")[: 2 if manifest.gated else 3]
+    both = ("text_encoder", "denoiser", NAME, "denoiser_cached")[: 3 if manifest.gated else 4]
     rows = 2 if guidance.doubles and kind_of(component.name) in both else 1
     cells = (image.height // latent.downsampling, image.width // latent.downsampling)
     usual = {
