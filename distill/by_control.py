@@ -29,7 +29,6 @@ class Control(Method):
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")
-    conditioned: ClassVar[bool] = True
 
     caption_dropout: float = Field(
         0.5, ge=0, lt=1, description="share of empty captions: then the edges alone tell what it is"

@@ -72,7 +72,8 @@ def _check_control(recipe: Recipe, folders: Sequence[Path]) -> None:
     """Refuses methods that a ControlNet beside the denoiser does not go with, after any stage."""
     has = NAME in [name for f in folders for name in Student.unfinished(f).family.components()]
     for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
-        if has and not (method.conditioned and method.keeps_control):
+        keeps = method.conditioned and method.keeps_control
+        if has and not keeps and spec.by != "control":
             raise EdgeflashError(
                 f"method {spec.by!r}: teaches no denoiser that a {NAME} steers so far: let it come "
                 "before that is made, or choose another, such as lcm"

@@ -425,6 +425,7 @@ def load(student: Student) -> Any:
 
 
 KEEPING = [name for name, method in METHODS.items() if method.conditioned and method.keeps_control]
+KEEPING += ["control"]
 
 
 @pytest.mark.slow
