@@ -238,7 +238,7 @@ def sampled_latents(
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
         return torch.cat([sample(part) for part in parts])
 
-    weights = [_weights_key(shop.teacher / shop.denoiser), _text_key(shop)]
+    weights = [*_denoiser_keys(shop.teacher), _text_key(shop)]
     told = [guidance, steps, shape[-1], noise_config(shop.teacher), *weights]
     told += ["bf16"] * shop.half
     return shop.store.cached(f"samples {json.dumps(told)}", make)
@@ -280,7 +280,7 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
                 drawn[part] = draw(indices[part], table).cpu()
         return drawn
 
-    weights = [_weights_key(shop.student / shop.denoiser), _text_key(shop)]
+    weights = [*_denoiser_keys(shop.student), _text_key(shop)]
     told = [[table.model_dump_json() for table in tables.values()], *weights]
     return shop.store.cached(f"drawings {json.dumps(told)}", make)
 
@@ -302,6 +302,13 @@ def cached_samples(
         return {"x_0": latents(indices), "c": conditioning(indices)} | known
 
     return batch, nothing
+
+
+def _denoiser_keys(folder: Path) -> list[str]:
+    """Identify a folder's denoiser, and its ControlNet if it has one."""
+    family = Student.unfinished(folder).family
+    parts = [name for name in (family.denoiser, NAME) if name in family.components()]
+    return [_weights_key(folder / name) for name in parts]
 
 
 def _weights_key(folder: Path) -> str:
