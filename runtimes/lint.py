@@ -118,10 +118,10 @@ def look(bundle: Bundle) -> tuple[Seen, ...]:
         EdgeflashError: a file that does not read as what the manifest says.
     """
     seen = tuple(_seen(bundle, component) for component in bundle.manifest.components)
-    cached = next((part for part in seen if part.component == bundle.cached), None)
-    if cached is None or bundle.manifest.gated:  # behind the gate the whole denoiser can go
-        return seen
-    beside = {bundle.denoiser.name: cached.weight_bytes}
+    kept = [bundle.controlnet]  # open as long as the denoiser
+    kept += [bundle.cached] * (not bundle.manifest.gated)  # behind a gate the whole one can go
+    stored = sum(part.weight_bytes for part in seen if part.component in kept)
+    beside = {bundle.denoiser.name: stored}
     return tuple(replace(s, beside_bytes=beside.get(s.component.name, 0)) for s in seen)
 
 
