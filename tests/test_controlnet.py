@@ -30,6 +30,7 @@ from edgeflash.export_options import ExportOptions
 from edgeflash.golden import load_tensors
 from edgeflash.latent_diffusion import as_rows
 from edgeflash.networks_control import apart, beside
+from edgeflash.networks_sd import load_network
 from edgeflash.noise import randn
 from edgeflash.recipe import changed, find_recipe, read_recipe
 from edgeflash.roles import Target
@@ -399,7 +400,7 @@ def test_the_recipes_run_for_two_steps(tmp_path: Path) -> None:
     distill(changed(read_recipe(find_recipe("shapes-controlnet-teacher")), small), made)
     teacher, base = Student.open(made), Student.open("shapes-teacher")
     assert "controlnet" in teacher.family.components()
-    one, other = (s.family.wrap(load(s), "unet").state_dict() for s in (teacher, base))
+    one, other = (load_network(s, "unet").state_dict() for s in (teacher, base))
     assert all(torch.equal(one[name], each) for name, each in other.items())
     recipe = read_recipe(find_recipe("shapes-controlnet"))
     out = distill(changed(recipe, small | {"teacher": str(made)}), tmp_path / "student")
@@ -416,12 +417,6 @@ def test_the_recipes_run_for_two_steps(tmp_path: Path) -> None:
         "star", image=shown / 255, num_inference_steps=1, guidance_scale=0, output_type="np"
     ).images
     assert picture.shape == (1, 64, 64, 3) and np.isfinite(picture).all()
-
-
-def load(student: Student) -> Any:
-    from edgeflash.networks_sd import load_network
-
-    return load_network(student, "unet")
 
 
 KEEPING = [name for name, method in METHODS.items() if method.conditioned and method.keeps_control]
