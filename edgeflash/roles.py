@@ -119,7 +119,7 @@ class Target(Plugin, ABC):
         return ""
 
     def refuse_conditions(self) -> str:
-        """Why it cannot lower a denoiser that sees more than x_t; "" where it can."""
+        """Why it cannot lower a denoiser that sees a picture, by a ControlNet too; "": it can."""
         return ""
 
     @abstractmethod
