@@ -66,7 +66,7 @@ def controlnet_of(unet: Any) -> Any:
     controlnet = beside(unet, 2)
     for name, parameter in controlnet.named_parameters():
         if "controlnet_" in name and not parameter.any():
-            parameter.data.normal_(std=0.3)
+            parameter.data.normal_(std=5 if "cond_embedding" in name else 0.3)
     return controlnet
 
 
