@@ -29,8 +29,8 @@ class Denoiser:
         guidance: how the prompt steers.
         conditioning: by role, [n, ...]; with guidance of two calls [2n, ...], without prompt first.
         beside: what it sees behind x_t, [1 or n, k, h, w]; None: nothing.
-        control: what the bundle's ControlNet sees, [1, 3, H, W]; None: it has none.
-        control_scale: of what that adds.
+        control: what the bundle's ControlNet sees, [1, 3, H, W], and the scale of what that adds;
+            None: it has none.
     """
 
     def __init__(
@@ -40,15 +40,13 @@ class Denoiser:
         guidance: Guidance,
         conditioning: Conditioning,
         beside: Float32 | None = None,
-        *,
-        control: Float32 | None = None,
-        control_scale: float = 1.0,
+        control: tuple[Float32 | None, float] = (None, 1.0),
     ) -> None:
         name = bundle.denoiser.name
         self._whole, self._cached = parts[name], parts.get(cached_name(name))
         self._gated, self._guidance = bundle.manifest.gated, guidance
         self._conditioning, self._beside = dict(conditioning), beside
-        self._controlnet, self._control, self._scale = parts.get(NAME), control, control_scale
+        self._controlnet, (self._control, self._scale) = parts.get(NAME), control
         self._left: dict[str, NDArray[Any]] = {}  # by role, of the last whole row
         self._joined = False
 

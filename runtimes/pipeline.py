@@ -216,15 +216,8 @@ class TextToImage:
         blend = self._blend(request, plan, latent, fresh)
         start = None if latent is None else np.broadcast_to(latent, plan.shape)
         x, previous = plan.schedule.begin(fresh, start, plan.entry), None
-        denoiser = Denoiser(
-            self.bundle,
-            self.parts,
-            plan.guidance,
-            conditioning,
-            seen,
-            control=shown(self.bundle, request.control),
-            control_scale=request.control_scale,
-        )
+        control = shown(self.bundle, request.control), request.control_scale
+        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen, control)
         with self._denoising(denoiser) as clock:
             for i, step in enumerate(rows):
                 stage = denoiser.open(step)
