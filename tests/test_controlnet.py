@@ -89,7 +89,10 @@ def by_diffusers(folder: Path, scale: float, steps: int = 2, size: int = 16) -> 
 def drawn(bundle: Bundle, *, low_memory: bool = False, **asked: Any) -> Any:
     told: dict[str, Any] = {"prompt": PROMPT, "seed": SEED, "control": PICTURE} | asked
     with TextToImage(bundle, runtime_for(bundle), low_memory=low_memory) as pipeline:
-        return pipeline.generate(Request(**told)).images
+        images = pipeline.generate(Request(**told)).images
+        left = {name for name, part in pipeline.parts.items() if part._session is not None}
+        assert left == (set() if low_memory else {*pipeline.parts})
+    return images
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
