@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from exported import QUIET
-from test_denoising import shop as shop  # a fixture
 from tiny_sdxl import write_sdxl
 from tiny_student import controlnet_of, write_student
 from typer.testing import CliRunner
