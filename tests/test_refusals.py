@@ -194,7 +194,7 @@ def test_damaged_bundles_are_refused(guided: Exported, tmp_path: Path) -> None:
         verify(Bundle.open(folder))
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 5}))
-    with pytest.raises(EdgeflashError, match="format 4 is newer"):
+    with pytest.raises(EdgeflashError, match="format 5 is newer"):
         Bundle.open(folder)
 
 
