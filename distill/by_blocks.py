@@ -41,6 +41,7 @@ class Blocks(Method):
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
     conditioned: ClassVar[bool] = True
+    keeps_control: ClassVar[bool] = False  # it makes another UNet
 
     rule: Rule = Field(
         "base",

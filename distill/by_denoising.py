@@ -49,6 +49,7 @@ class Denoising(Method):
 
     families: ClassVar[tuple[str, ...]] = ("sd",)
     conditioned: ClassVar[bool] = True
+    keeps_control: ClassVar[bool] = False  # it makes another UNet
 
     widths: tuple[int, ...] = Field((64, 128), description="UNet channels at each resolution")
     attention: tuple[bool, ...] = Field((True, True), description="transformers at each resolution")

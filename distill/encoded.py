@@ -16,6 +16,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from edgeflash.bundle import Condition
+from edgeflash.control import NAME
 from edgeflash.families import tokenizer_of
 from edgeflash.latent_diffusion import as_rows
 from edgeflash.schedule import Schedule, advance
@@ -24,7 +25,7 @@ from edgeflash.tokenizer import read_tokenizer
 
 from .process import Process, noise_config
 from .rollout import denoised
-from .seen import seen_of
+from .seen import edges_of, seen_of
 from .stage import Batch, Workshop
 from .teacher import asked
 
@@ -98,27 +99,36 @@ def unscaled(z: Tensor, vae: Any) -> Tensor:
 
 
 def cached_conditioning(
-    shop: Workshop, conditions: Sequence[Condition] | None = None
+    shop: Workshop, conditions: Sequence[Condition] | None = None, *, controlled: bool | None = None
 ) -> tuple[Rows, Tensor]:
     """Conditioning [n, s, d] of the store's captions, and that of no caption [1, s, d].
 
     The text encoders are the student's, which are the teacher's unless a stage replaced them. What
     c [n, s, d] consists of is the family's affair, which its networks know of. Where denoisers see
-    more than x_t, c has it in further rows behind, and that of no caption has none.
+    more than x_t, c has it in further rows behind, and that of no caption has none; so where they
+    have a ControlNet, for its edges.
 
-    ``conditions``: what they see; None: as the student's does.
+    ``conditions``, ``controlled``: what they see, and have; None: as the student's does.
     """
     encoded = _text_encoders(shop)
     captions = cache(lambda: encoded(shop.store.captions))  # if there are any to encode
     rows = shop.store.cached(f"conditioning {_text_key(shop)}", lambda i: captions()(i))
     nothing = encoded([""])(np.array([0])).float()
+    student, wide = Student.unfinished(shop.student), nothing.shape[-1]
     if conditions is None:
-        student = Student.unfinished(shop.student)
         conditions = student.family.conditions(student)
-    if not conditions:
+    if controlled is None:
+        controlled = NAME in student.family.components()
+    parts = [_seen(shop, conditions)] * bool(conditions)
+    parts += [lambda i: edges_of(shop.store.pictures(i))] * controlled
+    if not parts:
         return rows, nothing
-    seen, wide = _seen(shop, conditions), nothing.shape[-1]
-    return lambda i: torch.cat([rows(i), as_rows(seen(i).flatten(1), wide)], 1), nothing
+
+    def behind(indices: np.ndarray) -> Tensor:
+        told = [as_rows(part(indices).flatten(1), wide) for part in parts]
+        return torch.cat([rows(indices), *told], 1)
+
+    return behind, nothing
 
 
 def _seen(shop: Workshop, conditions: Sequence[Condition]) -> Rows:
@@ -234,7 +244,7 @@ def sampled_latents(
         parts = np.array_split(indices, -(-len(indices) // at_once(shop.store.size_px)))
         return torch.cat([sample(part) for part in parts])
 
-    weights = [_weights_key(shop.teacher / shop.denoiser), _text_key(shop)]
+    weights = [*_denoiser_keys(shop.teacher), _text_key(shop)]
     told = [guidance, steps, shape[-1], noise_config(shop.teacher), *weights]
     told += ["bf16"] * shop.half
     return shop.store.cached(f"samples {json.dumps(told)}", make)
@@ -276,21 +286,21 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
                 drawn[part] = draw(indices[part], table).cpu()
         return drawn
 
-    weights = [_weights_key(shop.student / shop.denoiser), _text_key(shop)]
+    weights = [*_denoiser_keys(shop.student), _text_key(shop)]
     told = [[table.model_dump_json() for table in tables.values()], *weights]
     return shop.store.cached(f"drawings {json.dumps(told)}", make)
 
 
 def cached_samples(
-    shop: Workshop, conditions: Sequence[Condition] | None = None
+    shop: Workshop, conditions: Sequence[Condition] | None = None, *, controlled: bool | None = None
 ) -> tuple[Callable[[np.ndarray], Batch], Tensor]:
     """Batches of the store's latents and their conditioning, and that of no caption [1, s, d].
 
     A batch has ``x_0`` [n, c, h, w], ``c`` [n, s, d] and, of the shapes scenes, ``labels`` of
-    `shapes.HEADS`, int64 [n, heads]. ``conditions`` as of `cached_conditioning`.
+    `shapes.HEADS`, int64 [n, heads]. ``conditions``, ``controlled`` as of `cached_conditioning`.
     """
     latents = cached_latents(shop)
-    conditioning, nothing = cached_conditioning(shop, conditions)
+    conditioning, nothing = cached_conditioning(shop, conditions, controlled=controlled)
     labels = shop.store.labels
 
     def batch(indices: np.ndarray) -> Batch:
@@ -298,6 +308,13 @@ def cached_samples(
         return {"x_0": latents(indices), "c": conditioning(indices)} | known
 
     return batch, nothing
+
+
+def _denoiser_keys(folder: Path) -> list[str]:
+    """Identify a folder's denoiser, and its ControlNet if it has one."""
+    family = Student.unfinished(folder).family
+    parts = [name for name in (family.denoiser, NAME) if name in family.components()]
+    return [_weights_key(folder / name) for name in parts]
 
 
 def _weights_key(folder: Path) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeflash import shelf
+from edgeflash.control import NAME
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
@@ -24,6 +25,7 @@ def check_kind(recipe: Recipe, folders: Sequence[Path]) -> None:
     """
     _check_families(recipe, folders)
     _check_conditions(recipe, folders)
+    _check_control(recipe, folders)
 
 
 def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
@@ -64,6 +66,19 @@ def _check_conditions(recipe: Recipe, folders: Sequence[Path]) -> None:
                 f"{seeing.folder}: its denoiser sees a picture beside x_t, which method "
                 f"{spec.by!r} does not show it so far: choose another, such as lcm"
             )
+
+
+def _check_control(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Refuses methods that a ControlNet beside the denoiser does not go with, after any stage."""
+    has = NAME in [name for f in folders for name in Student.unfinished(f).family.components()]
+    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
+        keeps = method.conditioned and method.keeps_control
+        if has and not keeps and spec.by != "control":
+            raise EdgeflashError(
+                f"method {spec.by!r}: teaches no denoiser that a {NAME} steers so far: let it come "
+                "before that is made, or choose another, such as lcm"
+            )
+        has |= spec.by == "control"
 
 
 def _takers(family: str, flow: bool) -> list[str]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from edgeflash.disk import TRAINING, check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded, located, models
 from edgeflash.errors import EdgeflashError, did_you_mean
+from edgeflash.networks_control import apart
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
@@ -33,7 +34,7 @@ from .data import open_store
 from .folders import copy_folder, halve
 from .loop import Outcome, train
 from .lora import add_lora, save_and_fuse
-from .stage import Stage, Workshop
+from .stage import Workshop
 from .telling import Costs
 
 STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
@@ -159,10 +160,11 @@ def _run_stage(
     if accelerator.is_main_process:
         shutil.rmtree(shop.folder / "student", ignore_errors=True)  # of a run cut off here
         with fresh_folder(shop.folder / "student") as draft:
-            copy_folder(shop.student, draft, leave=stage.final(), link=True)
+            made = apart(stage.final())
+            copy_folder(shop.student, draft, leave=made, link=True)
             if method.lora_rank:
-                save_and_fuse(stage.final()[stage.denoiser], draft)
-            _save_components(stage, draft)
+                save_and_fuse(made[stage.denoiser], draft)
+            _save_components(made, stage.pipeline, draft)
         write_atomic(shop.folder / "outcome.json", json.dumps(_told(outcome), indent=1))
         shutil.rmtree(shop.folder / "checkpoint", ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -180,20 +182,20 @@ def _line(label: str, told: dict[str, Any]) -> str:
     return f"{label}: {told['steps']} steps  {figures}"
 
 
-def _save_components(stage: Stage, draft: Path) -> None:
-    """Saves the stage's networks into a diffusers folder and names their classes in its index."""
+def _save_components(made: dict[str, Any], pipeline: str, draft: Path) -> None:
+    """Saves a stage's networks into a diffusers folder and names their classes in its index."""
     index_path = draft / "model_index.json"
     index = json.loads(index_path.read_text())
-    for name, network in stage.final().items():
+    for name, network in made.items():
         network.save_pretrained(str(draft / name))
         if name.startswith("tokenizer"):
             write_vocabulary(draft / name)
         _forget_path(draft / name / "config.json")
         library = type(network).__module__.partition(".")[0]
         index[name] = [library, type(network).__name__]
-    if stage.pipeline:  # diffusers' pipeline for inpainting asks for the version, too
+    if pipeline:  # diffusers' pipeline for inpainting asks for the version, too
         index = {"_diffusers_version": version("diffusers")} | index
-        index["_class_name"] = stage.pipeline
+        index["_class_name"] = pipeline
     index_path.write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -1,6 +1,7 @@
 """What denoisers see of the data beside x_t: masks, and what these leave of the pictures.
 
-Of networks that enlarge, the pictures as small ones have them. It travels in the last rows of
+Of networks that enlarge, the pictures as small ones have them; of those that a ControlNet steers,
+the edges. It travels in the last rows of
 c [n, s, d]: all methods carry c to whatever denoiser they ask, which takes it off there
 (`Family.listening`). Guidance without a caption keeps it: see `unprompted`.
 """
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from edgeflash.bundle import Condition, Latent
 from edgeflash.conditions import PICTURES, as_seen, on_cells
+from edgeflash.control import edges
 
 Rows = Callable[[np.ndarray], Tensor]
 
@@ -73,6 +75,11 @@ def seen_of(
 
     parts = [part(condition) for condition in conditions]
     return lambda indices: torch.cat([rows(indices) for rows in parts], 1)
+
+
+def edges_of(pictures: Tensor) -> Tensor:
+    """What ControlNets see of pictures [n, 3, s, s] in [-1, 1]: their edges, 0 or 1."""
+    return torch.from_numpy(edges(pictures.numpy()))
 
 
 def coarse(pictures: Tensor, times: int) -> Tensor:

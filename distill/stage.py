@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from edgeflash import control
 from edgeflash.bundle import DENOISERS
 from edgeflash.errors import EdgeflashError
 from edgeflash.networks_sd import load_network
@@ -109,7 +110,10 @@ class Workshop:
         return Student.unfinished(self.student).family.denoiser
 
     def load(self, folder: Path, component: str) -> Any:
-        """A network of a diffusers folder: float32, evaluating, on the device."""
+        """A network of a diffusers folder: float32, evaluating, on the device.
+
+        A denoiser carries the folder's ControlNet, which learns, or is averaged, along with it.
+        """
         student = Student.unfinished(folder)
         network = load_network(student, component).eval()
         if component == student.family.denoiser:
@@ -162,7 +166,9 @@ def _kind(folder: Path) -> dict[str, Any]:
     denoiser = student.config(student.family.denoiser)
     hears = next(key for key in CONTEXT if denoiser.get(key))
     width = denoiser[hears]
+    has = control.NAME in student.family.components()
     return {
+        control.NAME: "there" if has else "missing",
         "prediction_type": predicts(folder),
         "in_channels": denoiser["in_channels"],
         hears: str(width) if isinstance(width, int) else str(sorted({*width})),

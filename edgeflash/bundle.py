@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from edgeflash import control
 from edgeflash.caching import cached_name, whole_name
 from edgeflash.disk import sha256_of
 from edgeflash.errors import EdgeflashError
@@ -30,6 +31,7 @@ from edgeflash.schedule import Guidance, Schedule
 QUICK_BYTES = 256 * 2**20  # of bundles that are hashed whenever they are opened
 CACHED_VERSION = 2  # of bundles with a cached graph; plain ones are still written as 1
 CONDITIONED_VERSION = 3  # of bundles whose denoiser sees more than x_t
+CONTROLLED_VERSION = 4  # of bundles with a ControlNet
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
     "text_encoder_2": "conditioning",
@@ -39,13 +41,15 @@ ANSWER = {  # component -> role of the output that the loop goes on with
     "unet_cached": "prediction",
     "vae_decoder": "image",
     "vae_encoder": "latent",
+    control.NAME: control.ROLE + "0",  # one of many
 }
 PREDICTING = tuple(name for name, role in ANSWER.items() if role == "prediction")
 DENOISERS = tuple(name for name in PREDICTING if name == whole_name(name))
+EACH_STEP = (*DENOISERS, control.NAME)
 
 
 def kind_of(component: str) -> str:
-    """What a component is, by its name: text_encoder, denoiser, vae_decoder or vae_encoder.
+    """What a component is: text_encoder, denoiser, vae_decoder, vae_encoder or controlnet.
 
     A denoiser's cached graph is a denoiser_cached.
     """
@@ -74,7 +78,8 @@ class TensorSpec(Part):
     [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is [n, d, 1, s]. A
     dimension that is a string is free. `edgeflash.conditioning` says how the denoiser's
     conditioning comes from the text encoders'. What the denoiser leaves for its cached graph has
-    the roles cache.0, cache.1 … in both (`edgeflash.caching`).
+    the roles cache.0, cache.1 … in both (`edgeflash.caching`), what a ControlNet makes of control
+    [n, 3, H, W] the roles residual.0, residual.1 … in both (`edgeflash.control`).
     """
 
     name: str
@@ -144,7 +149,8 @@ class Tokenizer(Part):
 class Component(Part):
     """A network of the bundle, by a name in `ANSWER`; the denoiser has one of `DENOISERS`.
 
-    Or ``unet_cached``, the graph that rows of a schedule name which take what unet left before. Or
+    Or ``unet_cached``, the graph that rows of a schedule name which take what unet left before, or
+    ``controlnet``, which is asked before unet at every step, for what that takes besides. Or
     ``pipeline``, which stands by itself: text_encoder, all steps and vae_decoder in one graph.
     """
 
@@ -360,6 +366,11 @@ class Bundle:
         """What every step of the sampler asks: a bundle has one, by either of two names."""
         found = [c for c in self.manifest.components if c.name in DENOISERS]
         return found[0] if found else self.component(DENOISERS[0])
+
+    @property
+    def controlnet(self) -> Component | None:
+        """What is asked before the denoiser, for what that takes besides."""
+        return next((c for c in self.manifest.components if c.name == control.NAME), None)
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:

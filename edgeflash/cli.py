@@ -258,6 +258,10 @@ def run(
     ] = None,
     edit: Annotated[str | None, typer.Option(help="inpaint, colourise or enlarge it.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where to paint.")] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="For its ControlNet: edges, or what that was made for.")
+    ] = None,
+    control_scale: Annotated[float, typer.Option(min=0, help="Of what that adds.")] = 1.0,
     low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,
     out_png: Annotated[Path, typer.Option("--out", help="PNG to write.")] = Path("image.png"),
     set_: Set = None,
@@ -272,7 +276,8 @@ def run(
     opened = Bundle.open(bundle)
     runtime = read_runtime(on, opened, set_)
     made = opened.manifest.image
-    picture, painted = (None if path is None else read_picture(path) for path in (image, mask))
+    paths = (image, mask, control)
+    picture, painted, steering = (None if path is None else read_picture(path) for path in paths)
     request = Request(
         prompt=tuple(prompt or ()),
         seed=seed,
@@ -282,6 +287,8 @@ def run(
         strength=strength,
         mask=None if edit or painted is None else painted[..., 0] >= 128,
         edit=edit_of(edit, picture, painted, (made.height, made.width)),
+        control=steering,
+        control_scale=control_scale,
     )
     with TextToImage(opened, runtime, low_memory=low_memory) as pipeline:
         for event in pipeline.stream(request):

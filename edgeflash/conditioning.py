@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeflash.bundle import TensorSpec
+from edgeflash.control import ROLE
 
 JOINT, PARTS = "joint", ("conditioning", "below")
 SIZES = 6  # numbers in time_ids
@@ -47,7 +48,8 @@ def joined(
 
 def told_of(inputs: Iterable[TensorSpec]) -> set[str]:
     """The roles of text encoders' answers that a denoiser with these inputs may hear."""
-    return {part for spec in inputs for part in (PARTS if spec.role == JOINT else (spec.role,))}
+    roles = [spec.role for spec in inputs if not spec.role.startswith(ROLE)]
+    return {part for role in roles for part in (PARTS if role == JOINT else (role,))}
 
 
 def _beside(answers: Sequence[Conditioning], role: str) -> Array | None:

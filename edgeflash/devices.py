@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from edgeflash.bundle import DENOISERS, Part
+from edgeflash.bundle import EACH_STEP, Part
 from edgeflash.complaint import complaint
 from edgeflash.errors import EdgeflashError, unknown
 
@@ -106,7 +106,7 @@ class Device(Part):
 
     def image_ms(self, work: Mapping[str, float], steps: int) -> float:
         """Time of an image; ``work``: GFLOP of a call, or of the calls of a step, by component."""
-        calls = {name: steps if name in DENOISERS else 1 for name in work}
+        calls = {name: steps if name in EACH_STEP else 1 for name in work}
         return sum(self.estimate_ms(name, w) * calls[name] for name, w in work.items())
 
     def errors(self) -> dict[str, float]:

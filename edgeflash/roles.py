@@ -48,6 +48,7 @@ class Method(Plugin, ABC):
     families: ClassVar[tuple[str, ...]] = ()  # whose components it can make; none named: all
     flows: ClassVar[bool] = False  # whether it learns flows from picture to noise too, as SD 3's
     conditioned: ClassVar[bool] = False  # also learns from denoisers that see more than x_t
+    keeps_control: ClassVar[bool] = True  # of these, from denoisers that a ControlNet steers
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")
@@ -126,7 +127,7 @@ class Target(Plugin, ABC):
         return ""
 
     def refuse_conditions(self) -> str:
-        """Why it cannot lower a denoiser that sees more than x_t; "" where it can."""
+        """Why it cannot lower a denoiser that sees a picture, by a ControlNet too; "": it can."""
         return ""
 
     @abstractmethod

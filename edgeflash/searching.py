@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from edgeflash import control
 from edgeflash.architecture import spelled
 from edgeflash.block_times import Estimated, MeasuredTimes
 from edgeflash.blocks import Anatomist
@@ -266,6 +267,11 @@ def _opened(teacher: Student | Blueprint, folder: Path) -> Student:
     if teacher.family.denoiser != "unet":
         raise EdgeflashError(
             f"{teacher.folder}: has a {teacher.family.denoiser}; blocks of UNets alone are searched"
+        )
+    if control.NAME in teacher.family.components():
+        raise EdgeflashError(
+            f"{teacher.folder}: no UNets that a ControlNet steers are searched so far: name a "
+            "folder without one"
         )
     return teacher
 

@@ -8,8 +8,8 @@ L3    the latent after the whole loop, from the tokens on
 L4    the image; of a fused graph, how close its pictures are to those of the components
 ====  ==========================================================================================
 
-Components are opened one at a time, and each once; but for the denoiser's cached graph, which runs
-in the loop beside the other.
+Components are opened one at a time, and each once; but for the denoiser's cached graph and its
+ControlNet, which run in the loop beside it. What a denoiser takes of that is never recorded whole.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgeflash import parity, shelf
-from edgeflash.bundle import ANSWER, Bundle, Component, Figure, Golden, kind_of
+from edgeflash import control, parity, shelf
+from edgeflash.bundle import Bundle, Component, Figure, Golden, kind_of
+from edgeflash.calls import Part, heard_by
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.golden import (
     Array,
     Sampler,
     Tensors,
-    heard,
     left_for,
     load_tensors,
     noise_sha256,
@@ -117,65 +117,6 @@ def runtime_for(bundle: Bundle) -> Runtime:
     return shelf.make(Runtime, shelf.opener(bundle.manifest.components[0].target), {})
 
 
-class Part:
-    """A component on a runtime, called by role at batch 1."""
-
-    def __init__(self, session: Session, component: Component) -> None:
-        self.session = session
-        self.component = component
-        self.answer = component.output(ANSWER[component.name])
-
-    def __call__(self, **by_role: Array) -> Array:
-        return self.answers(**by_role)[self.answer.role]
-
-    def answers(self, **by_role: Array) -> Tensors:
-        """All outputs that have a role."""
-        found = self.session(feeds(self.component, by_role))
-        specs = [spec for spec in self.component.outputs if spec.role != "unused"]
-        return {spec.role: found[spec.name][:1].astype(np.float32) for spec in specs}
-
-
-def feeds(component: Component, by_role: Mapping[str, Array]) -> Tensors:
-    """Arrays of batch 1 under the component's own names, dtypes and, where it is fixed, batch."""
-    inputs: Tensors = {}
-    for spec in component.inputs:
-        array = spec.arranged(by_role[spec.role])
-        fixed = spec.shape[0] if spec.shape and isinstance(spec.shape[0], int) else 1
-        array = np.full((1,), array) if spec.shape and array.ndim == 0 else array
-        inputs[spec.name] = np.repeat(array, fixed, axis=0) if fixed > 1 else array
-    return inputs
-
-
-def first_call(bundle: Bundle, component: Component) -> Tensors:
-    """The inputs of the first recorded call of a component."""
-    golden = bundle.manifest.goldens[0]
-    told = load_tensors(bundle.folder / golden.tensors)
-    schedule, space = bundle.manifest.schedules[golden.steps], bundle.manifest.latent
-    of_cached = component == bundle.cached
-    row = next(i for i in map(int, told["rows"]) if bool(schedule.steps[i].graph) == of_cached)
-    prompt, _ = heard_by(bundle, told)
-    roles = prompt | (left_for(told, schedule, row) if of_cached else {})
-    roles |= {
-        "sample": told[f"input.{row}"],
-        "timestep": np.array(schedule.steps[row].t),
-        "guidance": np.zeros(0),
-        "latent": told["latent"] / space.scale + space.shift,
-        "image": told["image"],
-    }
-    if component in bundle.text_encoders:
-        roles["tokens"] = told[told_by(component.name, "ids")]
-    if bundle.manifest.guidance.kind == "embedded":
-        roles["guidance"] = bundle.manifest.guidance.embedding()
-    return feeds(component, roles)
-
-
-def heard_by(bundle: Bundle, told: Tensors) -> tuple[Tensors, Tensors]:
-    """What the denoiser hears of a golden: its prompt, and no prompt."""
-    names = [component.name for component in bundle.text_encoders]
-    image = bundle.manifest.image
-    return heard(told, names, bundle.denoiser.inputs, (image.height, image.width))
-
-
 class _Effect:
     """What a change of one input does to the output: in torch, and here; over all goldens and rows.
 
@@ -208,6 +149,7 @@ class _Climb:
     floors: dict[str, float]
     goldens: list[tuple[Golden, Tensors]] = field(default_factory=list)
     drawn: list[Tensors] = field(default_factory=list)  # what the bundle itself made, a golden each
+    controlnet: Part | None = None  # while the denoiser is open
 
     def figures(self) -> Iterator[Figure]:
         manifest = self.bundle.manifest
@@ -270,16 +212,34 @@ class _Climb:
                         yield from _compare("L1", told[key], answer)
 
     def _denoiser(self, part: Part) -> Found:
+        cached, self.controlnet = (
+            Part(self._open(other), other) if other else None
+            for other in (self.bundle.cached, self.bundle.controlnet)
+        )
         yield from self._one_graph(part, None)
-        other = self.bundle.cached
-        cached = Part(self._open(other), other) if other else None
         for golden, drawn in zip(self.goldens, self.drawn, strict=True):
             both = heard_by(self.bundle, drawn)
             sampler, told = self._sampler(golden), golden[1]
-            drawn["latent"] = sampler.loop(part, *both, golden[0].seed, cached=cached)
+            asked = self._steered(part, told)
+            drawn["latent"] = sampler.loop(asked, *both, golden[0].seed, cached=cached)
             yield from _compare("L3", told["latent"], drawn["latent"])
-        if cached:
-            cached.session.close()
+        for beside in filter(None, (cached, self.controlnet)):
+            beside.session.close()
+        self.controlnet = None
+
+    def _steered(self, part: Part, told: Tensors) -> Part | control.Controlled:
+        """The denoiser as the loop of a golden calls it: its ControlNet is asked before."""
+        if self.controlnet is None:
+            return part
+        return control.Controlled(part, self.controlnet, told[control.PICTURE])
+
+    def _controlnet(self, part: Part) -> Found:
+        for golden, told in self.goldens:
+            step = self.bundle.manifest.schedules[golden.steps].steps[0]
+            prompt, _ = heard_by(self.bundle, told)
+            roles = {"sample": told["input.0"], "timestep": np.array(step.t), **prompt}
+            for role, found in control.residuals(part, roles, told[control.PICTURE]).items():
+                yield from _compare("L1", told[role], found)
 
     def _denoiser_cached(self, part: Part) -> Found:
         yield from self._one_graph(part, "cached")
@@ -300,10 +260,11 @@ class _Climb:
         steps = sampler.schedule.steps
         rows = [int(row) for row in told["rows"] if steps[row].graph == graph]
         prompt, empty = heard_by(self.bundle, told)
+        asked = self._steered(part, told)
 
         def predict(i: int, at: int, heard: Tensors, *, bare: bool = False) -> Array:
             left = left_for(told, sampler.schedule, i, empty=bare) if graph else {}
-            return sampler.predict(part, told[f"input.{i}"], steps[at].t, heard | left)
+            return sampler.predict(asked, told[f"input.{i}"], steps[at].t, heard | left)
 
         answers = {i: predict(i, i, prompt) for i in rows}
         for i in rows:

@@ -6,6 +6,7 @@ What is left out, and when, says a `Way` (`ways.py`).
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -215,6 +216,13 @@ class Leaving(nn.Module):
         if tap.width is None:
             return tap.layer.register_forward_hook(after)
         return tap.layer.register_forward_pre_hook(before)
+
+
+def before_list(module: nn.Module) -> int | None:
+    """After how many arguments a module takes all others as one list; None where it does not."""
+    kinds = [each.kind for each in inspect.signature(module.forward).parameters.values()]
+    listed = inspect.Parameter.VAR_POSITIONAL
+    return kinds.index(listed) if listed in kinds else None
 
 
 class Taking(nn.Module):

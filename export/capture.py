@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
+from edgeflash import control
 from edgeflash.bundle import ANSWER, Latent, TensorSpec, kind_of
 from edgeflash.caching import ROLE, cached_name
 from edgeflash.conditioning import told_of
@@ -25,8 +26,9 @@ from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
 from edgeflash.student import Student
 
-from .caching import Leaving, Taking, Way, without
+from .caching import Leaving, Way, before_list, without
 from .merging import merge_tokens, unmerged
+from .steering import controlnet_of, steered
 
 MOST_PLAIN = 3  # goldens that are drawn once more to see what merging or caching does
 MOST_BATCH = 63  # diffusers' upsampling takes another path from 64 on
@@ -166,7 +168,8 @@ class Tape:
         ``see`` is shown the network before it runs.
         """
         denoiser = self.student.family.denoiser
-        if component == cached_name(denoiser) and component not in self.ahead:
+        beside = (cached_name(denoiser), control.NAME)
+        if component in beside and component not in self.ahead:
             self.record(denoiser)  # both run in one loop
         network = self.load(component)
         see(network)
@@ -244,11 +247,14 @@ class Tape:
     def _run_denoiser(self, network: Eager) -> None:
         rows = rows_to_record(self.sampler.schedule)
         cached, seen = self._beside(network.network), self._seen_beside()
+        controlnet = controlnet_of(self)
         for number, golden in enumerate(self.goldens):
             both, sampler = self._both(golden), replace(self.sampler, beside=seen[number])
-            golden |= sampler.record(network, *both, self.seed(number), rows, cached)
-        if cached is not None:
-            self.ahead[cached.network.component] = tuple(cached.samples)
+            asked = steered(network, controlnet, self.seed(number), self.size)
+            golden |= sampler.record(asked, *both, self.seed(number), rows, cached)
+            golden |= asked.told if isinstance(asked, control.Controlled) else {}
+        for each in filter(None, (cached, controlnet)):
+            self.ahead[each.network.component] = tuple(each.samples)
         if self.merge:
             graphs = [each.network.module for each in (network, cached) if each is not None]
             with unmerged(*graphs):  # a gated one has blocks of its own
@@ -266,11 +272,14 @@ class Tape:
         seen: Sequence[Array | None],
     ) -> None:
         """What the denoiser makes of some goldens without that; not among the samples."""
-        aside = Eager(network.network)
+        aside, controlnet = Eager(network.network), controlnet_of(self)
         other = Eager(cached.network) if cached else None
         self.plain[what] = [
             replace(sampler, beside=seen[number]).loop(
-                aside, *self._both(golden), self.seed(number), cached=other
+                steered(aside, controlnet, self.seed(number), self.size),
+                *self._both(golden),
+                self.seed(number),
+                cached=other,
             )
             for number, golden in enumerate(self.goldens[:MOST_PLAIN])
         ]
@@ -340,8 +349,8 @@ def to_program(
         shapes.append({i: free[d] for i, d in named.items()})
     with torch.no_grad():
         free_shapes: tuple[Any, ...] | None = tuple(shapes) if free else None
-        if free_shapes and isinstance(module, Leaving | Taking):
-            free_shapes = (free_shapes,)  # it takes them as one list
+        if free_shapes and (own := before_list(module)) is not None:
+            free_shapes = (*free_shapes[:own], free_shapes[own:])
         program = torch.export.export(
             module, tuple(arguments), dynamic_shapes=free_shapes, strict=False
         )

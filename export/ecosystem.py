@@ -18,7 +18,8 @@ def write_configs(student: Student, out: Path) -> dict[str, Any]:
         says in it how its networks are called, and writes it.
     """
     latent = student.family.latent(student)
-    for name in (*student.family.text_encoders, student.family.denoiser):
+    others = [name for name in student.family.components() if not name.startswith("vae_")]
+    for name in others:
         write_json(out / name / "config.json", student.config(name))
     for name in ("vae_decoder", "vae_encoder"):
         if (out / name).is_dir():

@@ -13,10 +13,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from edgeflash.bundle import ANSWER, Bundle, Component, Manifest, TensorSpec, describe_file
+from edgeflash.calls import Part
 from edgeflash.roles import Runtime
 from edgeflash.schedule import Schedule, Step
 from edgeflash.tokenizer import read_tokenizer
-from edgeflash.verify import Part
 
 from . import onnx_graph
 

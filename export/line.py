@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from edgeflash import align_your_steps
+from edgeflash import align_your_steps, control
 from edgeflash.bundle import (
     CACHED_VERSION,
     CONDITIONED_VERSION,
+    CONTROLLED_VERSION,
     Bundle,
     Figure,
     Image,
@@ -142,7 +143,8 @@ def _check_target(target: Target, student: Student, options: ExportOptions) -> N
     """Raises what keeps a target from lowering that."""
     _check_family(student, target)
     target.check()
-    if student.family.conditions(student) and (why := target.refuse_conditions()):
+    steered = control.NAME in student.family.components()
+    if (steered or student.family.conditions(student)) and (why := target.refuse_conditions()):
         raise EdgeflashError(
             f"{student.folder}: its {student.family.denoiser} sees a picture beside x_t, and "
             f"--to {target_name(target)} {why}: choose another target, or other options"
@@ -169,6 +171,11 @@ def _check_caching(target: Target, student: Student, way: Way) -> None:
         raise EdgeflashError(
             f"{way.flag}: cuts UNets alone so far, and {student.folder} has a "
             f"{student.family.denoiser}: leave it out"
+        )
+    if control.NAME in student.family.components():
+        raise EdgeflashError(
+            f"{way.flag}: cuts no UNets that a ControlNet steers so far, as that of "
+            f"{student.folder}: leave it out"
         )
     if why := target.refuse_caching():
         raise EdgeflashError(f"{way.flag}: --to {target_name(target)} {why}: leave one of them out")
@@ -206,6 +213,8 @@ def rehearsal(student: Student, target: Target, options: ExportOptions = AS_USUA
     """
     if way := way_of(options):
         raise EdgeflashError(f"{way.flag}: plans are of whole denoisers so far: leave it out")
+    if control.NAME in student.family.components():
+        raise EdgeflashError(f"{student.folder}: no plans are searched with a ControlNet so far")
     plan = planned(student, target, options)
     return replace(plan.tape, prompts=_prompts(student, options.prompts))
 
@@ -302,8 +311,8 @@ def _pack(
     goldens = pack.write_goldens(tape, plan.goldens, draft)
     sha256 = sha256_of_all(run.hashes.all())
     loss_db = {what: round(min(found), 2) for what, found in tape.loss_db.items()}
-    conditions = family.conditions(student)
-    usual = CACHED_VERSION if tape.way else 1
+    conditions, steered = family.conditions(student), control.NAME in plan.components
+    usual = CONTROLLED_VERSION if steered else CACHED_VERSION if tape.way else 1
     manifest = Manifest(
         format_version=CONDITIONED_VERSION if conditions else usual,
         family=family.name,

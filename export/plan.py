@@ -33,9 +33,10 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from edgeflash.bundle import ANSWER, DENOISERS
+from edgeflash.bundle import ANSWER, EACH_STEP
 from edgeflash.caching import SUFFIX, cached_name
 from edgeflash.complaint import complaint
+from edgeflash.control import PICTURE
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Target
 from edgeflash.verify import PRECISIONS
@@ -44,7 +45,7 @@ FILE = "plan.toml"  # in a bundle: what was decided
 NONE = "none"
 FLOATS = ("fp32", "fp16", "bf16")
 CALIBRATED = ("int8", "fp8")  # words whose ranges come from recorded calls
-PIXELS = ("sample", "latent", "image", "prediction")  # roles of tensors
+PIXELS = ("sample", "latent", "image", "prediction", PICTURE)  # roles of tensors
 
 Kind = Literal["conv", "linear", "attention"]
 Word = Literal["none", "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp8"]
@@ -198,7 +199,7 @@ class Quantizing(Target):
         """Components that are quantized where nobody says which: those that gain."""
         if weights_alone([self.precision]):
             return tuple(name for name in ANSWER if not name.startswith("vae_"))
-        return (*DENOISERS, "vae_decoder", "vae_encoder")
+        return (*EACH_STEP, "vae_decoder", "vae_encoder")
 
     def words_in(self, component: str) -> set[str]:
         """What operators of a component can get, but for "none"."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeflash import control
 from edgeflash.bundle import Component, File, Tokenizer
 from edgeflash.caching import whole_name
 from edgeflash.families import tokenizer_of
@@ -54,9 +55,10 @@ def home_of(student: Student, component: str) -> str:
 
 
 def homes_of(student: Student, component: str) -> Homes:
-    """All folders that a component is made from."""
+    """All folders that a component is made from, and what is recorded of it."""
     tokenizers = (tokenizer_of(component),) * (component in student.family.text_encoders)
-    return (home_of(student, component), *tokenizers)
+    steered = component == student.family.denoiser and control.NAME in student.family.components()
+    return (home_of(student, component), *tokenizers, *(control.NAME,) * steered)
 
 
 def record_stage(tape: Tape, name: str, run: Run, before: str) -> Stage:

@@ -107,7 +107,7 @@ class CoreMlTarget(Target):
         return "knows one graph of the denoiser so far, as Apple's Swift package does"
 
     def refuse_conditions(self) -> str:
-        return "knows denoisers of x_t alone so far, as Apple's Swift package does"
+        return "knows denoisers of x_t alone so far"
 
     def precision_of(self, component: str) -> str:
         skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized

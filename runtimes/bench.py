@@ -215,6 +215,11 @@ def _notes(bundle: Bundle, machine: Machine, cut: Sequence[str]) -> tuple[str, .
         )
     if bundle.manifest.conditions:
         notes.append("The network sees a picture too: it was given patches of colour.")
+    if bundle.controlnet:
+        notes.append(
+            f"{bundle.denoiser.name} is timed with its ControlNet, which saw the edges of patches "
+            "of colour."
+        )
     if cut:
         notes.append(
             f"Prompts longer than this bundle reads: {len(cut)}; not seen of the first: {cut[0]!r}."

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from edgeflash.bundle import Bundle
 from edgeflash.caching import cached_name, left_by, unguided
 from edgeflash.conditioning import Conditioning
+from edgeflash.control import NAME, residuals
 from edgeflash.runtimes.feed import Part
 from edgeflash.schedule import Guidance, Step
 
@@ -20,12 +21,16 @@ Float32 = NDArray[np.float32]
 class Denoiser:
     """Answers row by row, guided. What the whole network leaves for its cached graph is kept.
 
+    A ControlNet is asked before every call: without the prompt it sees the picture all the same.
+
     Args:
         bundle: whose it is.
         parts: its components, among them the denoiser's graphs.
         guidance: how the prompt steers.
         conditioning: by role, [n, ...]; with guidance of two calls [2n, ...], without prompt first.
         beside: what it sees behind x_t, [1 or n, k, h, w]; None: nothing.
+        control: what the bundle's ControlNet sees, [1, 3, H, W], and the scale of what that adds;
+            None: it has none.
     """
 
     def __init__(
@@ -35,11 +40,13 @@ class Denoiser:
         guidance: Guidance,
         conditioning: Conditioning,
         beside: Float32 | None = None,
+        control: tuple[Float32 | None, float] = (None, 1.0),
     ) -> None:
         name = bundle.denoiser.name
         self._whole, self._cached = parts[name], parts.get(cached_name(name))
         self._gated, self._guidance = bundle.manifest.gated, guidance
         self._conditioning, self._beside = dict(conditioning), beside
+        self._controlnet, (self._control, self._scale) = parts.get(NAME), control
         self._left: dict[str, NDArray[Any]] = {}  # by role, of the last whole row
         self._joined = False
 
@@ -47,6 +54,8 @@ class Denoiser:
         """Loads the graph that a row runs, if need be; gives the component's name."""
         part = self._part(step)
         part.open()
+        if self._controlnet is not None:
+            self._controlnet.open()
         return part.component.name
 
     def _part(self, step: Step) -> Part:
@@ -58,7 +67,8 @@ class Denoiser:
     def close_all_but(self, rows: Sequence[Step]) -> None:
         """Closes the graphs that none of these rows runs."""
         needed = {bool(row.graph) for row in rows}
-        for of_cached, part in ((False, self._whole), (True, self._cached)):
+        graphs = ((False, self._whole), (True, self._cached), (False, self._controlnet))
+        for of_cached, part in graphs:
             if part is not None and of_cached not in needed:
                 part.close()
 
@@ -77,6 +87,9 @@ class Denoiser:
         if self._guidance.doubles:
             roles["sample"] = np.concatenate([x, x])
         roles |= self._conditioning
+        if self._controlnet is not None:
+            assert self._control is not None, "refused before"
+            roles |= residuals(self._controlnet, roles, self._control, self._scale)
         if step.graph:
             output = part(**roles, **self._left)
         else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from edgeflash import control
 from edgeflash.bundle import ANSWER, DENOISERS, PREDICTING, Bundle, Component, kind_of
 from edgeflash.caching import ROLE
 from edgeflash.conditioning import FROM_SIZE, JOINT
@@ -22,6 +23,7 @@ FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     **dict.fromkeys(PREDICTING, {"sample", "conditioning"} | OPTIONAL),
     "vae_decoder": {"latent"},
     "vae_encoder": {"image"},
+    control.NAME: {"sample", "conditioning", control.PICTURE} | OPTIONAL,
 }
 DTYPES = {"float16", "float32", "float64", "int32", "int64"}
 LAYOUTS = {"", "NCHW", "NSC", "NC1S", "NS", "NC", "N"}
@@ -47,7 +49,7 @@ def reasons(bundle: Bundle, runtime: Runtime) -> Iterator[str]:
         else:
             yield from _about_component(component, runtime)
     told = (_about_prompts, _about_timesteps, _about_guidance, _about_conditions, _about_caches)
-    for about in told:
+    for about in (*told, _about_control):
         yield from about(bundle, bundle.denoiser)
 
 
@@ -62,6 +64,8 @@ def _about_component(component: Component, runtime: Runtime) -> Iterator[str]:
         yield f"{where}.outputs: none has the role {ANSWER[component.name]!r}; export it again"
     roles = {spec.role for spec in component.inputs}
     optional = OPTIONAL
+    if kind_of(component.name) == "denoiser":
+        roles = {role for role in roles if not role.startswith(control.ROLE)}
     if kind_of(component.name) == "denoiser_cached":
         roles = {role for role in roles if not role.startswith(ROLE)}
         optional = OPTIONAL | {"conditioning"}
@@ -137,6 +141,25 @@ def _about_conditions(bundle: Bundle, denoiser: Component) -> Iterator[str]:
         )
     if conditions and not any(c.name == "vae_encoder" for c in bundle.manifest.components):
         yield "conditions: they are of a picture, but vae_encoder is missing; export it again"
+
+
+def _about_control(bundle: Bundle, denoiser: Component) -> Iterator[str]:
+    """Whether the ControlNet gives all that the denoiser takes of it, and nothing in vain."""
+    controlnet = bundle.controlnet
+    gives = {spec.role: spec.shape[1:] for spec in controlnet.outputs} if controlnet else {}
+    takes = {spec.role: spec.shape[1:] for spec in denoiser.inputs}
+    takes = {role: shape for role, shape in takes.items() if role.startswith(control.ROLE)}
+    if takes and not controlnet:
+        yield (
+            f"components: {denoiser.name} asks for a {control.NAME}, but there is none; export it "
+            "again"
+        )
+    elif takes != gives:
+        role = sorted(takes.items() ^ gives.items())[0][0]
+        yield (
+            f"components.{control.NAME}: gives {list(gives.get(role, ()))} of role {role!r}, but "
+            f"components.{denoiser.name} takes {list(takes.get(role, ()))}; export it again"
+        )
 
 
 def _about_caches(bundle: Bundle, denoiser: Component) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import get_args
 import numpy as np
 
 from edgeflash.bundle import Bundle, Component, Manifest, TensorSpec, kind_of
+from edgeflash.control import NAME
 from edgeflash.devices import Device, Limit, Verdict
 from edgeflash.errors import EdgeflashError
 from edgeflash.shelf import absent
@@ -138,10 +139,10 @@ def look(bundle: Bundle) -> tuple[Seen, ...]:
         EdgeflashError: a file that does not read as what the manifest says.
     """
     seen = tuple(_seen(bundle, component) for component in bundle.manifest.components)
-    cached = next((part for part in seen if part.component == bundle.cached), None)
-    if cached is None or bundle.manifest.gated:  # behind the gate the whole denoiser can go
-        return seen
-    beside = {bundle.denoiser.name: cached.weight_bytes}
+    kept = [bundle.controlnet]  # open as long as the denoiser
+    kept += [bundle.cached] * (not bundle.manifest.gated)  # behind a gate the whole one can go
+    stored = sum(part.weight_bytes for part in seen if part.component in kept)
+    beside = {bundle.denoiser.name: stored}
     return tuple(replace(s, beside_bytes=beside.get(s.component.name, 0)) for s in seen)
 
 
@@ -352,7 +353,7 @@ def _read(bundle: Bundle, component: Component) -> tuple[Graph, str]:
 def _shapes(component: Component, manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """Of the inputs, for one image: with guidance of the kind "cfg" that is two rows."""
     guidance, image, latent = manifest.guidance, manifest.image, manifest.latent
-    both = ("text_encoder", "denoiser", "denoiser_cached")[: 2 if manifest.gated else 3]
+    both = ("text_encoder", "denoiser", NAME, "denoiser_cached")[: 3 if manifest.gated else 4]
     rows = 2 if guidance.doubles and kind_of(component.name) in both else 1
     cells = (image.height // latent.downsampling, image.width // latent.downsampling)
     usual = {

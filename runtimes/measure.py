@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from edgeflash import shelf, talk
 from edgeflash.bundle import Bundle
 from edgeflash.conditions import example, masks
+from edgeflash.control import edges_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import peak_rss_mib
 from edgeflash.png import save_png
@@ -126,13 +127,16 @@ def measure(job: Job, tell: Callable[[int, int], None]) -> Measured:
 
 def request_of(bundle: Bundle, job: Job, prompts: tuple[str, ...]) -> Request:
     """What is drawn; of bundles that see a picture too, of an example."""
-    image = mask = None
-    if bundle.manifest.conditions:
-        made = bundle.manifest.image
-        image, mask = example(job.seed, (made.height, made.width))
-        mask = mask if masks(bundle.manifest.conditions) else None
+    made, conditions = bundle.manifest.image, bundle.manifest.conditions
+    image, mask = example(job.seed, (made.height, made.width))
     return Request(
-        prompts, seed=job.seed, steps=job.steps, guidance=job.guidance, image=image, mask=mask
+        prompts,
+        seed=job.seed,
+        steps=job.steps,
+        guidance=job.guidance,
+        image=image if conditions else None,
+        mask=mask if masks(conditions) else None,
+        control=edges_of(image) if bundle.controlnet else None,
     )
 
 

@@ -25,9 +25,10 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.autoencoder import decoded, encoded, finite, looked_at
 from edgeflash.runtimes.denoiser import Denoiser
-from edgeflash.runtimes.edit import Blend, Edit, renoises
+from edgeflash.runtimes.edit import Blend, Edit
 from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.honour import refuse
+from edgeflash.runtimes.pictures import cannot, check_control, check_edit, check_picture, shown
 from edgeflash.runtimes.prompts import Prompts
 from edgeflash.schedule import Entry, Guidance, Schedule, advance
 
@@ -53,6 +54,9 @@ class Request:
         mask: paint where it is true, [height, width], and keep the rest of ``image``. Networks for
             inpainting see both; of others latents are blended at every step.
         edit: what is known of the picture, for samplers that noise it anew at every step.
+        control: what the bundle's ControlNet sees, edges or what else it knows: uint8
+            [height, width, 3], of the size above.
+        control_scale: of what it adds to the denoiser, >= 0; 0 draws as if there were none.
     """
 
     prompt: str | tuple[str, ...]
@@ -65,6 +69,8 @@ class Request:
     strength: float | None = None
     mask: NDArray[np.bool_] | None = None
     edit: Edit | None = None
+    control: UInt8 | None = None
+    control_scale: float = 1.0
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -129,7 +135,8 @@ class TextToImage:
 
     Components are loaded when first needed and kept. With ``low_memory`` only one is loaded at a
     time, in edits the denoiser and one half of the autoencoder: each is closed when its stage ends.
-    Of a denoiser with a cached graph each is closed behind the last step that runs it.
+    Of a denoiser with a cached graph each is closed behind the last step that runs it; a ControlNet
+    is open, and timed, with the denoiser.
 
     Raises:
         EdgeflashError: the bundle asks for something that is not on offer here.
@@ -150,8 +157,8 @@ class TextToImage:
         encoder = ("vae_encoder",) * bool(self.manifest.conditions)
         for name in (*self.prompts.tokenizers, *encoder, self.denoiser, "vae_decoder"):
             self.parts[name].open()
-        if self.bundle.cached:
-            self.parts[self.bundle.cached.name].open()
+        for beside in filter(None, (self.bundle.cached, self.bundle.controlnet)):
+            self.parts[beside.name].open()
 
     def close(self) -> None:
         """Gives all memory back; a later request loads again."""
@@ -209,7 +216,8 @@ class TextToImage:
         blend = self._blend(request, plan, latent, fresh)
         start = None if latent is None else np.broadcast_to(latent, plan.shape)
         x, previous = plan.schedule.begin(fresh, start, plan.entry), None
-        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen)
+        control = shown(self.bundle, request.control), request.control_scale
+        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen, control)
         with self._denoising(denoiser) as clock:
             for i, step in enumerate(rows):
                 stage = denoiser.open(step)
@@ -243,50 +251,19 @@ class TextToImage:
     def _plan(self, request: Request) -> _Plan:
         assert request.prompts, "no prompt"
         schedule, masked = self._schedule(request), request.mask is not None
-        self._check_picture(request)
+        check_picture(self.bundle, request)
         entry, told = None, masked or bool(self.manifest.conditions)
         if request.image is not None:
             strength = (1.0 if told else 0.6) if request.strength is None else request.strength
             entry = None if told and strength == 1 else schedule.entry(strength)
         shape = self._shape(request)
+        check_control(self.bundle, request, self._size(shape))
         if request.edit:
-            self._check_edit(request, request.edit, schedule, shape)
+            check_edit(self.bundle, request, schedule, self._size(shape))
         blends = masked and not self.manifest.conditions
         if blends and len(schedule.entries) < len(schedule.steps):
             raise self._cannot("blend latents", "its schedule does not tell how to noise a picture")
         return _Plan(schedule, entry, self._guidance(request), shape, blends)
-
-    def _check_picture(self, request: Request) -> None:
-        """Raises where a picture or a mask is missing, or idle."""
-        image, mask, conditions = request.image, request.mask, self.manifest.conditions
-        idle = (mask is None) == masks(conditions) or request.edit
-        if conditions and (image is None or idle):
-            given = "--image and --mask" if masks(conditions) else "--image"
-            raise self._cannot("do that", f"it sees a picture too: give {given}, and no more of it")
-        if image is not None and "vae_encoder" not in self.parts:
-            raise self._cannot("start from an image", "it has no vae_encoder")
-        if mask is None:
-            return
-        if image is None:
-            raise EdgeflashError("a mask says where to paint into a picture: give --image too")
-        if mask.shape != image.shape[:2]:
-            has, of = ("x".join(map(str, each.shape[:2])) for each in (mask, image))
-            raise EdgeflashError(f"the mask is {has} px, but the image {of}: scale one of them")
-
-    def _check_edit(
-        self, request: Request, edit: Edit, schedule: Schedule, shape: tuple[int, ...]
-    ) -> None:
-        assert request.image is None, "an edit starts from noise"
-        if "vae_encoder" not in self.parts:
-            raise self._cannot("edit", "it has no vae_encoder; export it with --image-to-image")
-        if not renoises(schedule):
-            raise self._cannot(
-                "edit",
-                f"its sampler, {schedule.sampler}, does not noise a picture anew as lcm does",
-            )
-        made = self._size(shape)
-        if edit.size != made:
-            raise self._cannot(f"edit {edit.size[0]}x{edit.size[1]} px", f"it makes {made}")
 
     def _size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """(height, width) in px of pictures whose latents have that shape."""
@@ -336,7 +313,7 @@ class TextToImage:
         return shape
 
     def _cannot(self, what: str, why: str) -> EdgeflashError:
-        return EdgeflashError(f"{self.bundle.folder}: this bundle cannot {what}: {why}")
+        return cannot(self.bundle, what, why)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[tuple[Part, _Clock]]:

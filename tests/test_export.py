@@ -17,6 +17,7 @@ from exported import QUIET, Exported, figure
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle, Component, TensorSpec
+from edgeflash.calls import Part, feeds
 from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.capture import Captured
@@ -27,7 +28,7 @@ from edgeflash.roles import Runtime, Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student
-from edgeflash.verify import Part, feeds, refuse_below, runtime_for, verify
+from edgeflash.verify import refuse_below, runtime_for, verify
 
 
 def test_every_rung_is_climbed_and_told(guided: Exported) -> None:

@@ -198,8 +198,8 @@ def test_damaged_bundles_are_refused(guided: Exported, tmp_path: Path) -> None:
     with pytest.raises(EdgeflashError, match=r"rung L0, unet: .*does not load"):
         verify(Bundle.open(folder, check="size"))
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 4}))
-    with pytest.raises(EdgeflashError, match="format 4 is newer"):
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format_version": 5}))
+    with pytest.raises(EdgeflashError, match="format 5 is newer"):
         Bundle.open(folder)
 
 

@@ -24,16 +24,19 @@ def write_student(
 ) -> Path:
     """A Stable Diffusion student: 16x16 px with the 2x tiny decoder, latents 8x8.
 
-    ``task``: "" or, with a UNet that sees a picture, "Inpaint" or "InstructPix2Pix".
+    ``task``: "" or, with a UNet that sees a picture, "Inpaint" or "InstructPix2Pix", or, with a
+    ControlNet beside it, "ControlNet".
     """
     import torch
 
     torch.manual_seed(seed)
     write_tokenizer(folder / "tokenizer")
     _text_encoder().save_pretrained(folder / "text_encoder")
-    sees = {"": 4, "InstructPix2Pix": 8, "Inpaint": 9}[task]
+    sees = {"InstructPix2Pix": 8, "Inpaint": 9}.get(task, 4)
     unet = _unet(mid_block, widths, guidance_channels, sees)
     unet.save_pretrained(folder / "unet")
+    if task == "ControlNet":
+        controlnet_of(unet).save_pretrained(folder / "controlnet")
     _vae(tiny_decoder).save_pretrained(folder / "vae")
     # their pipelines do not set this right, as the plain one does
     options = {"clip_sample": False} if task else {}
@@ -50,8 +53,21 @@ def write_student(
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderTiny" if tiny_decoder else "AutoencoderKL"],
     }
+    if task == "ControlNet":
+        index["controlnet"] = ["diffusers", "ControlNetModel"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
+
+
+def controlnet_of(unet: Any) -> Any:
+    """A ControlNet beside a UNet of latents 2x smaller, whose layers of zeros have learnt."""
+    from edgeflash.networks_control import beside
+
+    controlnet = beside(unet, 2)
+    for name, parameter in controlnet.named_parameters():
+        if "controlnet_" in name and not parameter.any():
+            parameter.data.normal_(std=5 if "cond_embedding" in name else 0.3)
+    return controlnet
 
 
 def write_tokenizer(folder: Path) -> None:
