@@ -44,7 +44,7 @@ from .apart import request_of
 from .caching import Way, check_rows, rows_of
 from .capture import Tape
 from .components import make_all, unfinished
-from .journal import Outcome, Stage, drop_others, run_folder
+from .journal import DRAFT, Outcome, Stage, drop_others, run_folder
 from .merging import MOST
 from .progress import Rates, Stages
 from .stages import Run, captured_again, component_of, homes_of, target_name
@@ -111,8 +111,10 @@ def export_student(
             memory.check_size(student, plan.tape.size)
         lowered = make_all(plan.tape, plan.components, run, request, large, at_once, stages)
         _tell_losses(plan.tape, console)
-        with fresh_folder(out, folder / "bundle") as draft:
+        made = [folder / f"lower-{name}" for name in plan.components]
+        with fresh_folder(out, folder / DRAFT) as draft, pack.lent(made, lowered, draft):
             with stages.told("pack"):
+                pack.gather(made, lowered, draft, lasting=lasting)
                 manifest = _pack(plan, target, lowered, run, draft, console)
             on = "a stand-in" if unproven else target.runtime
             with stages.told(f"verify on {on}"):
@@ -288,7 +290,6 @@ def _pack(
 ) -> Manifest:
     student, family, tape = plan.student, plan.student.family, plan.tape
     components = tuple(map(component_of, lowered))
-    pack.gather([run.folder / f"lower-{name}" for name in plan.components], lowered, draft)
     for name in map(tokenizer_of, family.text_encoders):
         pack.copy_tokenizer(student.folder / name, draft / name)
     if remark := target.furnish(student, draft):

@@ -38,6 +38,7 @@ PARTS = ("text_encoder", "unet", "vae_decoder")
 STAGES = [f"{stage}-{part}" for part in PARTS for stage in ("record", "lower")]
 HALF = {"precision": "fp16"}
 FLOAT: dict[str, Any] = {}
+BESIDE: dict[str, Any] = {"external_mib": 0}  # all weights beside the graphs, as large ones are
 
 
 def export(student: Path, out: Path, asked: dict[str, Any], **options: Any) -> Bundle:
@@ -59,14 +60,14 @@ def test_kill_9_in_every_stage_and_the_same_command_again(
     one_step_student: Path, tmp_path: Path, begun: list[str]
 ) -> None:
     """Each life finishes the stage that the one before died in, and dies in the next."""
-    whole = export(one_step_student, tmp_path / "whole", FLOAT)
+    whole = export(one_step_student, tmp_path / "whole", BESIDE)
     assert begun == [*STAGES, "verify"]
     out, log = tmp_path / "cut", tmp_path / "log"
     real = Stage.begin
 
     def life(ends: Callable[[], None]) -> None:
         ends()
-        export(one_step_student, out, FLOAT)
+        export(one_step_student, out, BESIDE)
 
     def in_stage(name: str) -> None:
         def begin(stage: Stage) -> Path:
@@ -93,24 +94,49 @@ def test_kill_9_in_every_stage_and_the_same_command_again(
     pairs = [STAGES[:1], *map(list, pairwise(STAGES))]
     assert seen == [*pairs, STAGES[-1:], [], ["verify"]]
     begun.clear()
-    made = export(one_step_student, out, FLOAT)
+    made = export(one_step_student, out, BESIDE)
     assert begun == []
     assert (out / MANIFEST).read_bytes() == (whole.folder / MANIFEST).read_bytes()
     assert Bundle.open(out, check="sha256").manifest == made.manifest
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *["cut", "cut.run", "log", "whole", "whole.run"]
     ]
-    weights = out / "unet/model.onnx"
-    assert weights.stat().st_nlink == 2, "the same bytes on the disk, once"
-    before = (out / MANIFEST).read_bytes()
+    graph, weights = out / "unet/model.onnx", out / "unet/model.onnx_data"
+    assert graph.stat().st_nlink == 2, "the same bytes on the disk, once"
+    assert weights.stat().st_nlink == 1, "of which onnx wants no second name"
+    assert not (tmp_path / "cut.run/lower-unet/unet/model.onnx_data").exists()
+
+
+@pytest.mark.usefixtures("replay")
+def test_weights_that_a_bundle_was_given(
+    one_step_student: Path, tmp_path: Path, begun: list[str]
+) -> None:
+    """They come back from it, in the making or in its place, whatever becomes of it."""
+    out, kept = tmp_path / "out", tmp_path / "out.run/lower-unet/unet/model.onnx_data"
+    export(one_step_student, out, BESIDE)
+    manifest = (out / MANIFEST).read_bytes()
+    begun.clear()
+    for _ in range(2):
+        export(one_step_student, out, BESIDE)
+        assert begun == [] and not kept.exists()
+    with pytest.raises(EdgeflashError, match="misses its floor"):
+        export(one_step_student, out, BESIDE, floors={"L3.psnr_db": 999.0})
+    assert begun == [] and kept.exists() and (out / MANIFEST).read_bytes() == manifest
 
     shutil.rmtree(out)
-    os.truncate(tmp_path / "cut.run/lower-unet/unet/model.onnx", 99)
-    export(one_step_student, out, FLOAT)
-    assert begun == ["lower-unet"]
-    assert weights.stat().st_size > 99 and (out / MANIFEST).read_bytes() == before
-    export(one_step_student, out, FLOAT, floors={"L3.psnr_db": 20.0})
-    assert begun[1:] == ["verify"]
+    os.truncate(kept, 99)
+    export(one_step_student, out, BESIDE)
+    assert begun == ["lower-unet"] and (out / MANIFEST).read_bytes() == manifest
+    assert Bundle.open(out, check="sha256")
+    begun.clear()
+    export(one_step_student, out, BESIDE, floors={"L3.psnr_db": 20.0})
+    assert begun == ["verify"]
+    begun.clear()
+    (out / "unet/model.onnx_data").write_bytes(bytes((out / "unet/model.onnx_data").stat().st_size))
+    shutil.rmtree(out / "vae_decoder")
+    export(one_step_student, out, BESIDE)
+    assert begun == ["lower-unet", "lower-vae_decoder", "verify"]
+    assert Bundle.open(out, check="sha256")
 
 
 def test_a_finished_stage_is_taken_up_as_it_was_left(tmp_path: Path) -> None:
@@ -140,7 +166,8 @@ def test_plans_that_components_left_are_joined(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / plan.FILE).write_text(left.toml())
     folders = [tmp_path / name for name in PARTS]
-    pack.gather(folders, [Outcome(inputs={}, files=(), told={})] * 3, tmp_path)
+    outcomes = [Outcome(inputs={}, files=(), told={})] * 3
+    pack.gather(folders, outcomes, tmp_path, lasting=True)
     joined = plan.read_plan(tmp_path / plan.FILE)
     assert joined.default == "none"
     assert [*joined.names.items()] == [("text_encoder/a", "int8"), ("unet/a", "int8-weights")]
