@@ -129,6 +129,7 @@ def export(
 ) -> None:
     """Lower a student to a target and prove it: student folder -> bundle folder."""
     from edgeflash.devices import Device
+    from edgeflash.export import nursery
     from edgeflash.export_options import ExportOptions
     from edgeflash.roles import Target
     from edgeflash.shelf import make
@@ -141,8 +142,6 @@ def export(
         raise EdgeflashError("--prefer: goes with --precision auto alone")
     target = make(Target, to, {"precision": "fp32" if auto else precision} | options)
     counts, pixels = read_counts(steps), read_size(size)
-    from edgeflash.export.line import export_student
-
     opened = Student.open(student, read_loras(lora))
     asked = ExportOptions(
         steps=counts,
@@ -159,15 +158,19 @@ def export(
         floors=read_floors(floor),
         record_all=auto,
     )
-    lower = partial(export_student, opened, options=asked, lasting=not auto)
-    if auto:
-        from edgeflash.choice import choice_table, export_best
+    with nursery.begun(opened, target) as imports:  # while this process does so, too
+        from edgeflash.export.line import export_student
 
-        wanted = prefer or "speed"
-        made = export_best(to, options, lower, out_dir, wanted, err, opened.folder)
-        out.print(choice_table(made))
-    else:
-        lower(target, out_dir)
+        told = {"options": asked, "lasting": not auto, "nursery": imports}
+        lower = partial(export_student, opened, **told)
+        if auto:
+            from edgeflash.choice import choice_table, export_best
+
+            wanted = prefer or "speed"
+            made = export_best(to, options, lower, out_dir, wanted, err, opened.folder)
+            out.print(choice_table(made))
+        else:
+            lower(target, out_dir)
     print(f"wrote {out_dir}")
     if device:
         lint(out_dir, [device])

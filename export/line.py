@@ -35,6 +35,7 @@ from edgeflash.families import tokenizer_of
 from edgeflash.golden import Sampler
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
+from edgeflash.shelf import target_name
 from edgeflash.student import INSTEAD, Student, sha256_of_all
 from edgeflash.tokenizer import read_tokenizer, unread
 from edgeflash.verify import check_floors, refuse_below, verify
@@ -44,10 +45,12 @@ from .apart import request_of
 from .caching import Way, check_rows, rows_of
 from .capture import Tape
 from .components import make_all, unfinished
+from .hashing import homes_of
 from .journal import DRAFT, Outcome, Stage, drop_others, run_folder
 from .merging import MOST
+from .nursery import Nursery
 from .progress import Rates, Stages
-from .stages import Run, captured_again, component_of, homes_of, target_name
+from .stages import Run, captured_again, component_of
 from .ways import way_of
 
 PROMPTS = (  # for students that bring none of their own
@@ -72,6 +75,7 @@ def export_student(
     *,
     console: Console | None = None,
     lasting: bool = True,
+    nursery: Nursery | None = None,
 ) -> Bundle:
     """Writes a bundle, and puts it in its place when it has passed the parity ladder.
 
@@ -82,6 +86,7 @@ def export_student(
         options: what else is asked for.
         console: where progress is told; None: the terminal's standard error.
         lasting: whether ``out`` lies where its stages stay for the next command; see `run_folder`.
+        nursery: where processes of large components begin; None: each imports all anew.
 
     Raises:
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
@@ -109,7 +114,8 @@ def export_student(
         at_once = memory.check(student, target, left, console)
         if "vae_decoder" in left:
             memory.check_size(student, plan.tape.size)
-        lowered = make_all(plan.tape, plan.components, run, request, large, at_once, stages)
+        work = (plan.tape, plan.components, run, request, large, at_once, stages, nursery)
+        lowered = make_all(*work)
         _tell_losses(plan.tape, console)
         made = [folder / f"lower-{name}" for name in plan.components]
         with fresh_folder(out, folder / DRAFT) as draft, pack.lent(made, lowered, draft):

@@ -25,10 +25,11 @@ from edgeflash.bundle import Bundle
 from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import apart, hashing, line, pack, plan
+from edgeflash.export.hashing import homes_of
 from edgeflash.export.journal import Outcome, Stage
 from edgeflash.export.line import export_student, planned
 from edgeflash.export.plan import Plan
-from edgeflash.export.stages import Run, homes_of, lower_stage, record_stage
+from edgeflash.export.stages import Run, lower_stage, record_stage
 from edgeflash.export_options import ExportOptions
 from edgeflash.roles import Target
 from edgeflash.schedule import Guidance
@@ -347,6 +348,10 @@ def command(student: Path, out: Path, seed: int) -> subprocess.Popen[str]:
     )
 
 
+def children(pid: int) -> list[int]:
+    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
 @pytest.mark.slow
 def test_in_processes_of_their_own_and_killed_there(one_step_student: Path, tmp_path: Path) -> None:
     """Bytes do not depend on the process; a child that is killed is named, and ends with it."""
@@ -359,9 +364,11 @@ def test_in_processes_of_their_own_and_killed_there(one_step_student: Path, tmp_
         running, mark = command(one_step_student, tmp_path / victim, 2), "record-unet.json"
         while not (tmp_path / f"{victim}.run" / mark).exists():
             time.sleep(0.01)
-        tree = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        for pid in tree if victim == "child" else [running.pid]:
-            os.kill(int(pid), signal.SIGKILL)
+        (imports,) = children(running.pid)
+        tree = [imports, *children(imports)]
+        assert len(tree) > 1, "they are forks of a process that has imported all"
+        for pid in tree[1:] if victim == "child" else [running.pid]:
+            os.kill(pid, signal.SIGKILL)
         told = running.communicate()[0]
         assert running.returncode == code and ("out of memory" in told) == (victim == "child"), told
         deadline = time.monotonic() + 60
