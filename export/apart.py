@@ -100,7 +100,8 @@ class Child:
         self.recorded = threading.Event()
         self._tell, self._error = tell, EdgeflashError("")
         self._complaint = tempfile.TemporaryFile("w+")
-        self._process = (nursery and nursery.fork(self._complaint)) or _fresh(self._complaint)
+        fork = nursery.fork(self._complaint) if nursery else None
+        self._process = fork or _fresh(self._complaint)
         self._say(request.model_dump_json())
         self._hashes = hashes
         hashes.add_done_callback(self._pass_on)

@@ -19,7 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO, Any
+from typing import IO, NoReturn
 
 from edgeflash.roles import Target
 from edgeflash.student import Student
@@ -33,7 +33,6 @@ FORKS = sys.platform == "linux"  # elsewhere what the system's libraries hold do
 ALWAYS = ("edgeflash.export.line",)  # torch, diffusers, transformers
 BY_NEED = {"onnxscript": ("edgeflash.export.onnx_graph", "onnxscript.function_libs.torch_lib.ops")}
 PIPES = 4
-HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # torch's: of its tensors; so they take fewer faults
 
 
 class Fork:
@@ -70,7 +69,6 @@ class Nursery:
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=HUGE_PAGES | os.environ,
             )
 
     def fork(self, complaint: IO[str]) -> Fork | None:
@@ -173,7 +171,7 @@ def _tell(end: int, number: int) -> None:
         os.write(end, b"%d\n" % number)
 
 
-def _live(streams: Sequence[int], others: Iterable[int], run: Callable[[], object]) -> Any:
+def _live(streams: Sequence[int], others: Iterable[int], run: Callable[[], object]) -> NoReturn:
     """A child, from its first moment to its last."""
     code = 1
     try:
