@@ -161,8 +161,7 @@ def export(
     with nursery.begun(opened, target) as imports:  # while this process does so, too
         from edgeflash.export.line import export_student
 
-        told = {"options": asked, "lasting": not auto, "nursery": imports}
-        lower = partial(export_student, opened, **told)
+        lower = partial(export_student, opened, options=asked, lasting=not auto, nursery=imports)
         if auto:
             from edgeflash.choice import choice_table, export_best
 

@@ -66,7 +66,7 @@ class Nursery:
         with theirs:
             self._process = subprocess.Popen(
                 [*COMMAND, *imports],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
@@ -146,12 +146,12 @@ def _serve(asking: socket.socket, run: Callable[[], object]) -> None:
     """Forks whenever it is asked to, and tells how children end, until nobody can ask any more."""
     at_work: dict[int, tuple[int, int]] = {}  # a pipe that a child's end closes -> it, its parent
     while True:
-        for end in select.select([asking, *at_work], [], [])[0]:
-            if end is not asking:
+        for end in select.select([asking.fileno(), *at_work], [], [])[0]:
+            if end in at_work:
                 child, told = at_work.pop(end)
-                code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                _tell(told, code)
-                os.close(told), os.close(end)
+                _tell(told, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+                os.close(told)
+                os.close(end)
                 continue
             given = socket.recv_fds(asking, 1, PIPES)[1]
             if not given:
