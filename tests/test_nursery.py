@@ -99,5 +99,6 @@ def test_it_is_for_large_components(
         assert (made is not None) == begins
         if made:
             words = made._process.args
+            assert isinstance(words, list)
             assert {"edgeflash.export.line", "diffusers:UNet2DConditionModel"} <= {*words[3:]}
     assert made is None or made._process.returncode == KILLED
