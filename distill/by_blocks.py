@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeflash.architecture import FROM_THE_TOP, spelled
+from edgeflash.disk import read_json
 from edgeflash.errors import EdgeflashError
 from edgeflash.networks_sd import quiet
 from edgeflash.roles import Method
-from edgeflash.student import read_json
 
 from .draws import rand, randint, randn
 from .encoded import cached_samples

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
 from edgeflash.bundle import Bundle
-from edgeflash.disk import check_writable, write_atomic, write_for_people
+from edgeflash.disk import check_writable, read_json, write_atomic, write_for_people
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.export_options import ExportOptions
@@ -33,7 +33,7 @@ from edgeflash.roles import Runtime, Target
 from edgeflash.score import draw
 from edgeflash.sheet import contact_sheet
 from edgeflash.shelf import make
-from edgeflash.student import Student, read_json
+from edgeflash.student import Student
 
 JUDGED = 500  # prompts that prompt accuracy and FD are measured on
 CAPTIONS, SEEDS = 25, 8  # pictures that diversity is measured on

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeflash.disk import read_json
 from edgeflash.embedded import models
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.families import tokenizer_of
-from edgeflash.student import read_json
 
 CROSS_DOWN, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SD15 = {

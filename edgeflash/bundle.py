@@ -191,9 +191,7 @@ class Condition(Part):
 
     kind: Literal["mask", "masked_image", "image"]
     channels: int = Field(gt=0)
-    enlarges: int | None = Field(
-        None, gt=0
-    )  # so many times along a side; none: the image is seen at its size
+    enlarges: int | None = Field(None, gt=0)  # times along a side; none: it is seen at its size
 
 
 class Golden(Part):
@@ -300,9 +298,8 @@ class Manifest(Part):
 
     @model_validator(mode="after")
     def _has_its_files(self) -> Manifest:
-        for component in self.lowered:
-            if not component.files:
-                raise ValueError(f"components: {component.name} has no files")
+        if bare := [component.name for component in self.lowered if not component.files]:
+            raise ValueError(f"components: {bare[0]} has no files")
         return self
 
     @model_validator(mode="after")

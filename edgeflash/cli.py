@@ -140,6 +140,7 @@ def export(
     """Lower a student to a target and prove it: student folder -> bundle folder."""
     from edgeflash.devices import Device
     from edgeflash.disk import check_replaceable
+    from edgeflash.export import nursery
     from edgeflash.export_options import ExportOptions
     from edgeflash.roles import Target
     from edgeflash.shelf import make
@@ -154,8 +155,6 @@ def export(
     counts, pixels, floors = read_counts(steps), read_size(size), read_floors(floor)
     check_replaceable(out_dir, kind="bundle")
     opened = Student.open(student, read_loras(lora))
-    from edgeflash.export.line import export_student
-
     asked = ExportOptions(
         steps=counts,
         timesteps=timesteps,
@@ -171,15 +170,18 @@ def export(
         floors=floors,
         record_all=auto,
     )
-    lower = partial(export_student, opened, options=asked, lasting=not auto)
-    if auto:
-        from edgeflash.choice import choice_table, export_best
+    with nursery.begun(opened, target) as imports:  # while this process does so, too
+        from edgeflash.export.line import export_student
 
-        wanted = prefer or "speed"
-        made = export_best(to, options, lower, out_dir, wanted, err, opened.folder)
-        out.print(choice_table(made))
-    else:
-        lower(target, out_dir)
+        lower = partial(export_student, opened, options=asked, lasting=not auto, nursery=imports)
+        if auto:
+            from edgeflash.choice import choice_table, export_best
+
+            wanted = prefer or "speed"
+            made = export_best(to, options, lower, out_dir, wanted, err, opened.folder)
+            out.print(choice_table(made))
+        else:
+            lower(target, out_dir)
     print(f"wrote {out_dir}")
     if device:
         lint(out_dir, [device])

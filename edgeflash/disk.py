@@ -83,6 +83,23 @@ def check_writable(out: Path, *, file: bool = False, flag: str = "--out") -> Non
         raise EdgeflashError(f"{out}: {why}; choose another {flag}") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        EdgeflashError: missing, or no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise EdgeflashError(f"{path}: missing: copy or download the folder again") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EdgeflashError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise EdgeflashError(f"{path}: holds a {type(data).__name__}, not an object")
+    return data
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

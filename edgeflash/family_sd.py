@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edgeflash import control
 from edgeflash.bundle import Condition, TensorSpec, Tokenizer
 from edgeflash.conditions import inpainting, of_image, width
+from edgeflash.disk import read_json
 from edgeflash.errors import EdgeflashError
 from edgeflash.families import tokenizer_of
 from edgeflash.latent_diffusion import (
@@ -31,7 +32,7 @@ from edgeflash.latent_diffusion import (
     of_rows,
     token_ids,
 )
-from edgeflash.student import Student, read_json
+from edgeflash.student import Student
 from edgeflash.tokenizer import END, START, read_tokenizer
 
 if TYPE_CHECKING:

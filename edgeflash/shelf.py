@@ -131,6 +131,11 @@ def find(role: type[P], name: str, *, check: bool = True) -> type[P]:
     return found[0]
 
 
+def target_name(target: Target) -> str:
+    """What ``--to`` calls it."""
+    return type(target).__module__.rpartition(".to_")[2]
+
+
 def make(role: type[P], name: str, options: dict[str, Any], **kwargs: bool) -> P:
     """A plug-in with its options set; a bad option is one line with the nearest name."""
     plugin = find(role, name, **kwargs)

@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from edgeflash.disk import fresh_folder, sha256_of
+from edgeflash.disk import fresh_folder, read_json, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.families import Family, families
 from edgeflash.shelf import require
-from edgeflash.student import INDEX, Student, read_json
+from edgeflash.student import INDEX, Student
 from edgeflash.tokenizer import write_vocabulary
 from edgeflash.weights import check_weights
 

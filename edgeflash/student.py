@@ -8,7 +8,6 @@ then lowered from its scheduler.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -21,7 +20,7 @@ from pydantic import Field
 from edgeflash import align_your_steps, even_steps
 from edgeflash.bundle import Part
 from edgeflash.complaint import wrong_types
-from edgeflash.disk import MANIFEST, sha256_of, write_atomic
+from edgeflash.disk import MANIFEST, read_json, sha256_of, write_atomic
 from edgeflash.embedded import located, meant, refuse_judge
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.lora import Lora
@@ -353,23 +352,6 @@ def sha256_of_all(hashes: dict[str, str]) -> str:
     for path, sha256 in hashes.items():
         total.update(f"{path}\0{sha256}\n".encode())
     return total.hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        EdgeflashError: missing, or no JSON object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise EdgeflashError(f"{path}: missing: copy or download the folder again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise EdgeflashError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise EdgeflashError(f"{path}: holds a {type(data).__name__}, not an object")
-    return data
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

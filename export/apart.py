@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from edgeflash import talk
 from edgeflash.bundle import Part
@@ -30,14 +30,15 @@ from edgeflash.export_options import ExportOptions
 from edgeflash.lora import Lora
 from edgeflash.machine import peak_rss_mib
 from edgeflash.roles import Target
-from edgeflash.shelf import find, make, names
+from edgeflash.shelf import find, make, names, target_name
 from edgeflash.student import Student
 from edgeflash.talk import Message, Say
 
 from . import recorded
-from .hashing import Found, Hashes
+from .hashing import Found, Hashes, homes_of
+from .nursery import Nursery
 from .pack import made_by
-from .stages import Run, homes_of, make_component, target_name
+from .stages import Run, make_component
 
 COMMAND = [sys.executable, "-m", "edgeflash.export.apart"]
 BY_CTRL_C = (-2, INTERRUPTED)
@@ -88,21 +89,19 @@ class Child:
     """
 
     def __init__(
-        self, request: Request, hashes: Future[Found], tell: Callable[[Message], object]
+        self,
+        request: Request,
+        hashes: Future[Found],
+        tell: Callable[[Message], object],
+        nursery: Nursery | None = None,
     ) -> None:
+        """``nursery``: where it begins; None: as a fresh process, which imports all anew."""
         self.component, self._advice = request.component, request.advice
         self.recorded = threading.Event()
         self._tell, self._error = tell, EdgeflashError("")
         self._complaint = tempfile.TemporaryFile("w+")
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            COMMAND,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=self._complaint,
-            encoding="utf-8",
-            errors="replace",  # a vendor's library may print to the same place
-        )
+        fork = nursery.fork(self._complaint) if nursery else None
+        self._process = fork or _fresh(self._complaint)
         self._say(request.model_dump_json())
         self._hashes = hashes
         hashes.add_done_callback(self._pass_on)
@@ -171,6 +170,18 @@ class Child:
             with suppress(BrokenPipeError):  # of words that it did not hear any more
                 assert stream
                 stream.close()
+
+
+def _fresh(complaint: IO[str]) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        COMMAND,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=complaint,
+        encoding="utf-8",
+        errors="replace",  # a vendor's library may print to the same place
+    )
 
 
 def out_of_memory(component: str, how: str, advice: str) -> EdgeflashError:

@@ -16,9 +16,11 @@ from edgeflash.talk import Message
 from . import memory, recorded
 from .apart import Child, Request, memory_named
 from .capture import Tape
+from .hashing import homes_of
 from .journal import Outcome, Stage
+from .nursery import Nursery
 from .progress import Stages
-from .stages import Run, homes_of, lower_stage, make_component, record_stage
+from .stages import Run, lower_stage, make_component, record_stage
 
 
 def make_all(
@@ -29,6 +31,7 @@ def make_all(
     large: Collection[str],
     at_once: int,
     stages: Stages,
+    nursery: Nursery | None = None,
 ) -> list[Outcome]:
     """Every component's files, as far as they are not there yet; winds the tape to its end.
 
@@ -40,8 +43,9 @@ def make_all(
         large: components for children.
         at_once: so many children, at most.
         stages: where progress is told.
+        nursery: where children begin.
     """
-    crew, made = _Crew(run, at_once, stages), list[tuple[Stage, Outcome | None]]()
+    crew, made = _Crew(run, at_once, stages, nursery), list[tuple[Stage, Outcome | None]]()
     after = before = ""
     try:
         for name in components:
@@ -104,6 +108,7 @@ class _Crew:
     run: Run
     at_once: int
     stages: Stages
+    nursery: Nursery | None
     children: list[Child] = field(default_factory=list)
 
     def recorded(self, tape: Tape, record: Stage, request: Request) -> Outcome:
@@ -111,7 +116,7 @@ class _Crew:
         while len(self.children) >= self.at_once:
             self._wait(self.children[0])
         hashes = self.run.hashes.parts[homes_of(tape.student, request.component)]
-        child = Child(request, hashes, self._tell)
+        child = Child(request, hashes, self._tell, self.nursery)
         self.children.append(child)
         child.recorded.wait()
         if (calls := record.read()) is None:

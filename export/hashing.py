@@ -8,10 +8,26 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeflash.student import hashes_in
+from edgeflash import control
+from edgeflash.caching import whole_name
+from edgeflash.families import tokenizer_of
+from edgeflash.student import Student, hashes_in
 
 Homes = tuple[str, ...]  # folders of a student that one component is in, its tokenizer's included
 Found = dict[str, str]  # path below the student -> sha256
+
+
+def home_of(student: Student, component: str) -> str:
+    """The folder of a component's weights: a cached graph has its denoiser's."""
+    component = whole_name(component)
+    return component if component in student.index else "vae"
+
+
+def homes_of(student: Student, component: str) -> Homes:
+    """All folders that a component is made from, and what is recorded of it."""
+    tokenizers = (tokenizer_of(component),) * (component in student.family.text_encoders)
+    steered = component == student.family.denoiser and control.NAME in student.family.components()
+    return (home_of(student, component), *tokenizers, *(control.NAME,) * steered)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@
 its files and a mark, `<stage>.json`, which is written last: what the stage was made from, and the
 hashes of what it made. A stage is taken up when both still hold. A changed option redoes what it
 shapes, and what follows from that, alone. The folder stays, as a training's does: files of the
-bundle are in it by hard links, which take no space as long as the bundle is there.
+bundle are in it by hard links, which take no space as long as the bundle is there. Large weights
+are in the bundle alone, from where they come back.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ else:
     import fcntl
 
 SHARED = "stages.run"  # of several exports to a folder that will go
+DRAFT = "bundle"  # in a folder of stages: the bundle in the making
 LOCK = "export.lock"  # in a folder of stages: the mark that it is one, held while one works in it
 Inputs = dict[str, Any]
 
@@ -78,18 +80,40 @@ class Stage:
         return found if found and all(map(self._is_whole, found.files)) else None
 
     def read(self) -> Outcome | None:
-        """The same of a stage that has just been finished: its files are not looked at."""
+        """The same of a stage that has just been finished: its files are not read."""
         try:
             found = Outcome.model_validate_json(self.mark.read_bytes())
         except (OSError, ValidationError):
             return None
-        return found if found.inputs == _plain(self.inputs()) else None
+        there = found.inputs == _plain(self.inputs()) and all(map(self._lies_at, found.files))
+        return found if there else None
+
+    def _lies_at(self, file: File) -> Path | None:
+        """Where a file is: here, or in the bundle it was given to, in the making or in its place.
+
+        None where there is none of that size.
+        """
+        for home in (self.folder, self.run / DRAFT, self.run.with_suffix("")):
+            path = home / file.path
+            if path.is_file() and path.stat().st_size == file.bytes:
+                return path
+        return None
 
     def _is_whole(self, file: File) -> bool:
-        path = self.folder / file.path
-        if not path.is_file() or path.stat().st_size != file.bytes:
-            return False
-        return describe_file(self.folder, file.path) == file
+        path = self._lies_at(file)
+        if path is not None and path != self.folder / file.path:
+            self._bring_back(path, file)
+        return path is not None and describe_file(self.folder, file.path) == file
+
+    def _bring_back(self, path: Path, file: File) -> None:
+        """From a bundle in the making; of a finished one, which stays as it is, a copy."""
+        here = self.folder / file.path
+        if path.is_relative_to(self.run):
+            move(path, here)
+        else:
+            draft = here.with_name(f".{here.name}")  # half of it would look like a damaged one
+            copy(path, draft)
+            move(draft, here)
 
     def begin(self) -> Path:
         """An empty folder to work in."""
@@ -225,3 +249,15 @@ def link(source: Path, target: Path) -> None:
         raise
     except OSError:
         shutil.copyfile(source, target)
+
+
+def copy(source: Path, target: Path) -> None:
+    """A finished file once more."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def move(source: Path, target: Path) -> None:
+    """A finished file under another name alone, on the same disk; `Stage` finds it there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, target)

@@ -39,6 +39,7 @@ from edgeflash.golden import Sampler
 from edgeflash.networks_sd import quiet, without_weights
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
+from edgeflash.shelf import target_name
 from edgeflash.student import INSTEAD, Student, sha256_of_all
 from edgeflash.tokenizer import read_tokenizer, unread
 from edgeflash.verify import check_floors, refuse_below, verify
@@ -48,10 +49,12 @@ from .apart import request_of
 from .caching import Way, check_rows, rows_of
 from .capture import Tape
 from .components import make_all, unfinished
-from .journal import Outcome, Stage, drop_others, run_folder
+from .hashing import homes_of
+from .journal import DRAFT, Outcome, Stage, drop_others, run_folder
 from .merging import MOST
+from .nursery import Nursery
 from .progress import Rates, Stages
-from .stages import Run, captured_again, component_of, homes_of, target_name
+from .stages import Run, captured_again, component_of
 from .ways import way_of
 
 PROMPTS = (  # for students that bring none of their own
@@ -76,6 +79,7 @@ def export_student(
     *,
     console: Console | None = None,
     lasting: bool = True,
+    nursery: Nursery | None = None,
 ) -> Bundle:
     """Writes a bundle, and puts it in its place when it has passed the parity ladder.
 
@@ -86,6 +90,7 @@ def export_student(
         options: what else is asked for.
         console: where progress is told; None: the terminal's standard error.
         lasting: whether ``out`` lies where its stages stay for the next command; see `run_folder`.
+        nursery: where processes of large components begin; None: each imports all anew.
 
     Raises:
         EdgeflashError: options that do not fit the student, a failed rung, or an interruption.
@@ -113,10 +118,13 @@ def export_student(
         at_once = memory.check(student, target, left, console)
         if "vae_decoder" in left:
             memory.check_size(student, plan.tape.size)
-        lowered = make_all(plan.tape, plan.components, run, request, large, at_once, stages)
+        work = (plan.tape, plan.components, run, request, large, at_once, stages, nursery)
+        lowered = make_all(*work)
         _tell_losses(plan.tape, console)
-        with fresh_folder(out, folder / "bundle") as draft:
+        made = [folder / f"lower-{name}" for name in plan.components]
+        with fresh_folder(out, folder / DRAFT) as draft, pack.lent(made, lowered, draft):
             with stages.told("pack"):
+                pack.gather(made, lowered, draft, lasting=lasting)
                 manifest = _pack(plan, target, lowered, run, draft, console)
             on = "a stand-in" if unproven else target.runtime
             with stages.told(f"verify on {on}"):
@@ -303,7 +311,6 @@ def _pack(
 ) -> Manifest:
     student, family, tape = plan.student, plan.student.family, plan.tape
     components = tuple(map(component_of, lowered))
-    pack.gather([run.folder / f"lower-{name}" for name in plan.components], lowered, draft)
     for name in map(tokenizer_of, family.text_encoders):
         pack.copy_tokenizer(student.folder / name, draft / name)
     if remark := target.furnish(student, draft):

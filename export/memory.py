@@ -20,9 +20,10 @@ from rich.console import Console
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import available_bytes, installed_bytes
 from edgeflash.roles import Target
+from edgeflash.shelf import target_name
 from edgeflash.student import Student
 
-from .stages import home_of, target_name
+from .hashing import home_of
 
 GIB = 2**30
 BASE_BYTES = 0.6 * GIB  # Python, torch, diffusers, a vendor's tools; 0.54 with ONNX's

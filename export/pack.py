@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from edgeflash.tokenizer import write_vocabulary
 
 from . import plan
 from .capture import Tape
-from .journal import Outcome, link
+from .journal import Outcome, copy, link, move
 
 TOKENIZER_FILES = (
     "vocab.json",
@@ -32,20 +33,40 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 THUMBNAIL_PX = 64
+WEIGHTS = "_data"  # how files of large weights beside a graph end
 CODE = ("edgeflash", "edgeflash.export", "edgeflash.runtimes")  # what shapes and proves a bundle
 BESIDE = ("numpy", "onnx_ir")  # of no target's `needs`, but they write some of its bytes
 
 
-def gather(folders: Sequence[Path], lowered: Sequence[Outcome], out: Path) -> None:
-    """Gives the components' files their place in a bundle; plans that they left are joined."""
+def gather(
+    folders: Sequence[Path], lowered: Sequence[Outcome], out: Path, *, lasting: bool
+) -> None:
+    """Gives the components' files their place in a bundle; plans that they left are joined.
+
+    ``lasting``: the stages are of this bundle alone, which takes their large weights; where others
+    go on with them, it gets copies.
+    """
     for folder, outcome in zip(folders, lowered, strict=True):
         for file in outcome.files:
-            if file.path.endswith("_data"):  # onnx refuses such a file with two names
-                (out / file.path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(folder / file.path, out / file.path)
-            elif file.path != plan.FILE:
-                link(folder / file.path, out / file.path)
+            give = link
+            if file.path.endswith(WEIGHTS):  # onnx refuses such a file with two names
+                give = move if lasting else copy
+            if file.path != plan.FILE:
+                give(folder / file.path, out / file.path)
     plan.join([folder / plan.FILE for folder in folders], out / plan.FILE)
+
+
+@contextmanager
+def lent(folders: Sequence[Path], lowered: Sequence[Outcome], out: Path) -> Iterator[None]:
+    """Brings back what a bundle was given of its stages where it is not finished after all."""
+    try:
+        yield
+    except BaseException:
+        for folder, outcome in zip(folders, lowered, strict=True):
+            for file in outcome.files:
+                if file.path.endswith(WEIGHTS) and (out / file.path).exists():
+                    move(out / file.path, folder / file.path)
+        raise
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

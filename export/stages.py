@@ -12,16 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeflash import control
 from edgeflash.bundle import Component, File, Tokenizer
 from edgeflash.caching import whole_name
-from edgeflash.families import tokenizer_of
 from edgeflash.roles import Target
+from edgeflash.shelf import target_name
 from edgeflash.student import Student
 
 from . import recorded
 from .capture import Captured, Sample, Tape
-from .hashing import Hashes, Homes
+from .hashing import Hashes, homes_of
 from .journal import Inputs, Outcome, Stage
 
 Tell = Callable[[str], AbstractContextManager[None]]  # shows a stage while it runs
@@ -42,23 +41,6 @@ class Run:
     hashes: Hashes
     loras: dict[str, float]
     tools: dict[str, str]
-
-
-def target_name(target: Target) -> str:
-    return type(target).__module__.rpartition(".to_")[2]
-
-
-def home_of(student: Student, component: str) -> str:
-    """The folder of a component's weights: a cached graph has its denoiser's."""
-    component = whole_name(component)
-    return component if component in student.index else "vae"
-
-
-def homes_of(student: Student, component: str) -> Homes:
-    """All folders that a component is made from, and what is recorded of it."""
-    tokenizers = (tokenizer_of(component),) * (component in student.family.text_encoders)
-    steered = component == student.family.denoiser and control.NAME in student.family.components()
-    return (home_of(student, component), *tokenizers, *(control.NAME,) * steered)
 
 
 def record_stage(tape: Tape, name: str, run: Run, before: str) -> Stage:

@@ -14,13 +14,13 @@ from test_distill import small_recipe
 
 from edgeflash import benchmark as bench
 from edgeflash.benchmark import Drawn, Entry, benchmark
+from edgeflash.disk import read_json
 from edgeflash.distill.run import _check_steps, distill
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.shelf import make, names
-from edgeflash.student import read_json
 
 
 def drawn(accuracy: float) -> Drawn:

@@ -15,7 +15,7 @@ from test_distill import picture_folder
 from tiny_student import write_student
 from typer.testing import CliRunner
 
-from edgeflash import shapes, shelf
+from edgeflash import shelf
 from edgeflash.bundle import Bundle, Latent
 from edgeflash.conditions import beside, example, inpainting, of_image
 from edgeflash.disk import MANIFEST
@@ -33,7 +33,6 @@ from edgeflash.recipe import changed, find_recipe, read_recipe, recipe_of
 from edgeflash.roles import Method, Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
-from edgeflash.score import draw, given_of
 from edgeflash.student import Student
 from edgeflash.verify import runtime_for
 
@@ -389,34 +388,3 @@ def test_networks_that_change_pictures_teach_nobody(tmp_path: Path) -> None:
     teacher = write_student(tmp_path / "t", scheduler="DDIMScheduler", task="InstructPix2Pix")
     with pytest.raises(EdgeflashError, match="can be exported and run, but teaches nobody so far"):
         distill(inpainting_recipe(tmp_path, teacher, by="lcm"), tmp_path / "student")
-
-
-def test_judged_prompts_come_with_pictures_of_their_own(painter: Bundle) -> None:
-    given = [{"image": np.roll(PICTURE, i, 0), "mask": MASK} for i in range(3)]
-    runtime = runtime_for(painter)
-    drawn = draw(
-        painter,
-        runtime,
-        ("a red star", "a blue ring", "a red star"),
-        steps=3,
-        given=given.__getitem__,
-    )
-    with TextToImage(painter, runtime) as pipeline:
-        for i, prompt in enumerate(("a red star", "a blue ring", "a red star")):
-            alone = pipeline.generate(Request(prompt, seed=i, **given[i])).images[0]
-            assert np.abs(drawn[i].astype(int) - alone).max() <= 1
-
-
-def test_bundles_are_judged_at_what_they_were_made_for(painter: Bundle) -> None:
-    given = given_of(painter, None)
-    assert given
-    scene, request = shapes.scene(shapes.HELD_OUT_SEED, 4), given(4)
-    assert (request["image"] == shapes.render([scene], shapes.HELD_OUT_SEED, [4])[0]).all()
-    assert (request["mask"] == shapes.around(scene, 0)).all()
-    for task, said in (("text", "not for 'text'"), ("inpant", "did you mean 'inpaint'")):
-        with pytest.raises(EdgeflashError, match=said):
-            given_of(painter, task)
-    plain = painter.manifest.model_copy(update={"conditions": ()})
-    assert given_of(Bundle(painter.folder, plain), None) is None
-    smaller = given_of(Bundle(painter.folder, plain), "enlarge")
-    assert smaller and smaller(4)["edit"].size == (64, 64)

@@ -25,10 +25,11 @@ from edgeflash.bundle import Bundle
 from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import apart, hashing, line, pack, plan
+from edgeflash.export.hashing import homes_of
 from edgeflash.export.journal import Outcome, Stage
 from edgeflash.export.line import export_student, planned
 from edgeflash.export.plan import Plan
-from edgeflash.export.stages import Run, homes_of, lower_stage, record_stage
+from edgeflash.export.stages import Run, lower_stage, record_stage
 from edgeflash.export_options import ExportOptions
 from edgeflash.roles import Target
 from edgeflash.schedule import Guidance
@@ -38,6 +39,7 @@ PARTS = ("text_encoder", "unet", "vae_decoder")
 STAGES = [f"{stage}-{part}" for part in PARTS for stage in ("record", "lower")]
 HALF = {"precision": "fp16"}
 FLOAT: dict[str, Any] = {}
+BESIDE: dict[str, Any] = {"external_mib": 0}  # all weights beside the graphs, as large ones are
 
 
 def export(student: Path, out: Path, asked: dict[str, Any], **options: Any) -> Bundle:
@@ -59,14 +61,14 @@ def test_kill_9_in_every_stage_and_the_same_command_again(
     one_step_student: Path, tmp_path: Path, begun: list[str]
 ) -> None:
     """Each life finishes the stage that the one before died in, and dies in the next."""
-    whole = export(one_step_student, tmp_path / "whole", FLOAT)
+    whole = export(one_step_student, tmp_path / "whole", BESIDE)
     assert begun == [*STAGES, "verify"]
     out, log = tmp_path / "cut", tmp_path / "log"
     real = Stage.begin
 
     def life(ends: Callable[[], None]) -> None:
         ends()
-        export(one_step_student, out, FLOAT)
+        export(one_step_student, out, BESIDE)
 
     def in_stage(name: str) -> None:
         def begin(stage: Stage) -> Path:
@@ -93,24 +95,49 @@ def test_kill_9_in_every_stage_and_the_same_command_again(
     pairs = [STAGES[:1], *map(list, pairwise(STAGES))]
     assert seen == [*pairs, STAGES[-1:], [], ["verify"]]
     begun.clear()
-    made = export(one_step_student, out, FLOAT)
+    made = export(one_step_student, out, BESIDE)
     assert begun == []
     assert (out / MANIFEST).read_bytes() == (whole.folder / MANIFEST).read_bytes()
     assert Bundle.open(out, check="sha256").manifest == made.manifest
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *["cut", "cut.run", "log", "whole", "whole.run"]
     ]
-    weights = out / "unet/model.onnx"
-    assert weights.stat().st_nlink == 2, "the same bytes on the disk, once"
-    before = (out / MANIFEST).read_bytes()
+    graph, weights = out / "unet/model.onnx", out / "unet/model.onnx_data"
+    assert graph.stat().st_nlink == 2, "the same bytes on the disk, once"
+    assert weights.stat().st_nlink == 1, "of which onnx wants no second name"
+    assert not (tmp_path / "cut.run/lower-unet/unet/model.onnx_data").exists()
+
+
+@pytest.mark.usefixtures("replay")
+def test_weights_that_a_bundle_was_given(
+    one_step_student: Path, tmp_path: Path, begun: list[str]
+) -> None:
+    """They come back from it, in the making or in its place, whatever becomes of it."""
+    out, kept = tmp_path / "out", tmp_path / "out.run/lower-unet/unet/model.onnx_data"
+    export(one_step_student, out, BESIDE)
+    manifest = (out / MANIFEST).read_bytes()
+    begun.clear()
+    for _ in range(2):
+        export(one_step_student, out, BESIDE)
+        assert begun == [] and not kept.exists()
+    with pytest.raises(EdgeflashError, match="misses its floor"):
+        export(one_step_student, out, BESIDE, floors={"L3.psnr_db": 999.0})
+    assert begun == [] and kept.exists() and (out / MANIFEST).read_bytes() == manifest
 
     shutil.rmtree(out)
-    os.truncate(tmp_path / "cut.run/lower-unet/unet/model.onnx", 99)
-    export(one_step_student, out, FLOAT)
-    assert begun == ["lower-unet"]
-    assert weights.stat().st_size > 99 and (out / MANIFEST).read_bytes() == before
-    export(one_step_student, out, FLOAT, floors={"L3.psnr_db": 20.0})
-    assert begun[1:] == ["verify"]
+    os.truncate(kept, 99)
+    export(one_step_student, out, BESIDE)
+    assert begun == ["lower-unet"] and (out / MANIFEST).read_bytes() == manifest
+    assert Bundle.open(out, check="sha256")
+    begun.clear()
+    export(one_step_student, out, BESIDE, floors={"L3.psnr_db": 20.0})
+    assert begun == ["verify"]
+    begun.clear()
+    (out / "unet/model.onnx_data").write_bytes(bytes((out / "unet/model.onnx_data").stat().st_size))
+    shutil.rmtree(out / "vae_decoder")
+    export(one_step_student, out, BESIDE)
+    assert begun == ["lower-unet", "lower-vae_decoder", "verify"]
+    assert Bundle.open(out, check="sha256")
 
 
 def test_a_finished_stage_is_taken_up_as_it_was_left(tmp_path: Path) -> None:
@@ -140,7 +167,8 @@ def test_plans_that_components_left_are_joined(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / plan.FILE).write_text(left.toml())
     folders = [tmp_path / name for name in PARTS]
-    pack.gather(folders, [Outcome(inputs={}, files=(), told={})] * 3, tmp_path)
+    outcomes = [Outcome(inputs={}, files=(), told={})] * 3
+    pack.gather(folders, outcomes, tmp_path, lasting=True)
     joined = plan.read_plan(tmp_path / plan.FILE)
     assert joined.default == "none"
     assert [*joined.names.items()] == [("text_encoder/a", "int8"), ("unet/a", "int8-weights")]
@@ -320,6 +348,10 @@ def command(student: Path, out: Path, seed: int) -> subprocess.Popen[str]:
     )
 
 
+def children(pid: int) -> list[int]:
+    return [*map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+
 @pytest.mark.slow
 def test_in_processes_of_their_own_and_killed_there(one_step_student: Path, tmp_path: Path) -> None:
     """Bytes do not depend on the process; a child that is killed is named, and ends with it."""
@@ -332,9 +364,11 @@ def test_in_processes_of_their_own_and_killed_there(one_step_student: Path, tmp_
         running, mark = command(one_step_student, tmp_path / victim, 2), "record-unet.json"
         while not (tmp_path / f"{victim}.run" / mark).exists():
             time.sleep(0.01)
-        tree = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        for pid in tree if victim == "child" else [running.pid]:
-            os.kill(int(pid), signal.SIGKILL)
+        (imports,) = children(running.pid)
+        tree = [imports, *children(imports)]
+        assert len(tree) > 1, "they are forks of a process that has imported all"
+        for pid in tree[1:] if victim == "child" else [running.pid]:
+            os.kill(pid, signal.SIGKILL)
         told = running.communicate()[0]
         assert running.returncode == code and ("out of memory" in told) == (victim == "child"), told
         deadline = time.monotonic() + 60

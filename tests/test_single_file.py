@@ -19,9 +19,10 @@ from single_file import SD1, SD2, checkpoint, write_hub
 from tiny_student import write_student
 
 from edgeflash import cli
+from edgeflash.disk import read_json
 from edgeflash.errors import EdgeflashError
 from edgeflash.single_file import UNET
-from edgeflash.student import Student, read_json
+from edgeflash.student import Student
 
 WEIGHTS = {name: "diffusion_pytorch_model.safetensors" for name in ("unet", "vae")}
 WEIGHTS |= {"text_encoder": "model.safetensors"}

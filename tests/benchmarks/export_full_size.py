@@ -43,8 +43,7 @@ STAGE = re.compile(r"(?:capture|lower) unet\b.*?([\d.]+) s +([\d.]+) GiB")
 def export(folder: Path, out: Path, target: str, precision: str, children: str) -> None:
     """What `edgeflash export` does, with the time of each stage."""
     from edgeflash import shelf
-    from edgeflash.export import memory
-    from edgeflash.export.line import export_student
+    from edgeflash.export import memory, nursery
     from edgeflash.export_options import ExportOptions
     from edgeflash.roles import Target
     from edgeflash.student import Student
@@ -54,7 +53,11 @@ def export(folder: Path, out: Path, target: str, precision: str, children: str) 
     elif children in CHILDREN:
         memory.check = lambda *_: CHILDREN[children]  # type: ignore[assignment]
     lowered = shelf.make(Target, target, {"precision": precision})
-    bundle = export_student(Student.open(folder), lowered, out, ExportOptions(steps=(1,)))
+    student, asked = Student.open(folder), ExportOptions(steps=(1,))
+    with nursery.begun(student, lowered) as imports:
+        from edgeflash.export.line import export_student
+
+        bundle = export_student(student, lowered, out, asked, nursery=imports)
     for figure in bundle.manifest.parity:
         if figure.metric in ("psnr_db", "delta_ratio"):
             print(f"{figure.rung} {figure.component:<14} {figure.metric} {figure.value:.4g}")
