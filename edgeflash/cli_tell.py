@@ -122,7 +122,7 @@ def score(
     steps: Annotated[str | None, typer.Option(help="Step counts, as in 1,2,4.")] = None,
     images: Annotated[int, typer.Option(min=20, help="Prompts; FD needs 500.")] = 2000,
     task: Annotated[
-        str | None, typer.Option(help="text, inpaint or enlarge; default: what it was made for.")
+        str | None, typer.Option(help="text, inpaint, enlarge or edges; default: its own.")
     ] = None,
     set_: Set = None,
 ) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgeflash import shapes
 from edgeflash.bundle import Bundle
 from edgeflash.conditions import masks
+from edgeflash.control import edges_of
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.machine import usable_cores
 from edgeflash.roles import Runtime
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 BATCH = 20
 TIMES = 4  # that a picture is enlarged along a side, where a network does not say it
-TASKS = ("text", "inpaint", "enlarge")
+TASKS = ("text", "inpaint", "enlarge", "edges")
 
 Given = Callable[[int], dict[str, Any]]  # prompt number -> what a request holds beside the prompt
 
@@ -126,17 +127,21 @@ def given_of(bundle: Bundle, task: str | None) -> Given | None:
 
     inpaint: the scene, and a mask over one of its objects; networks that see no masks blend.
     enlarge: the scene so many times smaller; networks that see no pictures keep its pixels as means
-    (`runtimes/edit.py`).
+    (`runtimes/edit.py`). edges: those of the scene, for a ControlNet.
     """
     conditions = bundle.manifest.conditions
     own = "text" if not conditions else "inpaint" if masks(conditions) else "enlarge"
+    own = "edges" if bundle.controlnet else own
     task = task or own
     if task not in TASKS:
         raise unknown("task", task, TASKS)
-    if conditions and (task != own or (own == "enlarge" and not conditions[0].enlarges)):
-        raise EdgeflashError(f"{bundle.folder}: its networks see more than noise; not for {task!r}")
+    changes = own == "enlarge" and not conditions[0].enlarges
+    if (task != own and (own != "text" or task == "edges")) or changes:
+        raise EdgeflashError(f"{bundle.folder}: what its networks see is not for {task!r}")
     if task == "text":
         return None
+    if task == "edges":
+        return lambda number: {"control": edges_of(_held_out(number)[1])}
     if task == "inpaint":
         return _to_inpaint
     return lambda number: _to_enlarge(number, conditions[0].enlarges if conditions else None)

@@ -244,6 +244,15 @@ class TextToImage:
         result = Result(images, x, ids, tuple(map(self.prompts.unread, request.prompts)))
         yield Event("vae_decoder", steps, steps, told, x, result)
 
+    def preview(self, event: Event) -> UInt8:
+        """The pictures [n, height, width, 3] of an event's latent, noisy until the last step.
+
+        Takes one more run of the decoder, which no event counts.
+        """
+        assert event.latent is not None, "nothing has been denoised yet"
+        with self._stage("vae_decoder") as (part, _):
+            return self._decode(part, event.latent, None)
+
     def check(self, request: Request) -> None:
         """Raises what `stream` would say before it loads anything."""
         self._plan(request)

@@ -31,7 +31,7 @@ from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.on_onnx import OnnxRuntime
-from edgeflash.runtimes.pipeline import Event, Request, TextToImage
+from edgeflash.runtimes.pipeline import Request, TextToImage
 
 
 def altered(folder: Path, **fields: Any) -> Bundle:
@@ -188,15 +188,15 @@ def test_nan_is_an_error_that_names_the_step(tmp_path: Path) -> None:
 def test_events_tell_every_stage(tmp_path: Path) -> None:
     pipeline, _ = spied(tiny(tmp_path / "b"))
     events = list(pipeline.stream(Request("a red star", seed=7)))
-    told = [(e.stage, e.step, e.steps) for e in events]
-    assert told == [
+    assert [(e.stage, e.step, e.steps) for e in events] == [
         ("text_encoder", 0, 3),
         *[("unet", i, 3) for i in (1, 2, 3)],
         ("vae_decoder", 3, 3),
     ]
-    first: Event = events[1]
+    first, last = events[1], events[-1].result
     assert first.latent is not None and first.result is None and first.elapsed_ms > 0
     assert_close(first.latent[0], closed_form(7, mean_of("a red star"), rows=ROWS[:1]))
+    assert last and (pipeline.preview(events[3]) == last.images).all()
 
 
 def test_components_are_opened_once_and_kept(tmp_path: Path) -> None:

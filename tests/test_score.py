@@ -43,5 +43,7 @@ def test_bundles_are_judged_at_what_they_were_made_for(painter: Bundle) -> None:
             given_of(painter, task)
     plain = painter.manifest.model_copy(update={"conditions": ()})
     assert given_of(Bundle(painter.folder, plain), None) is None
+    with pytest.raises(EdgeflashError, match="not for 'edges'"):
+        given_of(Bundle(painter.folder, plain), "edges")
     smaller = given_of(Bundle(painter.folder, plain), "enlarge")
     assert smaller and smaller(4)["edit"].size == (64, 64)
