@@ -137,7 +137,8 @@ def test_the_frechet_distance_of_gaussians() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["shapes-teacher", "shapes"])
-def test_the_models_come_from_the_recipes_in_the_package(recipe: str) -> None:
+def test_the_models_name_the_recipes_in_the_package(recipe: str) -> None:
+    """What differed when they were made, their cards say."""
     from edgeflash.recipe import find_recipe, read_recipe
 
     name = {"shapes": "shapes-student"}.get(recipe, recipe)
