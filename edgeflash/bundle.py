@@ -92,7 +92,7 @@ class TensorSpec(Part):
 
     @model_validator(mode="after")
     def _has_rows(self) -> TensorSpec:
-        if not self.shape and self.role != "timestep":
+        if not self.shape and self.role in {"tokens", "sample", *ANSWER.values()}:
             raise ValueError("shape: has no rows")
         return self
 

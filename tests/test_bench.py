@@ -133,7 +133,9 @@ def test_what_a_vendor_prints_is_no_message() -> None:
         bench._listen([*noise, '{"error": "no such runtime"}\n'], lambda *_: None)
 
 
-def test_what_can_be_refused_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+def test_what_can_be_refused_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, out, told = tiny(tmp_path / "b"), tmp_path / "out", []
 
     def refusal(**changes: Any) -> str:
@@ -146,6 +148,8 @@ def test_what_can_be_refused_is_refused_before_anything_is_measured(tmp_path: Pa
     assert "cannot take the guidance scale 3" in refusal(guidance=3.0)
     unet = folder / "unet/model.onnx"
     unet.write_bytes(b"x" * unet.stat().st_size)
+    assert "unet/model.onnx: altered: sha256 expected" in refusal()
+    monkeypatch.setattr("edgeflash.bundle.QUICK_BYTES", 0)  # as large bundles are looked at
     assert "ONNX Runtime does not load it" in refusal()
     assert not told and not out.exists()
     out.write_text("a person's own")

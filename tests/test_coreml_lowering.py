@@ -13,7 +13,7 @@ from small_coreml import Small, evaluated_db, kinds, small, to, weight_bytes
 from tiny_bundle import tiny
 from torch import nn
 
-from edgeflash.bundle import Bundle, Component, Image, Latent, TensorSpec
+from edgeflash.bundle import Bundle, Component, Image, Latent, TensorSpec, describe_file
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import coreml_norms, coreml_resources
 from edgeflash.export.capture import Captured, Network, Sample, to_program
@@ -238,11 +238,12 @@ def test_sizes_share_their_weights(tmp_path: Path) -> None:
     square, wide = decoder_at(target, 16, 16), decoder_at(target, 16, 24)
     other = tmp_path / "other"
     target.lower(square, other)
+    paths = [path.relative_to(other) for path in sorted(other.rglob("*")) if path.is_file()]
     decoder = Component(
         name="vae_decoder",
         target="coreml",
         precision="fp16",
-        files=(),
+        files=tuple(describe_file(other, path.as_posix()) for path in paths),
         inputs=square.inputs,
         outputs=square.outputs,
     )
