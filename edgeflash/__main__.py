@@ -7,7 +7,8 @@ def main() -> None:
     try:
         from edgeflash.cli import main
     except KeyboardInterrupt:
-        sys.exit("edgeflash: interrupted before it began")
+        print("edgeflash: interrupted before it began", file=sys.stderr)
+        sys.exit(2)
     main()
 
 

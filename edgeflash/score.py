@@ -153,14 +153,15 @@ def _to_inpaint(number: int) -> dict[str, Any]:
     return {"image": picture, "mask": shapes.around(scene, slot)}
 
 
-def _to_enlarge(number: int, times: int | None) -> dict[str, Any]:
+def _to_enlarge(number: int, sees: int | None) -> dict[str, Any]:
     from edgeflash.runtimes.edit import enlarge
 
     _, picture = _held_out(number)
-    side = len(picture) // (times or TIMES)
-    patches = picture.reshape(side, times or TIMES, side, times or TIMES, 3)
+    times = sees or TIMES
+    side = len(picture) // times
+    patches = picture.reshape(side, times, side, times, 3)
     small = np.rint(patches.mean((1, 3))).astype(np.uint8)
-    return {"image": small} if times else {"edit": enlarge(small, picture.shape[:2])}
+    return {"image": small} if sees else {"edit": enlarge(small, picture.shape[:2])}
 
 
 def _held_out(number: int) -> tuple[shapes.Scene, NDArray[np.uint8]]:

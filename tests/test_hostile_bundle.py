@@ -107,3 +107,17 @@ def test_what_masks_put_for_minus_infinity_is_no_overflow() -> None:
     got = np.array([-65504, -np.inf, np.inf, 2.0], np.float32)
     ours, theirs = _without_never(expected, got)
     assert (ours == theirs).tolist() == [True, True, False, True]
+
+
+def test_ctrl_c_before_the_command_line_is_there() -> None:
+    """While it is imported: one line and exit code 2, as ever."""
+    code = (
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'edgeflash.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from edgeflash.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "edgeflash: interrupted before it began\n")
