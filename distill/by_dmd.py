@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .discriminators import UnetCritic, softplus_critic
+from .discriminators import DenoiserCritic, softplus_critic
 from .draws import randint
 from .encoded import cached_samples
 from .few_steps import few_step_scheduler
@@ -94,7 +94,7 @@ class DMD(Method):
         duel = Duel(
             options=self,
             teacher=shop.frozen(shop.teacher),
-            fake=UnetCritic(fake).to(shop.device) if self.gan_weight else fake,
+            fake=DenoiserCritic(fake).to(shop.device) if self.gan_weight else fake,
             student=shop.load(shop.student, shop.denoiser).train(),
             process=process,
             nothing=nothing,
@@ -124,7 +124,7 @@ class DMD(Method):
 class Duel:
     """The losses of student and fake score, who look at each other.
 
-    ``fake`` is a UNet, or a `UnetCritic` where the options give the adversarial term a weight.
+    ``fake`` is a denoiser, or a `DenoiserCritic` where the options weigh the adversarial term.
     """
 
     options: DMD

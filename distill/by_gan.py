@@ -15,12 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgeflash.roles import Method
 
-from .discriminators import encoder_half, softplus_critic
+from .discriminators import softplus_critic
 from .draws import rand, randint, randn, rows
 from .encoded import cached_conditioning, latent_shape, noise_of, sampled_latents
-from .features import Taps
 from .few_steps import few_step_scheduler
 from .heads import Head, Heads
+from .inner import EncoderHalf, across, encoder_blocks, encoder_taps
 from .process import Process
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import plain
@@ -74,8 +74,8 @@ class Diffusion2GAN(Method):
         shape = latent_shape(shop)
         critic = None
         if self.adversarial_weight:
-            unet = shop.load(shop.teacher, shop.denoiser).train()
-            critic = PairCritic(unet, self.head_width).to(shop.device)
+            denoiser = shop.load(shop.teacher, shop.denoiser).train()
+            critic = PairCritic(denoiser, self.head_width).to(shop.device)
         student = shop.load(shop.student, shop.denoiser).train()
         lesson = Lesson(self, student, critic, Sight(teacher, nothing), process)
 
@@ -94,9 +94,9 @@ class Diffusion2GAN(Method):
 class Sight:
     """What the teacher's encoder sees in clean latents, without a caption."""
 
-    def __init__(self, unet: Any, nothing: Tensor) -> None:
-        self.half, self.nothing = encoder_half(unet), nothing
-        self.taps = Taps([*unet.down_blocks, *filter(None, [unet.mid_block])])
+    def __init__(self, denoiser: Any, nothing: Tensor) -> None:
+        self.half, self.nothing = EncoderHalf(denoiser), nothing
+        self.taps = encoder_taps(denoiser, encoder_blocks(denoiser)[0])
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Of latents [n, c, h, w]: mean square of what differs in unit features, over blocks."""
@@ -112,30 +112,29 @@ class Sight:
         """The latents themselves, and every block's output."""
         t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.half(x, t, self.nothing.expand(len(x), -1, -1))
-        return [x, *self.taps.outputs]
+        return [x, *(across(tokens, x) for tokens in self.taps.outputs)]
 
 
 class PairCritic(nn.Module):
-    """The encoder half of a UNet with a head at every block; also sees the noise of a latent."""
+    """A denoiser's first half with a head at every block; also sees the noise of a latent."""
 
-    def __init__(self, unet: Any, width: int) -> None:
+    def __init__(self, denoiser: Any, width: int) -> None:
         super().__init__()
-        channels = unet.config.in_channels
-        self.unet = encoder_half(unet)
+        channels = denoiser.config.in_channels
+        self.half = EncoderHalf(denoiser)
         self.noise = nn.Conv2d(channels, channels, 1)
         for parameter in self.noise.parameters():
             nn.init.zeros_(parameter)
-        blocks, widths = list(unet.down_blocks), list(unet.config.block_out_channels)
-        if unet.mid_block is not None:
-            blocks, widths = [*blocks, unet.mid_block], [*widths, widths[-1]]
-        self.taps = Taps(blocks)
+        blocks, widths = encoder_blocks(denoiser)
+        self.taps = encoder_taps(denoiser, blocks)
         self.heads = Heads([Head(features, 0, width, dims=2) for features in widths])
 
     def forward(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
         """Scores [n, places] of latents and their noise [n, c, h, w] under c [n, s, d]."""
         t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        self.unet(x + self.noise(z), t, c)
-        return torch.cat(self.heads(self.taps.outputs, None), 1)
+        self.half(x + self.noise(z), t, c)
+        maps = [across(tokens, x) for tokens in self.taps.outputs]
+        return torch.cat(self.heads(maps, None), 1)
 
 
 @dataclass(frozen=True)

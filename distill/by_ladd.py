@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isqrt
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from .encoded import cached_conditioning, cached_latents, sampled_latents
 from .features import Taps
 from .few_steps import estimate, few_step_scheduler, ladder
 from .heads import Head, Heads, fooling, hinge
+from .inner import across
 from .process import Process, noise_like
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 
@@ -155,18 +155,6 @@ def transformers(denoiser: Any) -> tuple[Sequence[Any], list[int]]:
             "method 'ladd' puts heads on transformers: the teacher's UNet has none"
         )
     return found, [transformer.config.in_channels for transformer in found]
-
-
-def across(tokens: Tensor, like: Tensor) -> Tensor:
-    """Tokens [n, s, w] of patches of latents ``like`` [n, c, h, w], row by row, as a map.
-
-    What is a map [n, w, h, w] already stays as it is.
-    """
-    if tokens.dim() == 4:
-        return tokens
-    height, width = like.shape[-2:]
-    patch = isqrt(height * width // tokens.shape[1])
-    return tokens.mT.reshape(len(tokens), -1, height // patch, width // patch)
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
-from .discriminators import encoder_half
 from .draws import randint, randn
 from .encoded import cached_conditioning, latent_shape
-from .features import Taps
 from .few_steps import few_step_scheduler
+from .inner import EncoderHalf, encoder_blocks, encoder_taps
 from .losses import noised_matching
 from .process import Process, noise_like
 from .rollout import denoised
@@ -236,8 +235,8 @@ class Lesson:
 
 def encoder_maps(unet: Any) -> Sees:
     """Latents, and what the blocks of a UNet's encoder make of them at t = 0."""
-    half = encoder_half(unet)
-    taps = Taps([*unet.down_blocks, *filter(None, [unet.mid_block])])
+    half = EncoderHalf(unet)
+    taps = encoder_taps(unet, encoder_blocks(unet)[0])
 
     def sees(x: Tensor, c: Tensor) -> list[Tensor]:
         half(x, torch.zeros(len(x), dtype=torch.int64, device=x.device), c)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from functools import partial
 from itertools import pairwise
 from math import gcd
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from edgeflash.errors import EdgeflashError
+from .inner import EncoderHalf, across, encoder_blocks, encoder_taps
 
 
 class PatchCritic(nn.Module):
@@ -36,65 +35,66 @@ class PatchCritic(nn.Module):
 
 
 class Judged(NamedTuple):
-    """What a UNet put out, [n, c, h, w], and scores of what it saw, [n, 1]; positive means real."""
+    """A denoiser's output, [n, c, h, w], and scores of what it saw, [n, 1]; positive means real."""
 
     sample: Tensor
     logits: Tensor
 
 
-class UnetCritic(nn.Module):
-    """A UNet that also judges, by a head on its innermost features (arXiv 2405.14867, sec. 4.3).
+class DenoiserCritic(nn.Module):
+    """A denoiser that also judges, by a head on its inmost features (arXiv 2405.14867, sec. 4.3).
 
-    It is called as the UNet itself is. DMD2's heads are convolutions down to one cell for one size
-    of latents; this one takes a mean over what a single one leaves, so that any size will do.
+    It is called as the denoiser itself is. DMD2's heads are convolutions down to one cell for one
+    size of latents; this one takes a mean over what a single one leaves, so that any size will do.
     """
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, denoiser: Any) -> None:
         super().__init__()
-        self.unet = unet
-        self.head = _inner_head(unet)
-        inner = unet.down_blocks[-1] if unet.mid_block is None else unet.mid_block
-        inner.register_forward_hook(self._keep)
-
-    def _keep(self, _: nn.Module, __: Any, output: Any) -> None:
-        self._features = output if isinstance(output, Tensor) else output[0]
+        self.denoiser = denoiser
+        (*_, inner), (*_, width) = encoder_blocks(denoiser)
+        self.head = _inner_head(width)
+        self._taps = encoder_taps(denoiser, [inner])
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Judged:
-        sample = self.unet(x_t, t, c).sample
-        return Judged(sample, self.head(self._features))
+        sample = self.denoiser(x_t, t, c).sample
+        (features,) = self._taps.outputs
+        return Judged(sample, self.head(across(features, x_t)))
 
 
 class EncoderCritic(nn.Module):
-    """The encoder half of a UNet, with a head on its innermost features.
+    """The first half of a denoiser, with a head on its innermost features.
 
     The head's last layer begins at zero, so that at first the critic knows nothing.
     """
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, denoiser: Any) -> None:
         super().__init__()
-        self.unet = encoder_half(unet)
-        self.head = _inner_head(unet)
+        _, (*_, width) = encoder_blocks(denoiser)
+        self.half, self.head = EncoderHalf(denoiser), _inner_head(width)
         for parameter in self.head[-1].parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """Logits [n, 1] of noised samples [n, c, h, w] at t [n] under c [n, s, d]."""
-        logits: Tensor = self.head(self.unet(x_t, t, c).sample)
+        logits: Tensor = self.head(self.half(x_t, t, c))
         return logits.float()
 
 
 class FrozenCritic(nn.Module):
-    """Patches judged by a frozen UNet's innermost features; the head alone is trained and saved.
+    """Patches judged by a frozen denoiser's inmost features; the head alone is trained and saved.
 
     The layers are Flash Diffusion's (arXiv 2406.02347, its authors' code); theirs ends in one score
-    for 8x8 features, this one in a score for every second cell, so that any size will do.
+    for 8x8 features, this one in a score for every second cell, so that any size will do. Of PixArt
+    and SD 3 their code judges what the whole teacher puts out, by convolutions on latents; here the
+    middle block is what sees, as of a UNet, for half the work.
     """
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, denoiser: Any) -> None:
         super().__init__()
-        self._sees = partial(encoder_half(unet))  # so that the UNet is no module of this one
+        self._sees = partial(EncoderHalf(denoiser))  # so that this is no module of the critic's
+        _, (*_, width) = encoder_blocks(denoiser)
         self.head = nn.Sequential(
-            nn.Conv2d(unet.config.block_out_channels[-1], 64, 3, 1, 1),
+            nn.Conv2d(width, 64, 3, 1, 1),
             nn.SiLU(),
             nn.Conv2d(64, 128, 3, 2, 1, bias=False),
             nn.SiLU(),
@@ -104,34 +104,12 @@ class FrozenCritic(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """Scores [n, 1, h, w] of noised samples at t [n] under c [n, s, d]; positive means real."""
-        scores: Tensor = self.head(self._sees(x_t, t, c).sample)
+        scores: Tensor = self.head(self._sees(x_t, t, c))
         return scores.float()
 
 
-def encoder_half(unet: Any) -> Any:
-    """A UNet on the same weights that puts out its innermost features, and computes no more."""
-    _refuse_others(unet)
-    half = copy(unet)
-    half._modules = unet._modules | {
-        "up_blocks": nn.ModuleList(),
-        "conv_norm_out": None,
-        "conv_out": nn.Identity(),
-    }
-    return half
-
-
-def _refuse_others(denoiser: Any) -> None:
-    if not hasattr(denoiser, "down_blocks"):
-        raise EdgeflashError(
-            f"critics judge by a UNet's innermost features, and the teacher is a "
-            f"{type(denoiser).__name__}: set gan_weight (of flash: gan_weights) to 0"
-        )
-
-
-def _inner_head(unet: Any) -> nn.Sequential:
-    """One logit of a UNet's innermost features, of any size."""
-    _refuse_others(unet)
-    width = unet.config.block_out_channels[-1]
+def _inner_head(width: int) -> nn.Sequential:
+    """One logit of innermost features [n, width, h, w], of any size."""
     return nn.Sequential(
         nn.Conv2d(width, width, 3, 2, 1),
         nn.GroupNorm(gcd(width // 4, 32), width),

@@ -31,12 +31,8 @@ from test_distill import small_recipe
 from torch import Tensor, nn
 
 from edgeflash.distill.by_dmd import DMD, Duel
-from edgeflash.distill.discriminators import (
-    FrozenCritic,
-    UnetCritic,
-    encoder_half,
-    softplus_critic,
-)
+from edgeflash.distill.discriminators import DenoiserCritic, FrozenCritic, softplus_critic
+from edgeflash.distill.inner import EncoderHalf
 from edgeflash.distill.run import distill
 from edgeflash.schedule import lower_schedule
 
@@ -170,7 +166,7 @@ def small_unet(mid: str | None) -> Any:
 def test_a_unet_that_judges_does_so_by_its_inner_half(mid: str | None) -> None:
     unet = small_unet(mid)
     asked = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.randn(3, 5, 12)
-    told = UnetCritic(unet)(*asked)
+    told = DenoiserCritic(unet)(*asked)
     assert torch.equal(told.sample, unet(*asked).sample) and told.logits.shape == (3, 1)
     told.logits.sum().backward()
     assert unet.conv_in.weight.grad.abs().sum() > 0 and unet.conv_out.weight.grad is None
@@ -192,9 +188,11 @@ def test_a_frozen_unet_judges_through_a_head_and_runs_half_way(mid: str | None) 
         assert x.grad is not None and x.grad.abs().sum() > 0
     assert called == ["down", "down"]
     asked = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.randn(3, 5, 12)
-    whole = UnetCritic(unet)
-    whole(*asked)
-    assert torch.equal(encoder_half(unet)(*asked).sample, whole._features)
+    inner, seen = unet.mid_block or unet.down_blocks[-1], []
+    inner.register_forward_hook(lambda *told: seen.append(told[-1]))
+    found = EncoderHalf(unet)(*asked)
+    unet(*asked)
+    assert torch.equal(found, seen[1] if mid else seen[1][0])
 
 
 def test_a_critic_that_knows_nothing_and_one_that_knows() -> None:

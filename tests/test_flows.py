@@ -29,7 +29,7 @@ from edgeflash.distill import by_dmd, by_lcm, by_tcd
 from edgeflash.distill.by_dmd import DMD
 from edgeflash.distill.by_imagine import Imagine
 from edgeflash.distill.by_imagine import Lesson as ImagineLesson
-from edgeflash.distill.by_ladd import LADD, across
+from edgeflash.distill.by_ladd import LADD
 from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_progressive import halved
 from edgeflash.distill.by_scm import SCM, trigflow
@@ -37,6 +37,7 @@ from edgeflash.distill.by_scm import Lesson as ScmLesson
 from edgeflash.distill.by_tcd import TCD, trajectory
 from edgeflash.distill.consistency import consistency
 from edgeflash.distill.few_steps import ddim_scheduler, few_step_scheduler, ladder, trailing
+from edgeflash.distill.inner import across
 from edgeflash.distill.process import Flow, Process
 from edgeflash.distill.rollout import ddim, denoised, multistep, renoised
 from edgeflash.distill.teacher import asked

@@ -18,7 +18,7 @@ from test_ladd import unet
 from torch import Tensor, nn
 
 from edgeflash.distill.by_ufogen import Duel, UFOGen
-from edgeflash.distill.discriminators import EncoderCritic, UnetCritic
+from edgeflash.distill.discriminators import DenoiserCritic, EncoderCritic
 from edgeflash.distill.loop import _Turn
 from edgeflash.distill.process import Process
 from edgeflash.distill.run import distill
@@ -123,7 +123,7 @@ def test_the_critic_is_the_encoder_half_and_knows_nothing_at_first(mid: str | No
     torch.manual_seed(0)
     whole = unet(mid_block_type=mid, attention_head_dim=4)
     asked = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.randn(3, 5, 12)
-    both, half = UnetCritic(copy.deepcopy(whole)), EncoderCritic(whole)
+    both, half = DenoiserCritic(copy.deepcopy(whole)), EncoderCritic(whole)
     assert (half(*asked) == 0).all()
     half.head = both.head
     assert torch.allclose(half(*asked), both(*asked).logits, atol=1e-6)
