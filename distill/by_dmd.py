@@ -35,10 +35,11 @@ class DMD(Method):
     sampler leads to (sec. 4.5), and the number of steps simulated is drawn once a batch.
 
     With ``gan_weight`` the fake score also judges samples and pictures, noised alike, by its
-    innermost features (eq. 4). The student keeps an `LCMScheduler` that stops where it was trained:
-    999, 749, 499, 249. One step at 399, the paper's one-step SDXL, is ``denoising_steps = 1`` with
-    ``denoising_timestep = 400``. Of a flow (SD 3) it stops at even steps from noise alone, shifted
-    as the teacher's: see `edgeflash/even_steps.py`.
+    innermost features (eq. 4), which a transformer has behind its middle block. The student keeps
+    an `LCMScheduler` that stops where it was trained: 999, 749, 499, 249. One step at 399, the
+    paper's one-step SDXL, is ``denoising_steps = 1`` with ``denoising_timestep = 400``. Of a flow
+    (SD 3) it stops at even steps from noise alone, shifted as the teacher's: see
+    `edgeflash/even_steps.py`.
 
     The fake score is a second trained network of the teacher's size. Published: FID 8.35 for SD 1.5
     at one step (COCO 2014, 30 k), 19.3 for SDXL at 4 (10 k), with the adversarial term.

@@ -63,7 +63,8 @@ class Flash(Method):
         (0, 0.3, 0.5, 0.7), description="of the distribution matching, phase by phase"
     )
     gan_weights: tuple[float, ...] = Field(
-        (0, 0.1, 0.2, 0.3), description="of the adversarial term; PixArt: 0, 0.05, 0.1, 0.2"
+        (0, 0.1, 0.2, 0.3),
+        description="of the adversarial term; PixArt: 0, 0.05, 0.1, 0.2; SD 3: 0, 0.1, 0.3, 0.5",
     )
 
     @model_validator(mode="after")

@@ -34,7 +34,8 @@ class Diffusion2GAN(Method):
     The regression is a perceptual distance of latents under random augmentations, the same of both,
     which leave no blind spots to end in (E-LatentLPIPS). The paper trains a VGG on latents for it,
     of Stable Diffusion's own; here the frozen teacher's encoder at t = 0 is what sees: each block's
-    output, of unit length at every place (arXiv 1801.03924, eq. 1, all channels alike).
+    output, of unit length at every place (arXiv 1801.03924, eq. 1, all channels alike). Of PixArt
+    the encoder is the first half of the blocks.
 
     The critic begins as the teacher's encoder too, has heads at every block, and is also shown z,
     through a convolution that begins at zero. Besides (x, z, c) against (G, z, c) it learns that x
@@ -48,7 +49,6 @@ class Diffusion2GAN(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
-    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
     solver_steps: int = Field(50, ge=1, description="DDIM steps of the teacher to a picture")

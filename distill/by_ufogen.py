@@ -32,8 +32,8 @@ class UFOGen(Method):
     |.|^2 is a mean over elements. The student keeps an `LCMScheduler` with steps at 999, 749, 499
     and 249.
 
-    The teacher is where student and critic begin, and is not asked again. The critic is the encoder
-    half of its UNet with one logit; the authors' ImageNet code takes a whole network with many. Its
+    The teacher is where student and critic begin, and is not asked again. The critic is the first
+    half of it with one logit; the authors' ImageNet code takes a whole network with many. Its
     clamped logits, learning rates, betas, turns and average are the defaults; what the paper trains
     Stable Diffusion with was not found. A step asks the student and the critic once, both with
     gradients, and every second step once more, the critic then on twice the batch. Published for
@@ -41,7 +41,6 @@ class UFOGen(Method):
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
-    families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
     conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of both AdamWs")
