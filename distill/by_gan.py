@@ -121,7 +121,7 @@ class PairCritic(nn.Module):
     def __init__(self, denoiser: Any, width: int) -> None:
         super().__init__()
         channels = denoiser.config.in_channels
-        self.half = EncoderHalf(denoiser)
+        self.encoder = EncoderHalf(denoiser)
         self.noise = nn.Conv2d(channels, channels, 1)
         for parameter in self.noise.parameters():
             nn.init.zeros_(parameter)
@@ -132,7 +132,7 @@ class PairCritic(nn.Module):
     def forward(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
         """Scores [n, places] of latents and their noise [n, c, h, w] under c [n, s, d]."""
         t = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        self.half(x + self.noise(z), t, c)
+        self.encoder(x + self.noise(z), t, c)
         maps = [across(tokens, x) for tokens in self.taps.outputs]
         return torch.cat(self.heads(maps, None), 1)
 

@@ -70,13 +70,13 @@ class EncoderCritic(nn.Module):
     def __init__(self, denoiser: Any) -> None:
         super().__init__()
         _, (*_, width) = encoder_blocks(denoiser)
-        self.half, self.head = EncoderHalf(denoiser), _inner_head(width)
+        self.encoder, self.head = EncoderHalf(denoiser), _inner_head(width)
         for parameter in self.head[-1].parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x_t: Tensor, t: Tensor, c: Tensor) -> Tensor:
         """Logits [n, 1] of noised samples [n, c, h, w] at t [n] under c [n, s, d]."""
-        logits: Tensor = self.head(self.half(x_t, t, c))
+        logits: Tensor = self.head(self.encoder(x_t, t, c))
         return logits.float()
 
 
