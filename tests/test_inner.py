@@ -105,7 +105,8 @@ def test_frozen_halves_judge_patches_and_trained_ones_learn_all_they_have(
 ) -> None:
     trained = EncoderCritic(whole)
     assert (trained(*given) == 0).all()
-    torch.nn.init.ones_(trained.head[-1].weight)
+    for weight in trained.head[-1].parameters():
+        torch.nn.init.ones_(weight)
     trained(*given).sum().backward()
     idle = {name for name, weight in trained.named_parameters() if weight.grad is None}
     text = {name for name in idle if "transformer_blocks.1" in name}  # SD 3's, for a later block
