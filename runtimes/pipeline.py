@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edgeflash import noise
 from edgeflash.bundle import Bundle
 from edgeflash.conditions import masks, on_cells, sized
+from edgeflash.control import ADAPTER
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.autoencoder import decoded, encoded, finite, looked_at
@@ -28,7 +29,14 @@ from edgeflash.runtimes.denoiser import Denoiser
 from edgeflash.runtimes.edit import Blend, Edit
 from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.honour import refuse
-from edgeflash.runtimes.pictures import cannot, check_control, check_edit, check_picture, shown
+from edgeflash.runtimes.pictures import (
+    cannot,
+    check_control,
+    check_edit,
+    check_picture,
+    mapped,
+    shown,
+)
 from edgeflash.runtimes.prompts import Prompts
 from edgeflash.schedule import Entry, Guidance, Schedule, advance
 
@@ -54,7 +62,7 @@ class Request:
         mask: paint where it is true, [height, width], and keep the rest of ``image``. Networks for
             inpainting see both; of others latents are blended at every step.
         edit: what is known of the picture, for samplers that noise it anew at every step.
-        control: what the bundle's ControlNet sees, edges or what else it knows: uint8
+        control: what the bundle's ControlNet or adapter sees, edges or what else it knows: uint8
             [height, width, 3], of the size above.
         control_scale: of what it adds to the denoiser, >= 0; 0 draws as if there were none.
     """
@@ -136,7 +144,7 @@ class TextToImage:
     Components are loaded when first needed and kept. With ``low_memory`` only one is loaded at a
     time, in edits the denoiser and one half of the autoencoder: each is closed when its stage ends.
     Of a denoiser with a cached graph each is closed behind the last step that runs it; a ControlNet
-    is open, and timed, with the denoiser.
+    is open, and timed, with the denoiser, an adapter before it.
 
     Raises:
         EdgeflashError: the bundle asks for something that is not on offer here.
@@ -157,7 +165,7 @@ class TextToImage:
         encoder = ("vae_encoder",) * bool(self.manifest.conditions)
         for name in (*self.prompts.tokenizers, *encoder, self.denoiser, "vae_decoder"):
             self.parts[name].open()
-        for beside in filter(None, (self.bundle.cached, self.bundle.controlnet)):
+        for beside in filter(None, (self.bundle.cached, self.bundle.steering)):
             self.parts[beside.name].open()
 
     def close(self) -> None:
@@ -204,6 +212,14 @@ class TextToImage:
                 told = clock.ms()
             yield Event(name, 0, steps, told)
         conditioning = self.prompts.joined(answers, self._size(plan.shape))
+        control, scale = shown(self.bundle, request.control), request.control_scale
+        if ADAPTER in self.parts:
+            assert control is not None, "refused before"
+            with self._stage(ADAPTER) as (part, clock):
+                rows = plan.shape[0] * (1 + plan.doubled)
+                conditioning = {**conditioning, **mapped(part, control, rows, scale)}
+                told = clock.ms()
+            yield Event(ADAPTER, 0, steps, told)
 
         latent = seen = None
         if request.image is not None:
@@ -216,8 +232,8 @@ class TextToImage:
         blend = self._blend(request, plan, latent, fresh)
         start = None if latent is None else np.broadcast_to(latent, plan.shape)
         x, previous = plan.schedule.begin(fresh, start, plan.entry), None
-        control = shown(self.bundle, request.control), request.control_scale
-        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen, control)
+        steered = control, scale
+        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen, steered)
         with self._denoising(denoiser) as clock:
             for i, step in enumerate(rows):
                 stage = denoiser.open(step)
