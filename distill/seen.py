@@ -78,7 +78,7 @@ def seen_of(
 
 
 def edges_of(pictures: Tensor) -> Tensor:
-    """What ControlNets and adapters see of pictures [n, 3, s, s] in [-1, 1]: their edges, 0 or 1."""
+    """What a denoiser is steered by: the edges of pictures [n, 3, s, s] in [-1, 1], 0 or 1."""
     return torch.from_numpy(edges(pictures.numpy()))
 
 

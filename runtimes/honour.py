@@ -152,10 +152,8 @@ def _about_control(bundle: Bundle, denoiser: Component) -> Iterator[str]:
     takes = {role: shape for role, shape in takes.items() if role.startswith(control.ROLE)}
     if not steering:
         if takes:
-            asked = " or ".join(control.CALLED)
-            yield (
-                f"components: {denoiser.name} asks for a {asked}, but there is none; export it again"
-            )
+            asked = f"{denoiser.name} asks for a {' or '.join(control.CALLED)}"
+            yield f"components: {asked}, but there is none; export it again"
     elif takes != gives:
         role = sorted(takes.items() ^ gives.items())[0][0]
         yield (
