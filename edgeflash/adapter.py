@@ -70,7 +70,8 @@ def takes(unet: Mapping[str, Any], cell_px: int) -> list[Map]:
         Map(width, cell_px * 2 ** min(i + (kind == PLAIN), deepest))
         for i, (width, kind) in enumerate(zip(widths, kinds, strict=True))
     ]
-    return [*found, Map(widths[-1], cell_px * 2**deepest)][: None if unet["mid_block_type"] else -1]
+    middle = Map(widths[-1], cell_px * 2**deepest)
+    return found + [middle] * bool(unet.get("mid_block_type", True))  # silent ones have it
 
 
 def fitting(unet: Mapping[str, Any], cell_px: int) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from tiny_sdxl import write_sdxl
 from tiny_student import adapter_of, write_student
 
 from edgeflash import adapter, control, shelf
-from edgeflash.bundle import Bundle
+from edgeflash.bundle import EACH_STEP, Bundle
 from edgeflash.conditions import example
 from edgeflash.disk import MANIFEST
 from edgeflash.distill.by_adapter import Adapter
-from edgeflash.distill.by_control import Control
 from edgeflash.distill.run import distill
 from edgeflash.distill.stage import Workshop
 from edgeflash.errors import EdgeflashError
@@ -283,13 +282,64 @@ def test_ways_targets_and_methods_that_cannot_refuse(adapted: Path, tmp_path: Pa
             distill(inpainting_recipe(tmp_path, adapted, by=by), tmp_path / "student")
 
 
-def test_it_is_cheaper_than_a_controlnet() -> None:
-    """At the size of the embedded teacher: one call of it, and one of many of a ControlNet."""
-    from edgeflash.networks_control import beside
+@pytest.mark.slow
+def test_sdxl_has_it_too(tmp_path: Path) -> None:
+    folder = write_sdxl(tmp_path / "xl")
+    unet = load_network(Student.unfinished(folder), "unet")
+    adapter_of(unet).save_pretrained(folder / "adapter")
+    index = json.loads((folder / INDEX).read_text())
+    index |= {"_class_name": "StableDiffusionXLAdapterPipeline"}
+    index |= {"adapter": ["diffusers", "T2IAdapter"]}
+    (folder / INDEX).write_text(json.dumps(index))
+    bundle = exported(folder, tmp_path / "bundle")
+    assert [spec.role for spec in bundle.component("adapter").inputs] == ["control"]
+    ours = drawn(bundle, control_scale=0.5)[0]
+    assert np.abs(ours / 255 - by_diffusers(folder, 0.5)).max() < 1 / 255
 
-    student = Student.open("shapes-teacher")
-    unet = load_network(student, "unet")
-    numbers = [
-        sum(each.numel() for each in made(unet, 4).parameters()) for made in (adapter_beside, beside)
-    ]
-    assert numbers[0] < 0.5 * numbers[1]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["adapter", "lcm", "dmd", "ladd", "sdxs"])
+def test_methods_that_say_so_keep_it(by: str, adapted: Path, tmp_path: Path) -> None:
+    student = Student.open(distill(inpainting_recipe(tmp_path, adapted, by=by), tmp_path / by))
+    before, after = (load_network(s, "adapter") for s in (Student.open(adapted), student))
+    assert (after.adapter.conv_in.weight - before.adapter.conv_in.weight).any()
+
+
+@pytest.mark.slow
+def test_lora_leaves_it_as_it_is(adapted: Path, tmp_path: Path) -> None:
+    recipe = inpainting_recipe(tmp_path, adapted, by="lcm", lora_rank=2)
+    out = distill(recipe, tmp_path / "student")
+    name = "adapter/diffusion_pytorch_model.safetensors"
+    one, other = (load_tensors(folder / name) for folder in (adapted, out))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_the_recipes_run_for_two_steps(tmp_path: Path) -> None:
+    """From the embedded teacher to a student of few steps, which diffusers draws with."""
+    from diffusers import DiffusionPipeline
+
+    small = {"steps": 2, "batch_size": 2, "data.samples": 4}
+    made = tmp_path / "teacher"
+    distill(changed(read_recipe(find_recipe("shapes-adapter-teacher")), small), made)
+    teacher, base = Student.open(made), Student.open("shapes-teacher")
+    one, other = (load_network(s, "unet").state_dict() for s in (teacher, base))
+    assert all(torch.equal(one[name], each) for name, each in other.items())
+    recipe = changed(read_recipe(find_recipe("shapes-adapter")), small | {"teacher": str(made)})
+    student = Student.open(distill(recipe, tmp_path / "student"))
+    assert student.manifest and list(student.manifest.schedules) == [1, 2, 4]
+    pipeline = DiffusionPipeline.from_pretrained(str(student.folder))
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline).__name__ == "StableDiffusionAdapterPipeline"
+    shown = torch.from_numpy(control.edges_of(example(0, (64, 64))[0]).transpose(2, 0, 1)[None])
+    picture = pipeline(
+        "star", image=shown / 255, num_inference_steps=1, guidance_scale=0, output_type="np"
+    ).images
+    assert picture.shape == (1, 64, 64, 3) and np.isfinite(picture).all()
+
+
+def test_its_work_is_counted_once(adapted: Path) -> None:
+    work = gflops(Student.open(adapted))
+    assert list(work) == ["text_encoder", "adapter", "unet", "vae_decoder"]
+    assert 0 < work["adapter"] and "adapter" not in EACH_STEP
