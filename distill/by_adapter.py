@@ -15,11 +15,11 @@ from .draws import rand
 
 
 class Adapter(Control):
-    """T2I-Adapter (arXiv 2302.08453, sec. 3.3): denoising, of pictures whose edges it sees.
+    """T2I-Adapter (arXiv 2302.08453, sec. 3.4): denoising, of pictures whose edges it sees.
 
     It begins as diffusers makes it, at random, or as the adapter that the base has. What it sees
     are the edges of the data's own pictures (`edgeflash.control.edges`). Noisy timesteps, where a
-    picture gets its structure, come more often (sec. 3.3, non-uniform time step sampling).
+    picture gets its structure, come more often (non-uniform time step sampling, in the same place).
     """
 
     steers: ClassVar[str] = ADAPTER

@@ -2,7 +2,7 @@
 
 An adapter is a small network that sees a picture, as a ControlNet does, but neither x_t nor time
 nor prompt. It gives a few maps, each of which is added to what the UNet has on its way down at that
-scale (eq. 4). So whoever runs the loop asks it once a picture, and hands every call the same::
+scale (sec. 3.3). So whoever runs the loop asks it once a picture, and hands every call the same::
 
     residual.0 … residual.k = adapter(control)
     output = denoiser(sample, timestep, conditioning, scale * residual.0 … scale * residual.k)
