@@ -24,19 +24,12 @@ from edgeflash.conditions import masks, on_cells, sized
 from edgeflash.control import ADAPTER
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
+from edgeflash.runtimes import pictures
 from edgeflash.runtimes.autoencoder import decoded, encoded, finite, looked_at
 from edgeflash.runtimes.denoiser import Denoiser
 from edgeflash.runtimes.edit import Blend, Edit
 from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.honour import refuse
-from edgeflash.runtimes.pictures import (
-    cannot,
-    check_control,
-    check_edit,
-    check_picture,
-    mapped,
-    shown,
-)
 from edgeflash.runtimes.prompts import Prompts
 from edgeflash.schedule import Entry, Guidance, Schedule, advance
 
@@ -137,6 +130,11 @@ class _Plan:
     def doubled(self) -> bool:
         return self.guidance.doubles
 
+    @property
+    def asked(self) -> int:
+        """Rows of a call of the denoiser."""
+        return self.shape[0] * (1 + self.doubled)
+
 
 class TextToImage:
     """A bundle on a runtime, ready to draw.
@@ -212,12 +210,11 @@ class TextToImage:
                 told = clock.ms()
             yield Event(name, 0, steps, told)
         conditioning = self.prompts.joined(answers, self._size(plan.shape))
-        control, scale = shown(self.bundle, request.control), request.control_scale
+        control, scale = pictures.shown(self.bundle, request.control), request.control_scale
         if ADAPTER in self.parts:
             assert control is not None, "refused before"
             with self._stage(ADAPTER) as (part, clock):
-                rows = plan.shape[0] * (1 + plan.doubled)
-                conditioning = {**conditioning, **mapped(part, control, rows, scale)}
+                conditioning = {**conditioning, **pictures.mapped(part, control, plan.asked, scale)}
                 told = clock.ms()
             yield Event(ADAPTER, 0, steps, told)
 
@@ -276,15 +273,15 @@ class TextToImage:
     def _plan(self, request: Request) -> _Plan:
         assert request.prompts, "no prompt"
         schedule, masked = self._schedule(request), request.mask is not None
-        check_picture(self.bundle, request)
+        pictures.check_picture(self.bundle, request)
         entry, told = None, masked or bool(self.manifest.conditions)
         if request.image is not None:
             strength = (1.0 if told else 0.6) if request.strength is None else request.strength
             entry = None if told and strength == 1 else schedule.entry(strength)
         shape = self._shape(request)
-        check_control(self.bundle, request, self._size(shape))
+        pictures.check_control(self.bundle, request, self._size(shape))
         if request.edit:
-            check_edit(self.bundle, request, schedule, self._size(shape))
+            pictures.check_edit(self.bundle, request, schedule, self._size(shape))
         blends = masked and not self.manifest.conditions
         if blends and len(schedule.entries) < len(schedule.steps):
             raise self._cannot("blend latents", "its schedule does not tell how to noise a picture")
@@ -338,7 +335,7 @@ class TextToImage:
         return shape
 
     def _cannot(self, what: str, why: str) -> EdgeflashError:
-        return cannot(self.bundle, what, why)
+        return pictures.cannot(self.bundle, what, why)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[tuple[Part, _Clock]]:

@@ -173,20 +173,22 @@ def test_it_draws_as_diffusers_does(steered: Bundle, adapted: Path, scale: float
     assert np.abs(other.astype(int) - ours).max() > 8
 
 
-def test_it_is_asked_once_for_all_steps_and_all_images(steered: Bundle) -> None:
+def test_it_is_asked_once_for_all_steps_and_all_images(
+    steered: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, tuple[int, ...]]] = []
     with TextToImage(steered, runtime_for(steered)) as pipeline:
-        part, asked = pipeline.parts["adapter"], []
-        run = part.open()
+        part = pipeline.parts["adapter"]
+        answers = part.answers
 
-        def session(inputs: Any) -> Any:
-            asked.append({name: array.shape for name, array in inputs.items()})
-            return run(inputs)
+        def told(**by_role: Any) -> Any:
+            asked.append({role: array.shape for role, array in by_role.items()})
+            return answers(**by_role)
 
-        part._session = session  # type: ignore[assignment]
+        monkeypatch.setattr(part, "answers", told)
         request = Request(("blue ring", PROMPT), seed=SEED - 1, control=PICTURE)
         events = list(pipeline.stream(request))
-        part._session = run
-    assert asked == [{"image": (1, 3, 16, 16)}]
+    assert asked == [{"control": (1, 3, 16, 16)}]
     stages = [event.stage for event in events]
     assert stages == ["text_encoder", "adapter", "unet", "unet", "vae_decoder"]
     assert events[-1].result
