@@ -104,8 +104,8 @@ def apart(components: dict[str, Any]) -> dict[str, Any]:
     Those UNets are not called again.
     """
     found = dict(components)
-    for network in components.values():
-        if isinstance(network, nn.Module):
+    for name, network in components.items():
+        if isinstance(network, nn.Module) and name not in CALLED:  # one has a part of that name
             found |= taken_off(network)
     return found
 

@@ -27,7 +27,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.export.line import export_student
 from edgeflash.export_options import ExportOptions
 from edgeflash.golden import load_tensors, save_tensors
-from edgeflash.networks_control import adapter_beside
+from edgeflash.networks_control import adapter_beside, apart
 from edgeflash.networks_sd import load_network
 from edgeflash.noise import randn
 from edgeflash.price import gflops
@@ -142,6 +142,9 @@ def test_an_adapter_alone_learns_from_edges(adapted: Path, shop: Workshop) -> No
     sum(player.loss(unet, batch, torch.Generator()).values()).backward()
     moved = {name for name, each in unet.named_parameters() if each.grad is not None}
     assert moved == {f"adapter.{name}" for name, _ in unet.adapter.named_parameters()}
+    made = apart(stage.final())
+    assert made == stage.results, "a T2IAdapter is saved whole, though a part of it has its name"
+    assert list(apart({"unet": unet})) == ["unet", "adapter"]
 
 
 def by_diffusers(folder: Path, scale: float, size: int = 16) -> Any:
@@ -300,7 +303,7 @@ def test_sdxl_has_it_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["adapter", "lcm", "dmd", "ladd", "sdxs"])
+@pytest.mark.parametrize("by", ["adapter", "lcm", "dmd", "perflow", "flash"])
 def test_methods_that_say_so_keep_it(by: str, adapted: Path, tmp_path: Path) -> None:
     student = Student.open(distill(inpainting_recipe(tmp_path, adapted, by=by), tmp_path / by))
     before, after = (load_network(s, "adapter") for s in (Student.open(adapted), student))
