@@ -24,7 +24,7 @@ from edgeflash.distill.by_adapter import Adapter
 from edgeflash.distill.run import distill
 from edgeflash.distill.stage import Workshop
 from edgeflash.errors import EdgeflashError
-from edgeflash.export.line import export_student
+from edgeflash.export.line import export_student, rehearsal
 from edgeflash.export_options import ExportOptions
 from edgeflash.golden import load_tensors, save_tensors
 from edgeflash.networks_control import adapter_beside, apart
@@ -279,6 +279,8 @@ def test_ways_targets_and_methods_that_cannot_refuse(adapted: Path, tmp_path: Pa
         with pytest.raises(EdgeflashError, match=said):
             made = shelf.make(Target, "onnx", target)
             export_student(student, made, tmp_path / "no", told)
+    with pytest.raises(EdgeflashError, match="no plans are searched with a T2I-Adapter so far"):
+        rehearsal(student, shelf.make(Target, "onnx", {"precision": "int8"}))
     for by, said in (
         ("blocks", "method 'blocks': teaches no denoiser that a T2I-Adapter steers so far"),
         ("control", "makes a ControlNet, but a T2I-Adapter steers the denoiser already"),
