@@ -92,9 +92,10 @@ def shown(bundle: Bundle, picture: NDArray[np.uint8] | None) -> NDArray[np.float
 
 
 def mapped(
-    adapter: Part, picture: NDArray[np.float32], rows: int, scale: float
+    adapter: Part, picture: NDArray[np.float32] | None, scale: float, rows: int
 ) -> dict[str, NDArray[Any]]:
     """What an adapter adds to every call of the denoiser; as `control.maps` has it."""
+    assert picture is not None, "refused before"
     found = maps(adapter, picture, rows, scale)
     for array in found.values():
         array.flags.writeable = False  # a session may keep its copy on the device

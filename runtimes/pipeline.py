@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edgeflash import noise
 from edgeflash.bundle import Bundle
+from edgeflash.conditioning import Conditioning
 from edgeflash.conditions import masks, on_cells, sized
 from edgeflash.control import ADAPTER
 from edgeflash.errors import EdgeflashError
@@ -130,11 +131,6 @@ class _Plan:
     def doubled(self) -> bool:
         return self.guidance.doubles
 
-    @property
-    def asked(self) -> int:
-        """Rows of a call of the denoiser."""
-        return self.shape[0] * (1 + self.doubled)
-
 
 class TextToImage:
     """A bundle on a runtime, ready to draw.
@@ -202,22 +198,8 @@ class TextToImage:
         seeds = range(request.seed, request.seed + plan.shape[0])
         fresh = _draw(plan.shape, seeds, 0)
 
-        answers = []
-        negative = request.negative if plan.doubled else None
-        for name in self.prompts.tokenizers:
-            with self._stage(name) as (part, clock):
-                answers.append(self.prompts.read(part, request.prompts, negative))
-                told = clock.ms()
-            yield Event(name, 0, steps, told)
-        conditioning = self.prompts.joined(answers, self._size(plan.shape))
-        control, scale = pictures.shown(self.bundle, request.control), request.control_scale
-        if ADAPTER in self.parts:
-            assert control is not None, "refused before"
-            with self._stage(ADAPTER) as (part, clock):
-                conditioning = {**conditioning, **pictures.mapped(part, control, plan.asked, scale)}
-                told = clock.ms()
-            yield Event(ADAPTER, 0, steps, told)
-
+        control = pictures.shown(self.bundle, request.control), request.control_scale
+        conditioning = yield from self._heard(request, plan, steps, control)
         latent = seen = None
         if request.image is not None:
             with self._stage("vae_encoder") as (part, clock):
@@ -229,8 +211,7 @@ class TextToImage:
         blend = self._blend(request, plan, latent, fresh)
         start = None if latent is None else np.broadcast_to(latent, plan.shape)
         x, previous = plan.schedule.begin(fresh, start, plan.entry), None
-        steered = control, scale
-        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen, steered)
+        denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen, control)
         with self._denoising(denoiser) as clock:
             for i, step in enumerate(rows):
                 stage = denoiser.open(step)
@@ -256,6 +237,25 @@ class TextToImage:
         ids = np.array([self.tokenizer(prompt).ids for prompt in request.prompts], np.int64)
         result = Result(images, x, ids, tuple(map(self.prompts.unread, request.prompts)))
         yield Event("vae_decoder", steps, steps, told, x, result)
+
+    def _heard(
+        self, request: Request, plan: _Plan, steps: int, control: tuple[Float32 | None, float]
+    ) -> Generator[Event, None, Conditioning]:
+        """Asks text encoders and adapter, once; gives what every call of the denoiser hears."""
+        answers, negative = [], request.negative if plan.doubled else None
+        for name in self.prompts.tokenizers:
+            with self._stage(name) as (part, clock):
+                answers.append(self.prompts.read(part, request.prompts, negative))
+                told = clock.ms()
+            yield Event(name, 0, steps, told)
+        conditioning = self.prompts.joined(answers, self._size(plan.shape))
+        if ADAPTER not in self.parts:
+            return conditioning
+        with self._stage(ADAPTER) as (part, clock):
+            maps = pictures.mapped(part, *control, plan.shape[0] * (1 + plan.doubled))
+            told = clock.ms()
+        yield Event(ADAPTER, 0, steps, told)
+        return {**conditioning, **maps}
 
     def preview(self, event: Event) -> UInt8:
         """The pictures [n, height, width, 3] of an event's latent, noisy until the last step.
