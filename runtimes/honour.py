@@ -150,7 +150,10 @@ def _about_control(bundle: Bundle, denoiser: Component) -> Iterator[str]:
     gives = {spec.role: spec.shape[1:] for spec in steering.outputs} if steering else {}
     takes = {spec.role: spec.shape[1:] for spec in denoiser.inputs}
     takes = {role: shape for role, shape in takes.items() if role.startswith(control.ROLE)}
-    if not steering:
+    names = [c.name for c in bundle.manifest.components if c.name in control.CALLED]
+    if len(names) > 1:
+        yield f"components: {' and '.join(names)} both steer, where one is served; export it again"
+    elif not steering:
         if takes:
             asked = f"{denoiser.name} asks for a {' or '.join(control.CALLED)}"
             yield f"components: {asked}, but there is none; export it again"

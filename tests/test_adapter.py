@@ -243,6 +243,14 @@ def test_what_cannot_be_drawn_after_is_said(steered: Bundle) -> None:
     fewer = steered.manifest.model_copy(update={"components": tuple(components)})
     with pytest.raises(EdgeflashError, match="unet asks for a controlnet or adapter, but there is"):
         TextToImage(Bundle(steered.folder, fewer), runtime_for(steered))
+    own = steered.component("adapter")
+    other = own.model_copy(
+        update={"name": "controlnet", "inputs": (*steered.denoiser.inputs[:3], own.inputs[0])}
+    )
+    components = [*steered.manifest.components, other]
+    more = steered.manifest.model_copy(update={"components": tuple(components)})
+    with pytest.raises(EdgeflashError, match="adapter and controlnet both steer, where one is"):
+        TextToImage(Bundle(steered.folder, more), runtime_for(steered))
 
 
 def spoilt(adapted: Path, folder: Path, **config: Any) -> str:
