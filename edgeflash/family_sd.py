@@ -255,7 +255,7 @@ def _steering(component: str, unet: Specs, size: tuple[int, int]) -> tuple[Specs
     """
     picture = image("controlnet_cond", control.PICTURE, (BATCH, 3, *size))
     picture = picture.model_copy(update={"low": 0.0, "high": 1.0})
-    takes = (picture.model_copy(update={"name": "image"}),)
+    takes: Specs = (picture.model_copy(update={"name": "image"}),)
     if component == control.NAME:
         order = ("sample", "timestep", "conditioning", control.PICTURE, "pooled", "time_ids")
         seen = {spec.role: spec for spec in (*unet, picture)}
