@@ -29,6 +29,7 @@ class Control(Method):
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")
+    steers: ClassVar[str] = NAME
 
     caption_dropout: float = Field(
         0.5, ge=0, lt=1, description="share of empty captions: then the edges alone tell what it is"
@@ -38,32 +39,41 @@ class Control(Method):
         torch.manual_seed(0)
         family = Student.unfinished(shop.student).family
         unet = self.steered(shop)
-        controlnet = unet.controlnet
+        steering = getattr(unet, self.steers)
         process = shop.process()
-        batch, nothing = cached_samples(shop, controlled=True)
+        batch, nothing = cached_samples(shop, steered=True)
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
             x_0, count = batch["x_0"], len(batch["x_0"])
             eps = noise_like(x_0, generator)
-            t = randint(0, process.timesteps, count, generator).to(x_0.device)
+            t = self.times(count, process.timesteps, generator).to(x_0.device)
             c = dropped(batch["c"], nothing, rand(count, generator) < self.caption_dropout)
             output = network(process.noised(x_0, eps, t), t, c).sample.float()
             return {"denoising": F.mse_loss(output, process.target(x_0, eps, t))}
 
         return Stage(
-            players={NAME: Player(unet, loss)},
+            players={self.steers: Player(unet, loss)},
             batch=batch,
-            results={NAME: controlnet},
-            averages={NAME: average(controlnet, self.ema)} if self.ema else {},
-            pipeline=family.controlled_pipeline,
+            results={self.steers: steering},
+            averages={self.steers: average(steering, self.ema)} if self.ema else {},
+            pipeline=family.steered_pipelines[self.steers],
         )
 
     def steered(self, shop: Workshop) -> Any:
-        """The student's UNet, of which its ControlNet alone learns: a new one if it has none."""
+        """The student's UNet, of which what steers it learns alone: a new one if it has none."""
         student = Student.unfinished(shop.student)
         unet = shop.load(shop.student, "unet")
-        if not hasattr(unet, NAME):
+        if not student.family.steering:
             unit_px = student.family.latent(student).downsampling
-            attach(unet, beside(unet, unit_px).to(shop.device), unit_px)
-        unet.requires_grad_(False).controlnet.requires_grad_(True).train()
+            attach(unet, self.steers, self.made(unet, unit_px).to(shop.device), unit_px)
+        unet.requires_grad_(False)
+        getattr(unet, self.steers).requires_grad_(True).train()
         return unet
+
+    def made(self, unet: Any, unit_px: int) -> Any:
+        """What steers a UNet, new; ``unit_px``: side of a cell of the latent."""
+        return beside(unet, unit_px)
+
+    def times(self, count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
+        """Training timesteps, int64 [count]."""
+        return randint(0, timesteps, count, generator)

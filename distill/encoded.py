@@ -16,7 +16,6 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from edgeflash.bundle import Condition
-from edgeflash.control import NAME
 from edgeflash.families import tokenizer_of
 from edgeflash.latent_diffusion import as_rows
 from edgeflash.schedule import Schedule, advance
@@ -99,16 +98,16 @@ def unscaled(z: Tensor, vae: Any) -> Tensor:
 
 
 def cached_conditioning(
-    shop: Workshop, conditions: Sequence[Condition] | None = None, *, controlled: bool | None = None
+    shop: Workshop, conditions: Sequence[Condition] | None = None, *, steered: bool | None = None
 ) -> tuple[Rows, Tensor]:
     """Conditioning [n, s, d] of the store's captions, and that of no caption [1, s, d].
 
     The text encoders are the student's, which are the teacher's unless a stage replaced them. What
     c [n, s, d] consists of is the family's affair, which its networks know of. Where denoisers see
-    more than x_t, c has it in further rows behind, and that of no caption has none; so where they
-    have a ControlNet, for its edges.
+    more than x_t, c has it in further rows behind, and that of no caption has none; so where a
+    ControlNet or an adapter steers them, for its edges.
 
-    ``conditions``, ``controlled``: what they see, and have; None: as the student's does.
+    ``conditions``, ``steered``: what they see, and whether so; None: as the student's does.
     """
     encoded = _text_encoders(shop)
     captions = cache(lambda: encoded(shop.store.captions))  # if there are any to encode
@@ -117,10 +116,10 @@ def cached_conditioning(
     student, wide = Student.unfinished(shop.student), nothing.shape[-1]
     if conditions is None:
         conditions = student.family.conditions(student)
-    if controlled is None:
-        controlled = NAME in student.family.components()
+    if steered is None:
+        steered = bool(student.family.steering)
     parts = [_seen(shop, conditions)] * bool(conditions)
-    parts += [lambda i: edges_of(shop.store.pictures(i))] * controlled
+    parts += [lambda i: edges_of(shop.store.pictures(i))] * steered
     if not parts:
         return rows, nothing
 
@@ -292,15 +291,15 @@ def drawn_latents(shop: Workshop, most: int) -> Rows:
 
 
 def cached_samples(
-    shop: Workshop, conditions: Sequence[Condition] | None = None, *, controlled: bool | None = None
+    shop: Workshop, conditions: Sequence[Condition] | None = None, *, steered: bool | None = None
 ) -> tuple[Callable[[np.ndarray], Batch], Tensor]:
     """Batches of the store's latents and their conditioning, and that of no caption [1, s, d].
 
     A batch has ``x_0`` [n, c, h, w], ``c`` [n, s, d] and, of the shapes scenes, ``labels`` of
-    `shapes.HEADS`, int64 [n, heads]. ``conditions``, ``controlled`` as of `cached_conditioning`.
+    `shapes.HEADS`, int64 [n, heads]. ``conditions``, ``steered`` as of `cached_conditioning`.
     """
     latents = cached_latents(shop)
-    conditioning, nothing = cached_conditioning(shop, conditions, controlled=controlled)
+    conditioning, nothing = cached_conditioning(shop, conditions, steered=steered)
     labels = shop.store.labels
 
     def batch(indices: np.ndarray) -> Batch:
@@ -311,10 +310,9 @@ def cached_samples(
 
 
 def _denoiser_keys(folder: Path) -> list[str]:
-    """Identify a folder's denoiser, and its ControlNet if it has one."""
+    """Identify a folder's denoiser, and what steers it, if anything does."""
     family = Student.unfinished(folder).family
-    parts = [name for name in (family.denoiser, NAME) if name in family.components()]
-    return [_weights_key(folder / name) for name in parts]
+    return [_weights_key(folder / name) for name in (family.denoiser, family.steering) if name]
 
 
 def _weights_key(folder: Path) -> str:

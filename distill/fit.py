@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgeflash import shelf
-from edgeflash.control import NAME
+from edgeflash.control import CALLED
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
@@ -69,16 +69,21 @@ def _check_conditions(recipe: Recipe, folders: Sequence[Path]) -> None:
 
 
 def _check_control(recipe: Recipe, folders: Sequence[Path]) -> None:
-    """Refuses methods that a ControlNet beside the denoiser does not go with, after any stage."""
-    has = NAME in [name for f in folders for name in Student.unfinished(f).family.components()]
+    """Refuses methods that do not go with what steers the denoiser, after any stage."""
+    has = max(Student.unfinished(folder).family.steering for folder in folders)
     for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
-        keeps = method.conditioned and method.keeps_control
-        if has and not keeps and spec.by != "control":
+        if has and method.steers and method.steers != has:
             raise EdgeflashError(
-                f"method {spec.by!r}: teaches no denoiser that a {NAME} steers so far: let it come "
-                "before that is made, or choose another, such as lcm"
+                f"method {spec.by!r}: makes a {CALLED[method.steers]}, but a {CALLED[has]} steers "
+                "the denoiser already, and no pipeline of diffusers has both: leave one out"
             )
-        has |= spec.by == "control"
+        keeps = method.conditioned and method.keeps_control
+        if has and not keeps and not method.steers:
+            raise EdgeflashError(
+                f"method {spec.by!r}: teaches no denoiser that a {CALLED[has]} steers so far: let "
+                "it come before that is made, or choose another, such as lcm"
+            )
+        has = has or method.steers
 
 
 def _takers(family: str, flow: bool) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from edgeflash.control import NAME
 from edgeflash.errors import EdgeflashError
+from edgeflash.networks_control import taken_off
 from edgeflash.roles import Method
 
 from .stage import Stage
@@ -74,15 +74,15 @@ def _add(unet: Any, method: Method, name: str) -> None:
     config = LoraConfig(
         r=rank, lora_alpha=method.lora_alpha or rank, target_modules=list(targets), bias="none"
     )
-    controlnet = unet._modules.pop(NAME, None)  # which stays as it is
+    steering = taken_off(unet)  # which stays as it is
     try:
         unet.add_adapter(config)
     except ValueError:  # none of them is there
         raise EdgeflashError(
             f"{name}.lora_targets: no layer of the denoiser ends in {' or '.join(targets)}"
         ) from None
-    if controlnet is not None:
-        setattr(unet, NAME, controlnet.requires_grad_(False))
+    for part, network in steering.items():
+        setattr(unet, part, network.requires_grad_(False))
 
 
 def save_and_fuse(unet: Any, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """What denoisers see of the data beside x_t: masks, and what these leave of the pictures.
 
-Of networks that enlarge, the pictures as small ones have them; of those that a ControlNet steers,
-the edges. It travels in the last rows of
+Of networks that enlarge, the pictures as small ones have them; of those that a ControlNet
+or an adapter steers, the edges. It travels in the last rows of
 c [n, s, d]: all methods carry c to whatever denoiser they ask, which takes it off there
 (`Family.listening`). Guidance without a caption keeps it: see `unprompted`.
 """
@@ -78,7 +78,7 @@ def seen_of(
 
 
 def edges_of(pictures: Tensor) -> Tensor:
-    """What ControlNets see of pictures [n, 3, s, s] in [-1, 1]: their edges, 0 or 1."""
+    """What a denoiser is steered by: the edges of pictures [n, 3, s, s] in [-1, 1], 0 or 1."""
     return torch.from_numpy(edges(pictures.numpy()))
 
 

@@ -112,7 +112,8 @@ class Workshop:
     def load(self, folder: Path, component: str) -> Any:
         """A network of a diffusers folder: float32, evaluating, on the device.
 
-        A denoiser carries the folder's ControlNet, which learns, or is averaged, along with it.
+        A denoiser carries the folder's ControlNet or adapter, which learns along with it, or is
+        averaged.
         """
         student = Student.unfinished(folder)
         network = load_network(student, component).eval()
@@ -166,9 +167,9 @@ def _kind(folder: Path) -> dict[str, Any]:
     denoiser = student.config(student.family.denoiser)
     hears = next(key for key in CONTEXT if denoiser.get(key))
     width = denoiser[hears]
-    has = control.NAME in student.family.components()
+    has = student.family.steering
     return {
-        control.NAME: "there" if has else "missing",
+        **{name: "there" if name == has else "missing" for name in control.CALLED},
         "prediction_type": predicts(folder),
         "in_channels": denoiser["in_channels"],
         hears: str(width) if isinstance(width, int) else str(sorted({*width})),

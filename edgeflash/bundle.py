@@ -13,13 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from edgeflash import control
 from edgeflash.caching import cached_name, whole_name
@@ -31,7 +25,7 @@ from edgeflash.schedule import Guidance, Schedule
 QUICK_BYTES = 256 * 2**20  # of bundles that are hashed whenever they are opened
 CACHED_VERSION = 2  # of bundles with a cached graph; plain ones are still written as 1
 CONDITIONED_VERSION = 3  # of bundles whose denoiser sees more than x_t
-CONTROLLED_VERSION = 4  # of bundles with a ControlNet
+CONTROLLED_VERSION = 4  # of bundles with a ControlNet, or an adapter
 ANSWER = {  # component -> role of the output that the loop goes on with
     "text_encoder": "conditioning",
     "text_encoder_2": "conditioning",
@@ -41,7 +35,7 @@ ANSWER = {  # component -> role of the output that the loop goes on with
     "unet_cached": "prediction",
     "vae_decoder": "image",
     "vae_encoder": "latent",
-    control.NAME: control.ROLE + "0",  # one of many
+    **dict.fromkeys(control.CALLED, control.ROLE + "0"),  # one of many
 }
 PREDICTING = tuple(name for name, role in ANSWER.items() if role == "prediction")
 DENOISERS = tuple(name for name in PREDICTING if name == whole_name(name))
@@ -49,7 +43,7 @@ EACH_STEP = (*DENOISERS, control.NAME)
 
 
 def kind_of(component: str) -> str:
-    """What a component is: text_encoder, denoiser, vae_decoder, vae_encoder or controlnet.
+    """What a component is: text_encoder, denoiser, or, of those that are one of a kind, its name.
 
     A denoiser's cached graph is a denoiser_cached.
     """
@@ -78,8 +72,8 @@ class TensorSpec(Part):
     [k, n, c, h, w] and pixels [n, H, W, 3]. In layout "NC1S" conditioning is [n, d, 1, s]. A
     dimension that is a string is free. `edgeflash.conditioning` says how the denoiser's
     conditioning comes from the text encoders'. What the denoiser leaves for its cached graph has
-    the roles cache.0, cache.1 … in both (`edgeflash.caching`), what a ControlNet makes of control
-    [n, 3, H, W] the roles residual.0, residual.1 … in both (`edgeflash.control`).
+    the roles cache.0, cache.1 … in both (`edgeflash.caching`), what a ControlNet or an
+    adapter makes of control [n, 3, H, W] residual.0, residual.1 … in both (`edgeflash.control`).
     """
 
     name: str
@@ -150,8 +144,9 @@ class Component(Part):
     """A network of the bundle, by a name in `ANSWER`; the denoiser has one of `DENOISERS`.
 
     Or ``unet_cached``, the graph that rows of a schedule name which take what unet left before, or
-    ``controlnet``, which is asked before unet at every step, for what that takes besides. Or
-    ``pipeline``, which stands by itself: text_encoder, all steps and vae_decoder in one graph.
+    ``controlnet``, which is asked before unet at every step, for what that takes besides, or
+    ``adapter``, which takes no sample and is asked once a picture, for the same. Or ``pipeline``,
+    which stands by itself: text_encoder, all steps and vae_decoder in one graph.
     """
 
     name: str
@@ -365,9 +360,14 @@ class Bundle:
         return found[0] if found else self.component(DENOISERS[0])
 
     @property
+    def steering(self) -> Component | None:
+        """What sees a control picture, for what the denoiser takes besides; it has one at most."""
+        return next((c for c in self.manifest.components if c.name in control.CALLED), None)
+
+    @property
     def controlnet(self) -> Component | None:
-        """What is asked before the denoiser, for what that takes besides."""
-        return next((c for c in self.manifest.components if c.name == control.NAME), None)
+        """That, where it is asked before every call of the denoiser."""
+        return self.steering if self.steering and self.steering.name == control.NAME else None
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:

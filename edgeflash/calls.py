@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from edgeflash.bundle import ANSWER, Bundle, Component
-from edgeflash.control import PICTURE, ROLE
+from edgeflash.control import PICTURE, ROLE, added
 from edgeflash.golden import Array, Tensors, heard, left_for, load_tensors, told_by
 from edgeflash.roles import Session
 
@@ -66,7 +66,12 @@ def first_call(bundle: Bundle, component: Component) -> Tensors:
 
 
 def heard_by(bundle: Bundle, told: Tensors) -> tuple[Tensors, Tensors]:
-    """What the denoiser hears of a golden: its prompt, and no prompt."""
+    """What the denoiser hears of a golden: its prompt, and no prompt; with both an adapter's maps.
+
+    What a ControlNet gave is not among it: that is asked anew before every call.
+    """
     names = [component.name for component in bundle.text_encoders]
-    image = bundle.manifest.image
-    return heard(told, names, bundle.denoiser.inputs, (image.height, image.width))
+    size = bundle.manifest.image.height, bundle.manifest.image.width
+    with_prompt, without = heard(told, names, bundle.denoiser.inputs, size)
+    maps = {} if bundle.controlnet else added(told)
+    return with_prompt | maps, without | maps

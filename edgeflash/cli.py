@@ -261,7 +261,7 @@ def run(
     edit: Annotated[str | None, typer.Option(help="inpaint, colourise or enlarge it.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White where to paint.")] = None,
     control: Annotated[
-        Path | None, typer.Option(help="For its ControlNet: edges, or what that was made for.")
+        Path | None, typer.Option(help="For what steers it: edges, or what that was made for.")
     ] = None,
     control_scale: Annotated[float, typer.Option(min=0, help="Of what that adds.")] = 1.0,
     low_memory: Annotated[bool, typer.Option(help="Load one component at a time.")] = False,

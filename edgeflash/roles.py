@@ -48,7 +48,8 @@ class Method(Plugin, ABC):
     families: ClassVar[tuple[str, ...]] = ()  # whose components it can make; none named: all
     flows: ClassVar[bool] = False  # whether it learns flows from picture to noise too, as SD 3's
     conditioned: ClassVar[bool] = False  # also learns from denoisers that see more than x_t
-    keeps_control: ClassVar[bool] = True  # of these, from denoisers that a ControlNet steers
+    keeps_control: ClassVar[bool] = True  # of these, from denoisers that see a control picture
+    steers: ClassVar[str] = ""  # the component it makes that sees one, if any
 
     steps: int = Field(1000, ge=1, description="optimizer steps")
     minutes: float | None = Field(None, gt=0, description="stop after this time, if it comes first")
@@ -127,7 +128,7 @@ class Target(Plugin, ABC):
         return ""
 
     def refuse_conditions(self) -> str:
-        """Why it cannot lower a denoiser that sees a picture, by a ControlNet too; "": it can."""
+        """Why it cannot lower a denoiser that sees a picture, of whatever kind; "": it can."""
         return ""
 
     @abstractmethod

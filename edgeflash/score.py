@@ -127,11 +127,11 @@ def given_of(bundle: Bundle, task: str | None) -> Given | None:
 
     inpaint: the scene, and a mask over one of its objects; networks that see no masks blend.
     enlarge: the scene so many times smaller; networks that see no pictures keep its pixels as means
-    (`runtimes/edit.py`). edges: those of the scene, for a ControlNet.
+    (`runtimes/edit.py`). edges: those of the scene, for what steers.
     """
     conditions = bundle.manifest.conditions
     own = "text" if not conditions else "inpaint" if masks(conditions) else "enlarge"
-    own = "edges" if bundle.controlnet else own
+    own = "edges" if bundle.steering else own
     task = task or own
     if task not in TASKS:
         raise unknown("task", task, TASKS)

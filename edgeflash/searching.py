@@ -268,10 +268,10 @@ def _opened(teacher: Student | Blueprint, folder: Path) -> Student:
         raise EdgeflashError(
             f"{teacher.folder}: has a {teacher.family.denoiser}; blocks of UNets alone are searched"
         )
-    if control.NAME in teacher.family.components():
+    if steering := teacher.family.steering:
         raise EdgeflashError(
-            f"{teacher.folder}: no UNets that a ControlNet steers are searched so far: name a "
-            "folder without one"
+            f"{teacher.folder}: no UNets that a {control.CALLED[steering]} steers are searched so "
+            "far: name a folder without one"
         )
     return teacher
 

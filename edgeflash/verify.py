@@ -233,6 +233,12 @@ class _Climb:
             return part
         return control.Controlled(part, self.controlnet, told[control.PICTURE])
 
+    def _adapter(self, part: Part) -> Found:
+        for (_, told), drawn in zip(self.goldens, self.drawn, strict=True):
+            for role, found in control.maps(part, told[control.PICTURE], 1).items():
+                drawn[role] = found
+                yield from _compare("L1", told[role], found)
+
     def _controlnet(self, part: Part) -> Found:
         for golden, told in self.goldens:
             step = self.bundle.manifest.schedules[golden.steps].steps[0]

@@ -28,7 +28,7 @@ from edgeflash.student import Student
 
 from .caching import Leaving, Way, before_list, without
 from .merging import merge_tokens, unmerged
-from .steering import controlnet_of, steered
+from .steering import controlnet_of, look, steered
 
 MOST_PLAIN = 3  # goldens that are drawn once more to see what merging or caching does
 MOST_BATCH = 63  # diffusers' upsampling takes another path from 64 on
@@ -234,6 +234,9 @@ class Tape:
             if len(told) > len(self.prompts):
                 golden |= {told_by(name, k, empty=True): array for k, array in told[-1].items()}
 
+    def _run_adapter(self, network: Eager) -> None:
+        look(self, network)
+
     @property
     def _denoiser_inputs(self) -> tuple[TensorSpec, ...]:
         family = self.student.family
@@ -305,8 +308,11 @@ class Tape:
         return found
 
     def _both(self, golden: Tensors) -> tuple[Tensors, Tensors]:
-        """What the denoiser hears of a golden: its prompt, and no prompt."""
-        return heard(golden, self.student.family.text_encoders, self._denoiser_inputs, self.size)
+        """What the denoiser hears of a golden: its prompt, and no prompt; with both its maps."""
+        family = self.student.family
+        both = heard(golden, family.text_encoders, self._denoiser_inputs, self.size)
+        maps = control.added(golden) if family.steering == control.ADAPTER else {}
+        return both[0] | maps, both[1] | maps
 
     def _run_vae_decoder(self, network: Eager) -> None:
         space = self.latent

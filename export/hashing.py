@@ -26,7 +26,7 @@ def home_of(student: Student, component: str) -> str:
 def homes_of(student: Student, component: str) -> Homes:
     """All folders that a component is made from, and what is recorded of it."""
     tokenizers = (tokenizer_of(component),) * (component in student.family.text_encoders)
-    steered = component == student.family.denoiser and control.NAME in student.family.components()
+    steered = component == student.family.denoiser and student.family.steering == control.NAME
     return (home_of(student, component), *tokenizers, *(control.NAME,) * steered)
 
 

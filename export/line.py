@@ -151,8 +151,9 @@ def _check_target(target: Target, student: Student, options: ExportOptions) -> N
     """Raises what keeps a target from lowering that."""
     _check_family(student, target)
     target.check()
-    steered = control.NAME in student.family.components()
-    if (steered or student.family.conditions(student)) and (why := target.refuse_conditions()):
+    if (student.family.steering or student.family.conditions(student)) and (
+        why := target.refuse_conditions()
+    ):
         raise EdgeflashError(
             f"{student.folder}: its {student.family.denoiser} sees a picture beside x_t, and "
             f"--to {target_name(target)} {why}: choose another target, or other options"
@@ -180,10 +181,10 @@ def _check_caching(target: Target, student: Student, way: Way) -> None:
             f"{way.flag}: cuts UNets alone so far, and {student.folder} has a "
             f"{student.family.denoiser}: leave it out"
         )
-    if control.NAME in student.family.components():
+    if steering := student.family.steering:
         raise EdgeflashError(
-            f"{way.flag}: cuts no UNets that a ControlNet steers so far, as that of "
-            f"{student.folder}: leave it out"
+            f"{way.flag}: cuts no UNets that a {control.CALLED[steering]} steers so far, as that "
+            f"of {student.folder}: leave it out"
         )
     if why := target.refuse_caching():
         raise EdgeflashError(f"{way.flag}: --to {target_name(target)} {why}: leave one of them out")
@@ -221,8 +222,9 @@ def rehearsal(student: Student, target: Target, options: ExportOptions = AS_USUA
     """
     if way := way_of(options):
         raise EdgeflashError(f"{way.flag}: plans are of whole denoisers so far: leave it out")
-    if control.NAME in student.family.components():
-        raise EdgeflashError(f"{student.folder}: no plans are searched with a ControlNet so far")
+    if steering := student.family.steering:
+        name = control.CALLED[steering]
+        raise EdgeflashError(f"{student.folder}: no plans are searched with a {name} so far")
     plan = planned(student, target, options)
     return replace(plan.tape, prompts=_prompts(student, options.prompts))
 
@@ -318,8 +320,8 @@ def _pack(
     goldens = pack.write_goldens(tape, plan.goldens, draft)
     sha256 = sha256_of_all(run.hashes.all())
     loss_db = {what: round(min(found), 2) for what, found in tape.loss_db.items()}
-    conditions, steered = family.conditions(student), control.NAME in plan.components
-    usual = CONTROLLED_VERSION if steered else CACHED_VERSION if tape.way else 1
+    conditions = family.conditions(student)
+    usual = CONTROLLED_VERSION if family.steering else CACHED_VERSION if tape.way else 1
     manifest = Manifest(
         format_version=CONDITIONED_VERSION if conditions else usual,
         family=family.name,

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgeflash.bundle import Component, File, Tokenizer
 from edgeflash.caching import whole_name
+from edgeflash.control import ADAPTER
 from edgeflash.roles import Target
 from edgeflash.shelf import target_name
 from edgeflash.student import Student
@@ -112,7 +113,7 @@ def _made_from(tape: Tape, name: str, run: Run) -> Inputs:
 
 
 def _is_denoiser(name: str) -> bool:
-    return not name.startswith(("text_encoder", "vae_"))
+    return not name.startswith(("text_encoder", "vae_", ADAPTER))
 
 
 def make_component(

@@ -1,4 +1,4 @@
-"""The denoiser in the recording loop, where a student has a ControlNet: that is asked before it."""
+"""What steers a student's denoiser as its calls are recorded: a ControlNet, or an adapter."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeflash.conditions import example
-from edgeflash.control import NAME, Controlled, edges_of
+from edgeflash.control import NAME, PICTURE, Array, Controlled, edges_of
 
 if TYPE_CHECKING:
     from .capture import Eager, Tape
+
+
+def look(tape: Tape, adapter: Eager) -> None:
+    """Asks an adapter of every golden's picture, once: its maps go with all calls from then on."""
+    for number, golden in enumerate(tape.goldens):
+        picture = _shown(tape.seed(number), tape.size)
+        golden |= {PICTURE: picture} | adapter.answers(**{PICTURE: picture})
 
 
 def controlnet_of(tape: Tape) -> Eager | None:
     """The student's ControlNet, to be asked before its denoiser."""
     from .capture import Eager
 
-    there = NAME in tape.student.family.components()
-    return Eager(tape.load(NAME)) if there else None
+    return Eager(tape.load(NAME)) if tape.student.family.steering == NAME else None
 
 
 def steered(
     denoiser: Eager, controlnet: Eager | None, number: int, size: tuple[int, int]
 ) -> Eager | Controlled:
-    """The denoiser as the loop of a golden calls it: no picture is at hand, so of an example.
+    """The denoiser as the loop of a golden calls it, of an example.
 
     Args:
         denoiser: by itself.
@@ -34,6 +40,10 @@ def steered(
     """
     if controlnet is None:
         return denoiser
+    return Controlled(denoiser, controlnet, _shown(number, size))
+
+
+def _shown(number: int, size: tuple[int, int]) -> Array:
+    """An example's edges, [1, 3, H, W]: no picture is at hand."""
     picture, _ = example(number, size)
-    shown = edges_of(picture).transpose(2, 0, 1)[None].astype(np.float32) / 255
-    return Controlled(denoiser, controlnet, shown)
+    return edges_of(picture).transpose(2, 0, 1)[None].astype(np.float32) / 255

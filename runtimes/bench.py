@@ -220,6 +220,8 @@ def _notes(bundle: Bundle, machine: Machine, cut: Sequence[str]) -> tuple[str, .
             f"{bundle.denoiser.name} is timed with its ControlNet, which saw the edges of patches "
             "of colour."
         )
+    elif bundle.steering:
+        notes.append("Its adapter saw the edges of patches of colour.")
     if cut:
         notes.append(
             f"Prompts longer than this bundle reads: {len(cut)}; not seen of the first: {cut[0]!r}."

@@ -30,7 +30,7 @@ class Denoiser:
         conditioning: by role, [n, ...]; with guidance of two calls [2n, ...], without prompt first.
         beside: what it sees behind x_t, [1 or n, k, h, w]; None: nothing.
         control: what the bundle's ControlNet sees, [1, 3, H, W], and the scale of what that adds;
-            None: it has none.
+            None: it has none. An adapter's maps are among the conditioning.
     """
 
     def __init__(

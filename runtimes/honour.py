@@ -24,6 +24,7 @@ FED = {  # component -> roles of the inputs that the pipeline knows how to fill
     "vae_decoder": {"latent"},
     "vae_encoder": {"image"},
     control.NAME: {"sample", "conditioning", control.PICTURE} | OPTIONAL,
+    control.ADAPTER: {control.PICTURE},
 }
 DTYPES = {"float16", "float32", "float64", "int32", "int64"}
 LAYOUTS = {"", "NCHW", "NSC", "NC1S", "NS", "NC", "N"}
@@ -144,20 +145,22 @@ def _about_conditions(bundle: Bundle, denoiser: Component) -> Iterator[str]:
 
 
 def _about_control(bundle: Bundle, denoiser: Component) -> Iterator[str]:
-    """Whether the ControlNet gives all that the denoiser takes of it, and nothing in vain."""
-    controlnet = bundle.controlnet
-    gives = {spec.role: spec.shape[1:] for spec in controlnet.outputs} if controlnet else {}
+    """Whether what steers gives all that the denoiser takes of it, and nothing in vain."""
+    steering = bundle.steering
+    gives = {spec.role: spec.shape[1:] for spec in steering.outputs} if steering else {}
     takes = {spec.role: spec.shape[1:] for spec in denoiser.inputs}
     takes = {role: shape for role, shape in takes.items() if role.startswith(control.ROLE)}
-    if takes and not controlnet:
-        yield (
-            f"components: {denoiser.name} asks for a {control.NAME}, but there is none; export it "
-            "again"
-        )
+    names = [c.name for c in bundle.manifest.components if c.name in control.CALLED]
+    if len(names) > 1:
+        yield f"components: {' and '.join(names)} both steer, where one is served; export it again"
+    elif not steering:
+        if takes:
+            asked = f"{denoiser.name} asks for a {' or '.join(control.CALLED)}"
+            yield f"components: {asked}, but there is none; export it again"
     elif takes != gives:
         role = sorted(takes.items() ^ gives.items())[0][0]
         yield (
-            f"components.{control.NAME}: gives {list(gives.get(role, ()))} of role {role!r}, but "
+            f"components.{steering.name}: gives {list(gives.get(role, ()))} of role {role!r}, but "
             f"components.{denoiser.name} takes {list(takes.get(role, ()))}; export it again"
         )
 

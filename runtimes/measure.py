@@ -136,7 +136,7 @@ def request_of(bundle: Bundle, job: Job, prompts: tuple[str, ...]) -> Request:
         guidance=job.guidance,
         image=image if conditions else None,
         mask=mask if masks(conditions) else None,
-        control=edges_of(image) if bundle.controlnet else None,
+        control=edges_of(image) if bundle.steering else None,
     )
 
 

@@ -1,17 +1,18 @@
-"""The pictures of a request: whether they fit the bundle, and as a ControlNet sees them."""
+"""The pictures of a request: whether they fit the bundle, and as what steers sees them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeflash.bundle import Bundle
 from edgeflash.conditions import masks
-from edgeflash.control import PICTURE
+from edgeflash.control import CALLED, PICTURE, maps
 from edgeflash.errors import EdgeflashError
 from edgeflash.runtimes.edit import renoises
+from edgeflash.runtimes.feed import Part
 from edgeflash.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -61,12 +62,13 @@ def check_edit(bundle: Bundle, request: Request, schedule: Schedule, made: tuple
 def check_control(bundle: Bundle, request: Request, made: tuple[int, int]) -> None:
     """Raises where a control picture is missing, idle or of another size than the picture made."""
     picture, scale = request.control, request.control_scale
-    if bundle.controlnet is None and (picture is not None or scale != 1):
-        raise cannot(bundle, "draw after a control picture", "it has no ControlNet")
-    if bundle.controlnet is None:
+    if bundle.steering is None and (picture is not None or scale != 1):
+        raise cannot(bundle, "draw after a control picture", "it has no ControlNet or adapter")
+    if bundle.steering is None:
         return
     if picture is None:
-        raise cannot(bundle, "do that", "its ControlNet sees a picture too: give --control")
+        name = CALLED[bundle.steering.name]
+        raise cannot(bundle, "do that", f"its {name} sees a picture too: give --control")
     if not 0 <= scale < float("inf"):
         raise cannot(bundle, f"take the control scale {scale:g}", "scales are 0 or more")
     if picture.shape != (*made, 3):
@@ -79,14 +81,25 @@ def check_control(bundle: Bundle, request: Request, made: tuple[int, int]) -> No
 
 
 def shown(bundle: Bundle, picture: NDArray[np.uint8] | None) -> NDArray[np.float32] | None:
-    """A control picture [h, w, 3] as the bundle's ControlNet takes it, [1, 3, h, w]."""
-    if picture is None or bundle.controlnet is None:
+    """A control picture [h, w, 3] as the bundle takes it, [1, 3, h, w]."""
+    if picture is None or bundle.steering is None:
         return None
-    spec = bundle.controlnet.input(PICTURE)
+    spec = bundle.steering.input(PICTURE)
     assert spec is not None, "refused before"
     low, high = spec.range
     pixels: NDArray[np.float32] = picture.astype(np.float32).transpose(2, 0, 1)[None]
     return pixels * ((high - low) / 255) + low
+
+
+def mapped(
+    adapter: Part, picture: NDArray[np.float32] | None, scale: float, rows: int
+) -> dict[str, NDArray[Any]]:
+    """What an adapter adds to every call of the denoiser; as `control.maps` has it."""
+    assert picture is not None, "refused before"
+    found = maps(adapter, picture, rows, scale)
+    for array in found.values():
+        array.flags.writeable = False  # a session may keep its copy on the device
+    return found
 
 
 def _encodes(bundle: Bundle) -> bool:

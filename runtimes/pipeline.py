@@ -20,15 +20,17 @@ from numpy.typing import NDArray
 
 from edgeflash import noise
 from edgeflash.bundle import Bundle
+from edgeflash.conditioning import Conditioning
 from edgeflash.conditions import masks, on_cells, sized
+from edgeflash.control import ADAPTER
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Runtime
+from edgeflash.runtimes import pictures
 from edgeflash.runtimes.autoencoder import decoded, encoded, finite, looked_at
 from edgeflash.runtimes.denoiser import Denoiser
 from edgeflash.runtimes.edit import Blend, Edit
 from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.honour import refuse
-from edgeflash.runtimes.pictures import cannot, check_control, check_edit, check_picture, shown
 from edgeflash.runtimes.prompts import Prompts
 from edgeflash.schedule import Entry, Guidance, Schedule, advance
 
@@ -54,7 +56,7 @@ class Request:
         mask: paint where it is true, [height, width], and keep the rest of ``image``. Networks for
             inpainting see both; of others latents are blended at every step.
         edit: what is known of the picture, for samplers that noise it anew at every step.
-        control: what the bundle's ControlNet sees, edges or what else it knows: uint8
+        control: what the bundle's ControlNet or adapter sees, edges or what else it knows: uint8
             [height, width, 3], of the size above.
         control_scale: of what it adds to the denoiser, >= 0; 0 draws as if there were none.
     """
@@ -136,7 +138,7 @@ class TextToImage:
     Components are loaded when first needed and kept. With ``low_memory`` only one is loaded at a
     time, in edits the denoiser and one half of the autoencoder: each is closed when its stage ends.
     Of a denoiser with a cached graph each is closed behind the last step that runs it; a ControlNet
-    is open, and timed, with the denoiser.
+    is open, and timed, with the denoiser, an adapter before it.
 
     Raises:
         EdgeflashError: the bundle asks for something that is not on offer here.
@@ -157,7 +159,7 @@ class TextToImage:
         encoder = ("vae_encoder",) * bool(self.manifest.conditions)
         for name in (*self.prompts.tokenizers, *encoder, self.denoiser, "vae_decoder"):
             self.parts[name].open()
-        for beside in filter(None, (self.bundle.cached, self.bundle.controlnet)):
+        for beside in filter(None, (self.bundle.cached, self.bundle.steering)):
             self.parts[beside.name].open()
 
     def close(self) -> None:
@@ -196,15 +198,8 @@ class TextToImage:
         seeds = range(request.seed, request.seed + plan.shape[0])
         fresh = _draw(plan.shape, seeds, 0)
 
-        answers = []
-        negative = request.negative if plan.doubled else None
-        for name in self.prompts.tokenizers:
-            with self._stage(name) as (part, clock):
-                answers.append(self.prompts.read(part, request.prompts, negative))
-                told = clock.ms()
-            yield Event(name, 0, steps, told)
-        conditioning = self.prompts.joined(answers, self._size(plan.shape))
-
+        control = pictures.shown(self.bundle, request.control), request.control_scale
+        conditioning = yield from self._heard(request, plan, steps, control)
         latent = seen = None
         if request.image is not None:
             with self._stage("vae_encoder") as (part, clock):
@@ -216,7 +211,6 @@ class TextToImage:
         blend = self._blend(request, plan, latent, fresh)
         start = None if latent is None else np.broadcast_to(latent, plan.shape)
         x, previous = plan.schedule.begin(fresh, start, plan.entry), None
-        control = shown(self.bundle, request.control), request.control_scale
         denoiser = Denoiser(self.bundle, self.parts, plan.guidance, conditioning, seen, control)
         with self._denoising(denoiser) as clock:
             for i, step in enumerate(rows):
@@ -244,6 +238,25 @@ class TextToImage:
         result = Result(images, x, ids, tuple(map(self.prompts.unread, request.prompts)))
         yield Event("vae_decoder", steps, steps, told, x, result)
 
+    def _heard(
+        self, request: Request, plan: _Plan, steps: int, control: tuple[Float32 | None, float]
+    ) -> Generator[Event, None, Conditioning]:
+        """Asks text encoders and adapter, once; gives what every call of the denoiser hears."""
+        answers, negative = [], request.negative if plan.doubled else None
+        for name in self.prompts.tokenizers:
+            with self._stage(name) as (part, clock):
+                answers.append(self.prompts.read(part, request.prompts, negative))
+                told = clock.ms()
+            yield Event(name, 0, steps, told)
+        conditioning = self.prompts.joined(answers, self._size(plan.shape))
+        if ADAPTER not in self.parts:
+            return conditioning
+        with self._stage(ADAPTER) as (part, clock):
+            maps = pictures.mapped(part, *control, plan.shape[0] * (1 + plan.doubled))
+            told = clock.ms()
+        yield Event(ADAPTER, 0, steps, told)
+        return {**conditioning, **maps}
+
     def preview(self, event: Event) -> UInt8:
         """The pictures [n, height, width, 3] of an event's latent, noisy until the last step.
 
@@ -260,15 +273,15 @@ class TextToImage:
     def _plan(self, request: Request) -> _Plan:
         assert request.prompts, "no prompt"
         schedule, masked = self._schedule(request), request.mask is not None
-        check_picture(self.bundle, request)
+        pictures.check_picture(self.bundle, request)
         entry, told = None, masked or bool(self.manifest.conditions)
         if request.image is not None:
             strength = (1.0 if told else 0.6) if request.strength is None else request.strength
             entry = None if told and strength == 1 else schedule.entry(strength)
         shape = self._shape(request)
-        check_control(self.bundle, request, self._size(shape))
+        pictures.check_control(self.bundle, request, self._size(shape))
         if request.edit:
-            check_edit(self.bundle, request, schedule, self._size(shape))
+            pictures.check_edit(self.bundle, request, schedule, self._size(shape))
         blends = masked and not self.manifest.conditions
         if blends and len(schedule.entries) < len(schedule.steps):
             raise self._cannot("blend latents", "its schedule does not tell how to noise a picture")
@@ -322,7 +335,7 @@ class TextToImage:
         return shape
 
     def _cannot(self, what: str, why: str) -> EdgeflashError:
-        return cannot(self.bundle, what, why)
+        return pictures.cannot(self.bundle, what, why)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[tuple[Part, _Clock]]:

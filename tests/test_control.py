@@ -170,7 +170,7 @@ def test_lora_leaves_it_as_it_is(controlled: Path, tmp_path: Path) -> None:
 def test_methods_that_do_not_are_refused(controlled: Path, tmp_path: Path) -> None:
     for by in ("gan", "blocks"):
         recipe = inpainting_recipe(tmp_path, controlled, by=by)
-        with pytest.raises(EdgeflashError, match=f"method '{by}': teaches no denoiser that a con"):
+        with pytest.raises(EdgeflashError, match=f"method '{by}': teaches no denoiser that a Con"):
             distill(recipe, tmp_path / "student")
     plain = write_student(tmp_path / "plain", tiny_decoder=False, scheduler="DDIMScheduler")
     recipe = inpainting_recipe(tmp_path, controlled, by="lcm")

@@ -170,7 +170,9 @@ def test_what_cannot_be_drawn_after_is_said(steered: Bundle) -> None:
             pipeline.check(Request(PROMPT, **options))
     components = [c for c in steered.manifest.components if c.name != "controlnet"]
     fewer = steered.manifest.model_copy(update={"components": tuple(components)})
-    with pytest.raises(EdgeflashError, match="unet asks for a controlnet, but there is none"):
+    with pytest.raises(
+        EdgeflashError, match="unet asks for a controlnet or adapter, but there is none"
+    ):
         TextToImage(Bundle(steered.folder, fewer), runtime_for(steered))
 
 

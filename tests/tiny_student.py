@@ -25,7 +25,7 @@ def write_student(
     """A Stable Diffusion student: 16x16 px with the 2x tiny decoder, latents 8x8.
 
     ``task``: "" or, with a UNet that sees a picture, "Inpaint" or "InstructPix2Pix", or, with a
-    ControlNet beside it, "ControlNet".
+    network beside it that sees one, "ControlNet" or "Adapter".
     """
     import torch
 
@@ -37,6 +37,8 @@ def write_student(
     unet.save_pretrained(folder / "unet")
     if task == "ControlNet":
         controlnet_of(unet).save_pretrained(folder / "controlnet")
+    if task == "Adapter":
+        adapter_of(unet).save_pretrained(folder / "adapter")
     _vae(tiny_decoder).save_pretrained(folder / "vae")
     # their pipelines do not set this right, as the plain one does
     options = {"clip_sample": False} if task else {}
@@ -55,6 +57,8 @@ def write_student(
     }
     if task == "ControlNet":
         index["controlnet"] = ["diffusers", "ControlNetModel"]
+    if task == "Adapter":
+        index["adapter"] = ["diffusers", "T2IAdapter"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
 
@@ -68,6 +72,16 @@ def controlnet_of(unet: Any) -> Any:
         if "controlnet_" in name and not parameter.any():
             parameter.data.normal_(std=5 if "cond_embedding" in name else 0.3)
     return controlnet
+
+
+def adapter_of(unet: Any) -> Any:
+    """An adapter beside a UNet of latents 2x smaller, whose maps are as large as what they meet."""
+    from edgeflash.networks_control import adapter_beside
+
+    adapter = adapter_beside(unet, 2)
+    for parameter in adapter.parameters():
+        parameter.data.mul_(2)
+    return adapter
 
 
 def write_tokenizer(folder: Path) -> None:
