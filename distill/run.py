@@ -327,6 +327,7 @@ def _write_manifest(
         default_steps=default_steps,
         guidance=guidance,
         prompts=list(dict.fromkeys(captions))[:PROMPTS],
+        floors=recipe.floors,
         lineage=lineage,
     )
 

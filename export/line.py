@@ -35,6 +35,7 @@ from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.families import tokenizer_of
+from edgeflash.floors import check_floors
 from edgeflash.golden import Sampler
 from edgeflash.networks_sd import quiet, without_weights
 from edgeflash.roles import Runtime, Target
@@ -42,7 +43,7 @@ from edgeflash.schedule import Schedule
 from edgeflash.shelf import target_name
 from edgeflash.student import INSTEAD, Student, sha256_of_all
 from edgeflash.tokenizer import read_tokenizer, unread
-from edgeflash.verify import check_floors, refuse_below, verify
+from edgeflash.verify import refuse_below, verify
 
 from . import hashing, memory, pack
 from .apart import request_of
@@ -128,7 +129,7 @@ def export_student(
                 manifest = _pack(plan, target, lowered, run, draft, console)
             on = "a stand-in" if unproven else target.runtime
             with stages.told(f"verify on {on}"):
-                figures = _proved(Bundle(draft, manifest), prover, options, run)
+                figures = _proved(Bundle(draft, manifest), prover, plan, options, run)
             proof = {"parity": figures, "unproven": unproven}
             pack.write_manifest(manifest.model_copy(update=proof), draft)
             kept = f"finished stages are kept in {folder}" if lasting else "nothing was written"
@@ -343,19 +344,20 @@ def _pack(
 
 
 def _proved(
-    bundle: Bundle, prover: Runtime, options: ExportOptions, run: Run
+    bundle: Bundle, prover: Runtime, plan: _Plan, options: ExportOptions, run: Run
 ) -> tuple[Figure, ...]:
     """The ladder's figures; what was proved of the same files is not proved again."""
+    floors = options.floors, plan.student.floors
 
     def inputs() -> dict[str, Any]:
         manifest = hashlib.sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
         on = [type(prover).__name__, prover.model_dump(mode="json")]
-        return {"manifest": manifest, "on": on, "floors": options.floors, "tools": run.tools}
+        return {"manifest": manifest, "on": on, "floors": floors, "tools": run.tools}
 
     stage = Stage(run.folder, "verify", inputs)
     if found := stage.outcome():
         return tuple(map(Figure.model_validate, found.told["figures"]))
-    figures = verify(bundle, prover, options.floors)
+    figures = verify(bundle, prover, floors[0], usual=floors[1])
     if all(figure.passed for figure in figures):
         stage.begin()
         stage.finish(figures=[figure.model_dump(mode="json") for figure in figures])
