@@ -68,7 +68,15 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         ),
         (
             ["export", "nowhere", "--to", "onnx", "--precision", "in8"],
-            r"target 'onnx': precision = 'in8': must be one of fp32, .*; did you mean 'int8'\?",
+            r"no --precision 'in8' \(have: auto, fp16, .*\); did you mean 'int8'\?",
+        ),
+        (
+            ["export", "nowhere", "--to", "onnx", "--precision", "atuo"],
+            r"no --precision 'atuo' .*; did you mean 'auto'\?",
+        ),
+        (
+            ["export", "x", "--to", "onnx", "--precision", "fp16", "--set", "precision=int8"],
+            r"--precision fp16 and --set precision=int8: leave one of them out",
         ),
         (["export", "shapes-studnt", "--to", "onnx"], r"folder; did you mean 'shapes-student'\?"),
         (["export", "shapes-judge", "--to", "onnx"], r"classifier .* such as shapes-student"),
