@@ -94,7 +94,7 @@ def export(
     out_dir: Annotated[Path, typer.Option("--out", help="Bundle folder.")] = Path("bundle"),
     precision: Annotated[
         str | None,
-        typer.Option(help="fp16, int8 …: edgeflash list TARGET; auto: the best here."),
+        typer.Option(help="Default fp32. fp16, int8 …: edgeflash list TARGET. auto: the best."),
     ] = None,
     prefer: Annotated[
         str | None, typer.Option(help="What auto is to gain: speed, as by default, or size.")
