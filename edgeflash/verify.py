@@ -3,7 +3,8 @@
 ====  ==========================================================================================
 L0    every component loads; tokens and starting noise are those of the goldens
 L1    each component alone, on recorded inputs
-L2    the denoiser's answer to the prompt (with - without) and to time, over the recorded steps
+L2    the denoiser's answer to the prompt (with - without), over the recorded steps, and to time,
+      over the timesteps of all schedules
 L3    the latent after the whole loop, from the tokens on
 L4    the image; of a fused graph, how close its pictures are to those of the components
 ====  ==========================================================================================
@@ -227,22 +228,26 @@ class _Climb:
         prompt, empty = heard_by(self.bundle, told)
         asked = self._steered(part, told)
 
-        def predict(i: int, at: int, heard: Tensors, *, bare: bool = False) -> Array:
+        def predict(i: int, t: float, heard: Tensors, *, bare: bool = False) -> Array:
             left = left_for(told, sampler.schedule, i, empty=bare) if graph else {}
-            return sampler.predict(asked, told[f"input.{i}"], steps[at].t, heard | left)
+            return sampler.predict(asked, told[f"input.{i}"], t, heard | left)
 
-        answers = {i: predict(i, i, prompt) for i in rows}
+        def moved(i: int, t: float, other: Array) -> None:
+            found = answers[i] - predict(i, t, prompt)
+            effects["timestep_ratio"].add(told[f"output.{i}"] - other, found)
+
+        answers = {i: predict(i, steps[i].t, prompt) for i in rows}
         for i in rows:
             yield from _compare("L1", told[f"output.{i}"], answers[i])
             if f"output_empty.{i}" in told:
                 wanted = told[f"output.{i}"] - told[f"output_empty.{i}"]
-                found = answers[i] - predict(i, i, empty, bare=True)
+                found = answers[i] - predict(i, steps[i].t, empty, bare=True)
                 effects["delta_ratio"].add(wanted, found)
         if len(rows) > 1:
-            first, last = rows[0], rows[-1]
             shifted = told["output_shifted_cached" if graph else "output_shifted"]
-            found = answers[first] - predict(first, last, prompt)
-            effects["timestep_ratio"].add(told[f"output.{first}"] - shifted, found)
+            moved(rows[0], steps[rows[-1]].t, shifted)
+        for j, t in enumerate(() if graph else told.get("times", ())):
+            moved(0, float(t), told[f"output_at.{j}"])
 
     def _vae_decoder(self, part: Part) -> Found:
         space = self.bundle.manifest.latent

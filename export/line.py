@@ -36,7 +36,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.families import tokenizer_of
 from edgeflash.floors import check_floors
-from edgeflash.golden import Sampler
+from edgeflash.golden import Sampler, times_to_sweep
 from edgeflash.networks_sd import quiet, without_weights
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
@@ -273,6 +273,7 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
         whole=whole,
         merge=options.merge_tokens,
         way=way,
+        times=times_to_sweep(schedules.values(), schedules[default_steps]),
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
