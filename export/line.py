@@ -68,8 +68,6 @@ PROMPTS = (  # for students that bring none of their own
     "close-up of a yellow flower with dew drops",
     "an astronaut riding a horse on the moon, digital art",
 )
-GOLDENS = 3  # prompts that ship as goldens
-BIG_BYTES = 256 * 2**20  # denoisers of that size take seconds a call: one golden
 
 
 def export_student(
@@ -260,13 +258,13 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     times = {step.t for schedule in schedules.values() for step in schedule.steps}
     prompts = _prompts(student, options.prompts)
     whole = not any(t % 1 for t in times)
-    big = sum(p.stat().st_size for p in student.weights(family.denoiser).files) > BIG_BYTES
-    goldens = min(1 if big else GOLDENS, len(prompts))
+    sampler = Sampler(schedules[default_steps], guidance, shape, bool(way and way.gated))
+    goldens = min(pack.most_goldens(student, sampler), len(prompts))
     every = options.record_all or any(target.calibrates(name) for name in components)
     tape = Tape(
         student,
         target,
-        Sampler(schedules[default_steps], guidance, shape, bool(way and way.gated)),
+        sampler,
         prompts if every else prompts[:goldens],
         size,
         timestep=times.pop() if options.fold_timestep and len(times) == 1 else None,
@@ -317,7 +315,8 @@ def _pack(
         pack.copy_tokenizer(student.folder / name, draft / name)
     if remark := target.furnish(student, draft):
         console.print(remark, markup=False)
-    goldens = pack.write_goldens(tape, plan.goldens, draft)
+    networks_bytes = sum(file.bytes for each in components for file in each.files)
+    goldens = pack.write_goldens(tape, plan.goldens, draft, networks_bytes)
     sha256 = sha256_of_all(run.hashes.all())
     loss_db = {what: round(min(found), 2) for what, found in tape.loss_db.items()}
     conditions, steered = family.conditions(student), control.NAME in plan.components
