@@ -40,7 +40,8 @@ SetRecipe = Annotated[
     ),
 ]
 Floors = Annotated[
-    list[str] | None, typer.Option("--floor", help="Least that passes: L4.psnr_db=30.")
+    list[str] | None,
+    typer.Option("--floor", help="Least that passes: L4.psnr_db=30, int8.psnr_db=22."),
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="To draw; may be repeated.")]
 Recorded = Annotated[
