@@ -48,7 +48,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (["distill", "--by", "lcm", "--set", "stps=3"], r"no option in method 'lcm': 'stps'"),
         (
             ["distill", "--by", "lcm", "--set", "lmc.steps=3"],
-            r"no table or stage .* 'lmc' \(have: data, lcm, sampling\); did you mean 'lcm'\?",
+            r"no table or stage .* 'lmc' \(have: data, floors, lcm, .*\); did you mean 'lcm'\?",
         ),
         (["distill", "--by", "lcm", "--set", "teachr=x"], r"'teachr' .*did you mean 'teacher'\?"),
         (["distill", "--by", "lcm", "--set", "steps"], r"write it as NAME=VALUE"),
