@@ -149,6 +149,9 @@ class Denoising(Method):
             pipeline=INPAINTING if self.inpaint else ENLARGING if self.enlarge else "",
         )
 
+    def shows_more(self) -> bool:
+        return self.inpaint or self.enlarge is not None
+
     def conditions(self, channels: int, side_px: int) -> tuple[Condition, ...]:
         """What the UNet sees beside x_t, of latents of so many channels."""
         if self.enlarge and side_px % self.enlarge:

@@ -51,7 +51,7 @@ def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:
 
 
 def _check_conditions(recipe: Recipe, folders: Sequence[Path]) -> None:
-    """Refuses methods that show a denoiser nothing but x_t where it sees more."""
+    """Refuses methods that show a denoiser nothing but x_t where it sees more, by any stage."""
     students = map(Student.unfinished, folders)
     seeing = next((s for s in students if s.family.conditions(s)), None)
     seen = seeing.family.conditions(seeing) if seeing else ()
@@ -60,12 +60,14 @@ def _check_conditions(recipe: Recipe, folders: Sequence[Path]) -> None:
             f"{seeing.folder}: its denoiser changes a picture that it sees, and no data here have "
             "two of each: it can be exported and run, but teaches nobody so far"
         )
+    whose = f"{seeing.folder}" if seeing else ""
     for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
-        if seeing and not method.conditioned:
+        if whose and not method.conditioned:
             raise EdgeflashError(
-                f"{seeing.folder}: its denoiser sees a picture beside x_t, which method "
+                f"{whose}: its denoiser sees a picture beside x_t, which method "
                 f"{spec.by!r} does not show it so far: choose another, such as lcm"
             )
+        whose = whose or f"method {spec.by!r}" * method.shows_more()
 
 
 def _check_control(recipe: Recipe, folders: Sequence[Path]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from pydantic import BaseModel
 from rich.console import Console
 
 from edgeflash.disk import TRAINING, check_replaceable, fresh_folder, write_atomic
@@ -245,13 +246,13 @@ def _same_recipe(
     """Refuses to go on with stages that came from another recipe or teacher, and notes this one.
 
     What later stages alone see may change, and of the stage that was begun what only steers it: a
-    failed stage can be mended.
+    failed stage can be mended. What an older version did not ask is as it was at its default.
     """
     sources = {"teacher": teacher, "base": base}
     path = work / TRAINING
     now = recipe.resolved() | {k: folder_sha256(v) for k, v in sources.items() if v}
     if path.exists():
-        before = json.loads(path.read_text())
+        before = _brought_up(json.loads(path.read_text()), recipe)
         marks = [_mark(work / f"{i}-{s['by']}") for i, s in enumerate(before["stage"], 1)]
         changed = _changed(_bound(before, marks), _bound(now, marks)) if any(marks) else []
         if changed:
@@ -260,6 +261,28 @@ def _same_recipe(
                 "choose another --out, or delete that folder to start afresh"
             )
     write_atomic(path, json.dumps(now, indent=1))
+
+
+def _brought_up(before: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """A resolved recipe of an older version, the options added since at their defaults.
+
+    These alone are known to have no say in what it began.
+    """
+    stages = [
+        _at_default(method) | stage if stage["by"] == spec.by else stage
+        for stage, spec, method in zip(
+            before["stage"], recipe.stage, recipe.methods(), strict=False
+        )
+    ]
+    stages += before["stage"][len(stages) :]
+    return before | {"stage": stages, "data": _at_default(recipe.data) | before["data"]}
+
+
+def _at_default(options: BaseModel) -> dict[str, Any]:
+    """Those of some options that have their default."""
+    others = options.model_dump(mode="json", exclude_defaults=True)
+    told = options.model_dump(mode="json", exclude_none=True)
+    return {key: value for key, value in told.items() if key not in others}
 
 
 def _mark(stage: Path) -> str:
@@ -327,6 +350,7 @@ def _write_manifest(
         default_steps=default_steps,
         guidance=guidance,
         prompts=list(dict.fromkeys(captions))[:PROMPTS],
+        floors=recipe.floors,
         lineage=lineage,
     )
 

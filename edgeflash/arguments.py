@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeflash.errors import EdgeflashError
+from edgeflash.errors import EdgeflashError, unknown
 
 if TYPE_CHECKING:
     from edgeflash.bundle import Bundle
@@ -40,7 +40,8 @@ SetRecipe = Annotated[
     ),
 ]
 Floors = Annotated[
-    list[str] | None, typer.Option("--floor", help="Least that passes: L4.psnr_db=30.")
+    list[str] | None,
+    typer.Option("--floor", help="Least that passes: L4.psnr_db=30, int8.psnr_db=22."),
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="To draw; may be repeated.")]
 Recorded = Annotated[
@@ -68,6 +69,25 @@ def read_options(sets: list[str] | None, flag: str = "--set") -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             options[name] = text
     return options
+
+
+def with_precision(to: str, precision: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a target with what ``--precision`` says; auto leaves them as they are.
+
+    Raises:
+        EdgeflashError: no precision of that target, or ``--set`` says another one.
+    """
+    from edgeflash.choice import precisions
+
+    if precision not in (known := (*precisions(to), "auto")):
+        raise unknown("--precision", precision, known)
+    if precision == "auto":
+        return options
+    if (other := options.get("precision", precision)) != precision:
+        raise EdgeflashError(
+            f"--precision {precision} and --set precision={other}: leave one of them out"
+        )
+    return {"precision": precision} | options
 
 
 def read_floors(pairs: list[str] | None) -> dict[str, float]:

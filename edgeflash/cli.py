@@ -33,6 +33,7 @@ from edgeflash.arguments import (
     read_runtime,
     read_size,
     typed,
+    with_precision,
 )
 from edgeflash.cli_tell import lint, telling
 from edgeflash.errors import EdgeflashError, in_one_line
@@ -92,8 +93,9 @@ def export(
     to: Annotated[str, typer.Option(help="Target; see edgeflash list.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Bundle folder.")] = Path("bundle"),
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, int8 …: edgeflash list TARGET; auto: the best here.")
-    ] = "fp32",
+        str | None,
+        typer.Option(help="Default fp32. fp16, int8 …: edgeflash list TARGET. auto: the best."),
+    ] = None,
     prefer: Annotated[
         str | None, typer.Option(help="What auto is to gain: speed, as by default, or size.")
     ] = None,
@@ -147,11 +149,13 @@ def export(
     from edgeflash.student import Student
 
     auto, options = precision == "auto", read_options(set_)
-    if device:
-        options = Device.of(device).suited(to) | options
     if prefer and not auto:
         raise EdgeflashError("--prefer: goes with --precision auto alone")
-    target = make(Target, to, {"precision": "fp32" if auto else precision} | options)
+    if precision:
+        options = with_precision(to, precision, options)
+    if device:
+        options = Device.of(device).suited(to) | options
+    target = make(Target, to, options)
     counts, pixels, floors = read_counts(steps), read_size(size), read_floors(floor)
     check_replaceable(out_dir, kind="bundle")
     opened = Student.open(student, read_loras(lora))

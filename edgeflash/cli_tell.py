@@ -218,10 +218,10 @@ def search(
     """Search what to remove from a UNet, under a budget: a student's architecture, and why."""
     from edgeflash.devices import Device
     from edgeflash.price import Way, asked_for
-    from edgeflash.searching import FILE, found_tables
-    from edgeflash.searching import search as look
+    from edgeflash.search import FILE, found_tables
+    from edgeflash.search import search as look
+    from edgeflash.search_walk import Wish
     from edgeflash.shelf import require
-    from edgeflash.walking import Wish
 
     require("search", ["torch", "diffusers", "transformers"])
     way, there = Way(on, precision) if on else None, Device.timed(device) if device else None

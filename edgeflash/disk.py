@@ -17,6 +17,7 @@ from edgeflash.errors import NO_SPACE, EdgeflashError, Stopped
 
 MANIFEST = "edgeflash.json"
 TRAINING = "recipe.json"  # in the scratch folder of a training
+ROOM_BYTES = 2**20  # a picture's; with less to spare the work is not begun
 
 
 def write_atomic(path: Path, content: Any) -> None:
@@ -62,7 +63,7 @@ def write_for_people(path: Path, text: str) -> None:
 def check_writable(out: Path, *, file: bool = False, flag: str = "--out") -> None:
     """Asks before the work whether a folder can be written into; it may have to be made.
 
-    It is tried with an empty folder, which goes again.
+    It is tried with a file of `ROOM_BYTES`, which goes again.
 
     Args:
         out: the folder; or what is to take a place in one.
@@ -70,17 +71,20 @@ def check_writable(out: Path, *, file: bool = False, flag: str = "--out") -> Non
         flag: what named it.
 
     Raises:
+        Stopped: the disk is full.
         EdgeflashError: nothing can be put there.
     """
     above = out.absolute().parent if file else out.absolute()
     there = next(each for each in (above, *above.parents) if os.path.lexists(each))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".edgeflash.", dir=there))
+        with tempfile.NamedTemporaryFile(prefix=".edgeflash.", dir=there) as trial:
+            trial.write(os.urandom(ROOM_BYTES))  # no file system can make that smaller
     except OSError as error:
+        kind = Stopped if error.errno == errno.ENOSPC else EdgeflashError
         why = f"nothing can be written into {there} ({error.strerror})"
         if not there.is_dir():
             why = "is a file" if there == out.absolute() else f"{there} is no folder"
-        raise EdgeflashError(f"{out}: {why}; choose another {flag}") from None
+        raise kind(f"{out}: {why}; choose another {flag}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

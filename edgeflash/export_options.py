@@ -61,7 +61,7 @@ class ExportOptions(BaseModel):
         "(T-GATE); the ladder does the same",
     )
     floors: dict[str, float] = Field(
-        {}, description="of the ladder, instead of the defaults; see edgeflash.verify"
+        {}, description="of the ladder, instead of the defaults; see edgeflash.floors"
     )
 
 

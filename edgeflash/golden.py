@@ -10,6 +10,8 @@ A golden's safetensors file holds, float32 if not said otherwise::
     output.<row>, output_empty.<row>  [1, c, h, w]   its raw answer with the prompt, and with none
     output_shifted                    [1, c, h, w]   its answer to the first row's input at the last
                                                      recorded row's time; only where k > 1
+    times                             [m] float64    others, some of all schedules that ship
+    output_at.<j>                     [1, c, h, w]   its answer to the first row's input at those
     cache.<j>.<row>                   [1, …]         what the denoiser left at that row for recorded
     cache_empty.<j>.<row>                            rows of its cached graph, with a prompt or none
     output_shifted_cached             [1, c, h, w]   as above, of the recorded rows of that graph
@@ -46,6 +48,7 @@ from edgeflash.schedule import Guidance, Schedule, Step, advance
 Array = NDArray[Any]
 Tensors = dict[str, Array]
 MOST_ROWS = 4  # rows recorded of one schedule
+MOST_TIMES = 3  # others, at which the first row's input is seen
 # row, input, what is heard and raw outputs: with the prompt and, where it is guided, without
 Watch = Callable[[int, Array, Sequence[Conditioning], Sequence[Array]], None]
 
@@ -176,6 +179,14 @@ class Sampler:
                 told[name] = self.predict(runs, seen, t, {**conditioning, **left})
         return told
 
+    def sweep(
+        self, network: Network, told: Tensors, conditioning: Conditioning, times: Sequence[float]
+    ) -> Tensors:
+        """What time does, for a golden that was recorded: see the module."""
+        answers = [self.predict(network, told["input.0"], t, conditioning) for t in times]
+        at = {f"output_at.{j}": answer for j, answer in enumerate(answers)}
+        return {"times": np.array(times, np.float64)} | at
+
 
 def told_by(text_encoder: str, what: str, *, empty: bool = False) -> str:
     """Name of a text encoder's array in a golden: conditioning, pooled_2, ids_2_empty …"""
@@ -207,6 +218,14 @@ def rows_to_record(schedule: Schedule) -> list[int]:
         own = [i for i, step in enumerate(schedule.steps) if step.graph == graph]
         found |= {own[round(i)] for i in np.linspace(0, len(own) - 1, min(len(own), MOST_ROWS))}
     return sorted(found)
+
+
+def times_to_sweep(schedules: Iterable[Schedule], recorded: Schedule) -> tuple[float, ...]:
+    """Some timesteps from all over the schedules, but for the first and last of that recorded."""
+    known = {recorded.steps[0].t, recorded.steps[-1].t}
+    times = sorted({step.t for schedule in schedules for step in schedule.steps} - known)
+    places = np.linspace(0, len(times) - 1, min(len(times), MOST_TIMES))
+    return tuple(times[round(place)] for place in places)
 
 
 def whole_row_before(schedule: Schedule, row: int) -> int:

@@ -20,6 +20,7 @@ from edgeflash.disk import check_writable
 from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import ExportOptions
+from edgeflash.floors import METRICS
 from edgeflash.machine import Machine
 from edgeflash.report import REPORT, Report, System, told
 from edgeflash.report_html import write_html
@@ -27,7 +28,6 @@ from edgeflash.roles import Target
 from edgeflash.schedule import lower_schedule
 from edgeflash.shelf import make
 from edgeflash.student import Student
-from edgeflash.verify import METRICS
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -13,10 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from edgeflash.complaint import complaint
 from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.floors import Floors
 from edgeflash.roles import Method
 from edgeflash.shelf import make
 
 OWN = ("name", "teacher", "base", "seed", "weights", "licence")  # keys outside all tables
+TABLES = ("data", "sampling", "floors")
 
 
 class _Table(BaseModel):
@@ -86,6 +88,9 @@ class Recipe(_Table):
     data: Data = Data()
     stage: tuple[StageSpec, ...] = Field(min_length=1)
     sampling: Sampling | None = None
+    floors: Floors = Field(
+        {}, description="of the student's exports, where --floor says nothing; see edgeflash.floors"
+    )
 
     def methods(self) -> list[Method]:
         """The stages as methods with every option resolved."""
@@ -148,12 +153,14 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     plain = recipe.model_dump(exclude_defaults=True, mode="json") | {"name": recipe.name}
     for key, value in given.items():
         table, _, field = key.rpartition(".")
+        if key.startswith("floors."):  # int8.L4.psnr_db is one name
+            table, _, field = key.partition(".")
         stages = [s for s in plain["stage"] if table in ("", s["by"])]
-        if key in ("data", "sampling", "stage"):
+        if key in (*TABLES, "stage"):
             raise EdgeflashError(f"--set {key}: is a table; set one of its keys: {key}.KEY=…")
         if not table and key in OWN:
             plain[key] = value
-        elif table in ("data", "sampling"):
+        elif table in TABLES:
             plain[table] = plain.get(table, {}) | {field: value}
         elif not table and get_close_matches(key, OWN, 1, 0.8):
             raise unknown("key of a recipe", key, OWN)
@@ -161,7 +168,7 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
             for stage in stages:
                 stage[field] = value
         else:
-            known = ["data", "sampling", *(stage["by"] for stage in plain["stage"])]
+            known = [*TABLES, *(stage["by"] for stage in plain["stage"])]
             raise unknown(f"table or stage in this recipe for --set {key}:", table, known)
     return recipe_of(plain, "the command line")
 

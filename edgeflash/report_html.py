@@ -236,7 +236,7 @@ table { border-collapse: collapse; }
 .row figure { width: min-content; }
 .hint s { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin: 0 5px 0 12px;
   background: var(--ink); }
-.pictures { margin: 0 -6px; }
+.pictures { margin-left: -6px; } /* a right one would make it wider than what it scrolls in */
 .pictures th { font-weight: 500; font-size: 13px; text-align: left; vertical-align: bottom;
   padding: 0 6px 8px; }
 .pictures tbody th { width: 190px; min-width: 130px; vertical-align: middle; color: var(--soft);

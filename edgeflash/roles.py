@@ -100,6 +100,10 @@ class Method(Plugin, ABC):
         """Whether the student is sampled without guidance though its sampler does not tell so."""
         return False
 
+    def shows_more(self) -> bool:
+        """Whether it makes a denoiser that sees a picture beside x_t, for later stages to teach."""
+        return False
+
     @abstractmethod
     def begin(self, shop: Workshop) -> Stage:
         """Builds the networks, losses and batches of this stage."""

@@ -13,7 +13,7 @@ from edgeflash.shelf import make
 
 if TYPE_CHECKING:
     from edgeflash.architecture import Config
-    from edgeflash.blocks import Anatomy
+    from edgeflash.search_blocks import Anatomy
     from edgeflash.student import Student
 
 PROMPTS, STEPS, CALLS = 2, 4, 8  # drawn by the teacher; of these calls, so many at the most

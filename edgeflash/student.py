@@ -23,6 +23,7 @@ from edgeflash.complaint import wrong_types
 from edgeflash.disk import MANIFEST, read_json, sha256_of, write_atomic
 from edgeflash.embedded import located, meant, refuse_judge
 from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.floors import Floors
 from edgeflash.lora import Lora
 from edgeflash.manifest import parse_manifest, read_manifest
 from edgeflash.noise_correction import MARK, corrected
@@ -64,6 +65,7 @@ class StudentManifest(Part):
     default_steps: int
     guidance: Guidance
     prompts: tuple[str, ...] = ()  # examples of what it draws: for capture, calibration, parity
+    floors: Floors = Field({}, description="of its exports, as its recipe has them")
     lineage: StudentLineage = StudentLineage()
 
 
@@ -251,6 +253,11 @@ class Student:
         """sha256 of each fused LoRA file -> its scale."""
         return {sha256_of(lora.file): lora.scale for lora in self.loras}
 
+    @property
+    def floors(self) -> dict[str, float]:
+        """What its exports have to reach, where nobody asks for something else."""
+        return self.manifest.floors if self.manifest else {}
+
     def default_steps(self, schedules: Iterable[int]) -> int:
         """The step count to run when nobody says: the manifest's, else the largest on offer."""
         on_offer = sorted(schedules)
@@ -297,6 +304,7 @@ def write_manifest(
     default_steps: int | None = None,
     guidance: Guidance | None = None,
     prompts: Sequence[str] = (),
+    floors: Floors | None = None,
     lineage: StudentLineage | None = None,
 ) -> StudentManifest:
     """Writes `edgeflash.json` into a finished diffusers folder, its sampler lowered to tables.
@@ -307,6 +315,7 @@ def write_manifest(
         default_steps: one of them; the largest when None.
         guidance: how it is to be steered; no guidance when None.
         prompts: some 8 examples of what it draws; exports record and calibrate with them.
+        floors: of its exports, instead of the defaults.
         lineage: how it came about.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -318,9 +327,11 @@ def write_manifest(
         default_steps=default_steps or max(schedules),
         guidance=guidance or Guidance(),
         prompts=tuple(prompts),
+        floors=floors or {},
         lineage=lineage or StudentLineage(),
     )
-    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    lacking = set() if floors else {"floors"}  # for older versions to read
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1, exclude=lacking) + "\n")
     return manifest
 
 

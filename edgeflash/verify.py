@@ -3,7 +3,8 @@
 ====  ==========================================================================================
 L0    every component loads; tokens and starting noise are those of the goldens
 L1    each component alone, on recorded inputs
-L2    the denoiser's answer to the prompt (with - without) and to time, over the recorded steps
+L2    the denoiser's answer to the prompt (with - without), over the recorded steps, and to time,
+      over the timesteps of all schedules
 L3    the latent after the whole loop, from the tokens on
 L4    the image; of a fused graph, how close its pictures are to those of the components
 ====  ==========================================================================================
@@ -22,7 +23,8 @@ import numpy as np
 from edgeflash import control, parity, shelf
 from edgeflash.bundle import Bundle, Component, Figure, Golden, kind_of
 from edgeflash.calls import Part, heard_by
-from edgeflash.errors import EdgeflashError, unknown
+from edgeflash.errors import EdgeflashError
+from edgeflash.floors import FLOORS, PRECISIONS, RATIOS, check_floors, floor_of
 from edgeflash.golden import (
     Array,
     Sampler,
@@ -37,67 +39,31 @@ from edgeflash.noise import randn
 from edgeflash.roles import Runtime, Session
 from edgeflash.tokenizer import read_tokenizer
 
-PALETTES = tuple(f"lut{bits}" for bits in (8, 6, 4, 3, 2, 1))
-PRECISIONS = (  # finest first
-    *("fp32", "fp16", "bf16", "int8-weights", "int8", "int8-dynamic", "fp8", "w8a8", *PALETTES),
-    "int4-weights",
-)
-FLOORS: dict[str, dict[str, float]] = {  # by precision; a name may be one rung's: "L4.psnr_db"
-    "fp32": {"psnr_db": 80.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
-    "fp16": {"psnr_db": 45.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
-    "bf16": {"psnr_db": 30.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
-    "int8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
-    "fp8": {"psnr_db": 25.0, "L4.psnr_db": 20.0, "delta_ratio": 0.9, "timestep_ratio": 0.9},
-    # A step is 1/15 of what a block of 32 normal weights spans, 4 sigma: an error of 22 dB below
-    # the weights, 34 below the range of what one layer gives; 16 layers in a row leave 22.
-    "int4-weights": {
-        "psnr_db": 22.0,
-        "L4.psnr_db": 18.0,
-        "delta_ratio": 0.9,
-        "timestep_ratio": 0.9,
-    },
-}
-FLOORS |= {name: FLOORS["int8"] for name in ("int8-weights", "int8-dynamic", "w8a8", *PALETTES)}
-PIXELS_DB = 45.0  # of 8-bit pictures; one level apart everywhere is 48 dB
-for _table in FLOORS.values():
-    _table["fused_psnr_db"] = min(_table["psnr_db"], PIXELS_DB)
-RATIOS = ("delta_ratio", "timestep_ratio")  # may be as far above 1 as below
-METRICS = {  # that a floor can be set for
-    "L1": ("psnr_db", "cosine"),
-    "L2": RATIOS,
-    "L3": ("psnr_db", "cosine"),
-    "L4": ("psnr_db", "ssim", "fused_psnr_db"),
-}
 Found = Iterator[tuple[str, str, float]]  # rung, metric, value
 
 
 def verify(
-    bundle: Bundle, runtime: Runtime | None = None, floors: Mapping[str, float] | None = None
+    bundle: Bundle,
+    runtime: Runtime | None = None,
+    floors: Mapping[str, float] | None = None,
+    *,
+    usual: Mapping[str, float] | None = None,
 ) -> tuple[Figure, ...]:
     """Climbs the ladder and gives every figure, the worst over all goldens.
 
     Args:
         bundle: what to check.
         runtime: where to run it; None: the runtime that goes with its target, as it is by default.
-        floors: by metric, or by rung and metric ("L3.psnr_db"); None: those of the manifest, or
-            the defaults of the precision.
+        floors: by name, see `edgeflash.floors`.
+        usual: what counts where they say nothing; then those of the manifest, or the defaults.
 
     Raises EdgeflashError for a floor of no metric, no goldens, or what does not load (L0).
     """
     check_floors(floors or {})
     if not bundle.manifest.goldens:
         raise EdgeflashError(f"{bundle.folder}: has no goldens to verify against: export it again")
-    climb = _Climb(bundle, runtime or runtime_for(bundle), dict(floors or {}))
+    climb = _Climb(bundle, runtime or runtime_for(bundle), (floors or {}, usual or {}))
     return tuple(climb.figures())
-
-
-def check_floors(floors: Mapping[str, float]) -> None:
-    """Raises where a floor's name is no metric, with or without the rung before it."""
-    names = {name for metrics in METRICS.values() for name in metrics}
-    names |= {f"{rung}.{name}" for rung, metrics in METRICS.items() for name in metrics}
-    for name in floors:
-        if name not in names:
-            raise unknown("floor", name, names)
 
 
 def refuse_below(figures: tuple[Figure, ...], folder: object) -> None:
@@ -146,7 +112,7 @@ class _Climb:
 
     bundle: Bundle
     runtime: Runtime
-    floors: dict[str, float]
+    floors: tuple[Mapping[str, float], ...]  # the first that says something counts
     goldens: list[tuple[Golden, Tensors]] = field(default_factory=list)
     drawn: list[Tensors] = field(default_factory=list)  # what the bundle itself made, a golden each
     controlnet: Part | None = None  # while the denoiser is open
@@ -268,22 +234,26 @@ class _Climb:
         prompt, empty = heard_by(self.bundle, told)
         asked = self._steered(part, told)
 
-        def predict(i: int, at: int, heard: Tensors, *, bare: bool = False) -> Array:
+        def predict(i: int, t: float, heard: Tensors, *, bare: bool = False) -> Array:
             left = left_for(told, sampler.schedule, i, empty=bare) if graph else {}
-            return sampler.predict(asked, told[f"input.{i}"], steps[at].t, heard | left)
+            return sampler.predict(asked, told[f"input.{i}"], t, heard | left)
 
-        answers = {i: predict(i, i, prompt) for i in rows}
+        def moved(i: int, t: float, other: Array) -> None:
+            found = answers[i] - predict(i, t, prompt)
+            effects["timestep_ratio"].add(told[f"output.{i}"] - other, found)
+
+        answers = {i: predict(i, steps[i].t, prompt) for i in rows}
         for i in rows:
             yield from _compare("L1", told[f"output.{i}"], answers[i])
             if f"output_empty.{i}" in told:
                 wanted = told[f"output.{i}"] - told[f"output_empty.{i}"]
-                found = answers[i] - predict(i, i, empty, bare=True)
+                found = answers[i] - predict(i, steps[i].t, empty, bare=True)
                 effects["delta_ratio"].add(wanted, found)
         if len(rows) > 1:
-            first, last = rows[0], rows[-1]
             shifted = told["output_shifted_cached" if graph else "output_shifted"]
-            found = answers[first] - predict(first, last, prompt)
-            effects["timestep_ratio"].add(told[f"output.{first}"] - shifted, found)
+            moved(rows[0], steps[rows[-1]].t, shifted)
+        for j, t in enumerate(() if graph else told.get("times", ())):
+            moved(0, float(t), told[f"output_at.{j}"])
 
     def _vae_decoder(self, part: Part) -> Found:
         space = self.bundle.manifest.latent
@@ -338,14 +308,14 @@ class _Climb:
     ) -> tuple[float | None, float | None]:
         if rung == "L0":
             return 1.0, None
-        if f"{rung}.{metric}" in self.floors or metric in self.floors:
-            table = self.floors
-        else:
+        precision = self._precision(name, rung)
+        asked = (floor_of(table, precision, rung, metric) for table in self.floors)
+        floor = next((each for each in asked if each is not None), None)
+        if floor is None:
             for figure in self.bundle.manifest.parity:
                 if (figure.rung, figure.component, figure.metric) == (rung, component, metric):
                     return figure.floor, figure.ceiling
-            table = FLOORS[self._precision(name, rung)]
-        floor = table.get(f"{rung}.{metric}", table.get(metric))
+            floor = floor_of(FLOORS[precision], precision, rung, metric)
         return floor, 2 - floor if metric in RATIOS and floor is not None else None
 
     def _precision(self, name: str, rung: str) -> str:

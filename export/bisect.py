@@ -15,9 +15,9 @@ import onnxruntime as ort
 from edgeflash.bundle import Bundle
 from edgeflash.calls import first_call
 from edgeflash.errors import EdgeflashError
+from edgeflash.floors import FLOORS
 from edgeflash.golden import Array, Tensors
 from edgeflash.parity import psnr_db
-from edgeflash.verify import FLOORS
 
 TAPS = 48  # tensors held at a time
 LARGEST_HALF = 65504.0

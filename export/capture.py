@@ -30,7 +30,7 @@ from .caching import Leaving, Way, before_list, without
 from .merging import merge_tokens, unmerged
 from .steering import controlnet_of, look, steered
 
-MOST_PLAIN = 3  # goldens that are drawn once more to see what merging or caching does
+MOST_PLAIN = 3  # goldens that are drawn once more to see what merging, caching or time does
 MOST_BATCH = 63  # diffusers' upsampling takes another path from 64 on
 NOTHING_TO_DO = {"aten.contiguous.default", "aten.dropout.default", "aten.alias.default"}
 
@@ -119,6 +119,7 @@ class Tape:
         whole: every timestep is a whole number.
         merge: share of the denoiser's tokens that are merged.
         way: how some of the denoiser is left out at some steps; None: it is not.
+        times: timesteps of other steps and schedules, for the ladder to see what time does.
         goldens: arrays recorded so far, one table a prompt; see `edgeflash.golden`.
         plain: latents of some goldens, drawn without "merging", or without "caching".
         loss_db: how far each of these moves their pictures.
@@ -135,6 +136,7 @@ class Tape:
     whole: bool = False
     merge: float = 0.0
     way: Way | None = None
+    times: tuple[float, ...] = ()
     goldens: list[Tensors] = field(default_factory=list)
     plain: dict[str, list[Array]] = field(default_factory=dict)
     loss_db: dict[str, list[float]] = field(default_factory=dict)
@@ -256,6 +258,7 @@ class Tape:
             asked = steered(network, controlnet, self.seed(number), self.size)
             golden |= sampler.record(asked, *both, self.seed(number), rows, cached)
             golden |= asked.told if isinstance(asked, control.Controlled) else {}
+        self._sweep(network, controlnet)
         for each in filter(None, (cached, controlnet)):
             self.ahead[each.network.component] = tuple(each.samples)
         if self.merge:
@@ -265,6 +268,13 @@ class Tape:
         if self.way:
             whole = replace(self.sampler, schedule=without(self.sampler.schedule))
             self._run_plain("caching", whole, network, None, seen)
+
+    def _sweep(self, network: Eager, controlnet: Eager | None) -> None:
+        """What time does in some goldens; not among the samples, for the loop has no such call."""
+        aside, other = Eager(network.network), controlnet and Eager(controlnet.network)
+        for number, golden in enumerate(self.goldens[:MOST_PLAIN] if self.times else ()):
+            asked = steered(aside, other, self.seed(number), self.size)
+            golden |= self.sampler.sweep(asked, golden, self._both(golden)[0], self.times)
 
     def _run_plain(
         self,

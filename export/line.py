@@ -35,14 +35,15 @@ from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.families import tokenizer_of
-from edgeflash.golden import Sampler
+from edgeflash.floors import check_floors
+from edgeflash.golden import Sampler, times_to_sweep
 from edgeflash.networks_sd import quiet, without_weights
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
 from edgeflash.shelf import target_name
 from edgeflash.student import INSTEAD, Student, sha256_of_all
 from edgeflash.tokenizer import read_tokenizer, unread
-from edgeflash.verify import check_floors, refuse_below, verify
+from edgeflash.verify import refuse_below, verify
 
 from . import hashing, memory, pack
 from .apart import request_of
@@ -67,8 +68,6 @@ PROMPTS = (  # for students that bring none of their own
     "close-up of a yellow flower with dew drops",
     "an astronaut riding a horse on the moon, digital art",
 )
-GOLDENS = 3  # prompts that ship as goldens
-BIG_BYTES = 256 * 2**20  # denoisers of that size take seconds a call: one golden
 
 
 def export_student(
@@ -128,7 +127,7 @@ def export_student(
                 manifest = _pack(plan, target, lowered, run, draft, console)
             on = "a stand-in" if unproven else target.runtime
             with stages.told(f"verify on {on}"):
-                figures = _proved(Bundle(draft, manifest), prover, options, run)
+                figures = _proved(Bundle(draft, manifest), prover, plan, options, run)
             proof = {"parity": figures, "unproven": unproven}
             pack.write_manifest(manifest.model_copy(update=proof), draft)
             kept = f"finished stages are kept in {folder}" if lasting else "nothing was written"
@@ -261,19 +260,20 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     times = {step.t for schedule in schedules.values() for step in schedule.steps}
     prompts = _prompts(student, options.prompts)
     whole = not any(t % 1 for t in times)
-    big = sum(p.stat().st_size for p in student.weights(family.denoiser).files) > BIG_BYTES
-    goldens = min(1 if big else GOLDENS, len(prompts))
+    sampler = Sampler(schedules[default_steps], guidance, shape, bool(way and way.gated))
+    goldens = min(pack.most_goldens(student, sampler), len(prompts))
     every = options.record_all or any(target.calibrates(name) for name in components)
     tape = Tape(
         student,
         target,
-        Sampler(schedules[default_steps], guidance, shape, bool(way and way.gated)),
+        sampler,
         prompts if every else prompts[:goldens],
         size,
         timestep=times.pop() if options.fold_timestep and len(times) == 1 else None,
         whole=whole,
         merge=options.merge_tokens,
         way=way,
+        times=times_to_sweep(schedules.values(), schedules[default_steps]),
     )
     return _Plan(student, components, schedules, default_steps, tape, goldens)
 
@@ -317,7 +317,8 @@ def _pack(
         pack.copy_tokenizer(student.folder / name, draft / name)
     if remark := target.furnish(student, draft):
         console.print(remark, markup=False)
-    goldens = pack.write_goldens(tape, plan.goldens, draft)
+    networks_bytes = sum(file.bytes for each in components for file in each.files)
+    goldens = pack.write_goldens(tape, plan.goldens, draft, networks_bytes)
     sha256 = sha256_of_all(run.hashes.all())
     loss_db = {what: round(min(found), 2) for what, found in tape.loss_db.items()}
     conditions = family.conditions(student)
@@ -345,19 +346,20 @@ def _pack(
 
 
 def _proved(
-    bundle: Bundle, prover: Runtime, options: ExportOptions, run: Run
+    bundle: Bundle, prover: Runtime, plan: _Plan, options: ExportOptions, run: Run
 ) -> tuple[Figure, ...]:
     """The ladder's figures; what was proved of the same files is not proved again."""
+    floors = options.floors, plan.student.floors
 
     def inputs() -> dict[str, Any]:
         manifest = hashlib.sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
         on = [type(prover).__name__, prover.model_dump(mode="json")]
-        return {"manifest": manifest, "on": on, "floors": options.floors, "tools": run.tools}
+        return {"manifest": manifest, "on": on, "floors": floors, "tools": run.tools}
 
     stage = Stage(run.folder, "verify", inputs)
     if found := stage.outcome():
         return tuple(map(Figure.model_validate, found.told["figures"]))
-    figures = verify(bundle, prover, options.floors)
+    figures = verify(bundle, prover, floors[0], usual=floors[1])
     if all(figure.passed for figure in figures):
         stage.begin()
         stage.finish(figures=[figure.model_dump(mode="json") for figure in figures])

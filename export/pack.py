@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image as Picture
 
 from edgeflash.bundle import File, Golden, Lineage, Manifest, describe_file
 from edgeflash.disk import MANIFEST
-from edgeflash.golden import Tensors, noise_sha256, save_tensors
+from edgeflash.golden import Sampler, Tensors, noise_sha256, save_tensors
 from edgeflash.roles import Target
 from edgeflash.student import Student
 from edgeflash.tokenizer import write_vocabulary
@@ -32,6 +33,9 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
+GOLDENS = 3  # prompts that ship as goldens
+BIG_BYTES, BIG_CALLS = 256 * 2**20, 8  # denoisers of that size take seconds a call: in all loops
+GOLDENS_BYTES, GOLDENS_SHARE = 16 * 2**20, 0.02  # they may take that much, or of the networks
 THUMBNAIL_PX = 64
 WEIGHTS = "_data"  # how files of large weights beside a graph end
 CODE = ("edgeflash", "edgeflash.export", "edgeflash.runtimes")  # what shapes and proves a bundle
@@ -78,10 +82,29 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     write_vocabulary(target)
 
 
-def write_goldens(tape: Tape, count: int, folder: Path) -> tuple[Golden, ...]:
-    """Writes the first recorded prompts to `goldens/` below the bundle's folder."""
+def most_goldens(student: Student, sampler: Sampler) -> int:
+    """How many prompts are to ship as goldens: the ladder draws each again, wherever it is run."""
+    files = student.weights(student.family.denoiser).files
+    if sum(path.stat().st_size for path in files) <= BIG_BYTES:
+        return GOLDENS
+    calls = len(sampler.schedule.steps) * (1 + sampler.guidance.doubles)
+    return min(GOLDENS, max(1, BIG_CALLS // calls))
+
+
+def write_goldens(tape: Tape, count: int, folder: Path, networks_bytes: int) -> tuple[Golden, ...]:
+    """Writes the first recorded prompts to `goldens/` below the bundle's folder.
+
+    Args:
+        tape: what was recorded.
+        count: how many at the most; fewer where they would be much beside the networks.
+        folder: the bundle.
+        networks_bytes: of the networks in it.
+    """
     (folder / "goldens").mkdir()
-    return tuple(_write_golden(tape, number, folder) for number in range(count))
+    sizes = [sum(array.nbytes for array in golden.values()) for golden in tape.goldens[:count]]
+    most = max(GOLDENS_BYTES, GOLDENS_SHARE * networks_bytes)
+    fitting = sum(total <= most for total in accumulate(sizes))
+    return tuple(_write_golden(tape, number, folder) for number in range(max(1, fitting)))
 
 
 def _write_golden(tape: Tape, number: int, folder: Path) -> Golden:

@@ -38,8 +38,8 @@ from edgeflash.caching import SUFFIX, cached_name
 from edgeflash.complaint import complaint
 from edgeflash.control import PICTURE
 from edgeflash.errors import EdgeflashError
+from edgeflash.floors import PRECISIONS
 from edgeflash.roles import Target
-from edgeflash.verify import PRECISIONS
 
 FILE = "plan.toml"  # in a bundle: what was decided
 NONE = "none"

@@ -59,6 +59,7 @@ def record_stage(tape: Tape, name: str, run: Run, before: str) -> Stage:
                 "guidance": sampler.guidance.model_dump(mode="json"),
                 "shape": [*sampler.shape],
                 "size": [*tape.size],
+                "times": [*tape.times],
             }
         elif name == "vae_decoder":
             asked |= {"latent": tape.latent.model_dump(mode="json")}

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 
 from edgeflash.bundle import Bundle, Latent, TensorSpec
 from edgeflash.errors import EdgeflashError
+from edgeflash.floors import FLOORS
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Array, Target
 from edgeflash.student import Student, folder_sha256
-from edgeflash.verify import FLOORS
 
 if TYPE_CHECKING:
     from .capture import Captured, Network

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from edgeflash.bundle import Bundle, Component
+from edgeflash.floors import FLOORS
 from edgeflash.student import INDEX, Student
-from edgeflash.verify import FLOORS
 
 from .ecosystem import write_configs, write_json
 from .plan import FLOATS, Kind, Quantizing, Ranges

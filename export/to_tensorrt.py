@@ -12,9 +12,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from edgeflash.bundle import DENOISERS, Component, Engine
 from edgeflash.engine import AHEAD, ENGINE, build, capability, load_vendor
 from edgeflash.errors import EdgeflashError
+from edgeflash.floors import FLOORS
 from edgeflash.gpu import find_gpu
 from edgeflash.roles import Runtime
-from edgeflash.verify import FLOORS
 
 from .plan import Kind, Quantizing, Ranges
 

@@ -48,7 +48,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (["distill", "--by", "lcm", "--set", "stps=3"], r"no option in method 'lcm': 'stps'"),
         (
             ["distill", "--by", "lcm", "--set", "lmc.steps=3"],
-            r"no table or stage .* 'lmc' \(have: data, lcm, sampling\); did you mean 'lcm'\?",
+            r"no table or stage .* 'lmc' \(have: data, floors, lcm, .*\); did you mean 'lcm'\?",
         ),
         (["distill", "--by", "lcm", "--set", "teachr=x"], r"'teachr' .*did you mean 'teacher'\?"),
         (["distill", "--by", "lcm", "--set", "steps"], r"write it as NAME=VALUE"),
@@ -68,7 +68,15 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         ),
         (
             ["export", "nowhere", "--to", "onnx", "--precision", "in8"],
-            r"target 'onnx': precision = 'in8': must be one of fp32, .*; did you mean 'int8'\?",
+            r"no --precision 'in8' \(have: auto, fp16, .*\); did you mean 'int8'\?",
+        ),
+        (
+            ["export", "nowhere", "--to", "onnx", "--precision", "atuo"],
+            r"no --precision 'atuo' .*; did you mean 'auto'\?",
+        ),
+        (
+            ["export", "x", "--to", "onnx", "--precision", "fp16", "--set", "precision=int8"],
+            r"--precision fp16 and --set precision=int8: leave one of them out",
         ),
         (["export", "shapes-studnt", "--to", "onnx"], r"folder; did you mean 'shapes-student'\?"),
         (["export", "shapes-judge", "--to", "onnx"], r"classifier .* such as shapes-student"),

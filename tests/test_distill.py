@@ -354,10 +354,11 @@ def test_a_student_tells_how_it_samples_and_carries_nobody_elses_card(tmp_path: 
     (teacher / "big.ckpt").write_text("not named in the index")
     told = teacher / "tokenizer/tokenizer_config.json"  # the index alone names the class
     told.write_text(json.dumps({"model_max_length": 16, "pad_token": "<|endoftext|>"}))
-    recipe = small_recipe(tmp_path, sampling=None)
+    recipe = small_recipe(tmp_path, sampling=None, floors={"ssim": 0.5})
     blocks = recipe.model_copy(update={"stage": recipe.stage[1:2]})
     pruned = Student.open(distill(blocks, tmp_path / "pruned")).manifest
     assert pruned and list(pruned.schedules) == [3] and pruned.guidance.scale == 2.0
+    assert pruned.floors == {"ssim": 0.5}
     assert pruned.lineage.recipe_sha256 == blocks.sha256 and not pruned.lineage.own_timesteps
     few = Student.open(distill(recipe, tmp_path / "few")).manifest
     assert few and list(few.schedules) == [1, 2, 4] and few.guidance.kind == "none"

@@ -8,8 +8,10 @@ import signal
 import sys
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from exported import QUIET
 from forked import forked
@@ -24,10 +26,12 @@ from edgeflash.export import apart, memory, pack
 from edgeflash.export.journal import LOCK, Stage, run_folder
 from edgeflash.export.line import export_student
 from edgeflash.export_options import ExportOptions
+from edgeflash.golden import Sampler
 from edgeflash.lora import Lora
 from edgeflash.machine import available_bytes, installed_bytes
 from edgeflash.recipe import find_recipe, read_recipe
 from edgeflash.roles import Target
+from edgeflash.schedule import Guidance
 from edgeflash.student import Student
 
 PARTS = ("text_encoder", "unet", "vae_decoder")
@@ -208,6 +212,28 @@ def test_a_listener_that_dies_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPat
     made = apart.Child(request, Future(), fails)
     assert made.recorded.wait(30)
     made.end()
+
+
+def test_how_many_goldens_ship(
+    one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = Student.open(one_step_student)
+
+    def most(**guidance: Any) -> list[int]:
+        tables = student.schedules([1, 2, 4, 25]).values()
+        samplers = [Sampler(table, Guidance(**guidance), (1, 4, 8, 8)) for table in tables]
+        return [pack.most_goldens(student, sampler) for sampler in samplers]
+
+    assert most() == [3, 3, 3, 3]
+    monkeypatch.setattr(pack, "BIG_BYTES", 0)
+    assert most() == [3, 3, 2, 1] and most(kind="cfg", scale=2.0) == [3, 2, 1, 1]
+    monkeypatch.setattr(pack, "GOLDENS_BYTES", 1000)
+    monkeypatch.setattr(pack, "_write_golden", lambda tape, number, folder: number)
+    tape: Any = SimpleNamespace(goldens=[{"a": np.zeros(50), "b": np.zeros(25)}] * 4)
+    for i, (networks_bytes, written) in enumerate(((0, 1), (59_999, 1), (60_000, 2), (10**9, 3))):
+        (tmp_path / str(i)).mkdir()
+        found = pack.write_goldens(tape, 3, tmp_path / str(i), networks_bytes)
+        assert found == (*range(written),)
 
 
 def test_limits_of_containers_count(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ FILES = [
     path for room in ("edgeflash", *ROOMS, "tests") for path in sorted((ROOT / room).glob("*.py"))
 ]
 KNOW_ALL_ROOMS = {"benchmark.py", "choice.py", "cli.py", "cli_tell.py", "demo.py", "planning.py"}
-KNOW_ALL_ROOMS |= {"block_times.py", "price.py", "score.py", "search_value.py"}
+KNOW_ALL_ROOMS |= {"search_times.py", "price.py", "score.py", "search_value.py"}
 
 
 def imports(path: Path) -> set[str]:

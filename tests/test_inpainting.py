@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from edgeflash.bundle import Bundle, Latent
 from edgeflash.conditions import beside, example, inpainting, of_image
 from edgeflash.disk import MANIFEST
 from edgeflash.distill.by_denoising import Denoising
+from edgeflash.distill.fit import check_kind
 from edgeflash.distill.run import distill
 from edgeflash.distill.seen import painted, unprompted
 from edgeflash.distill.stage import Workshop
@@ -300,6 +302,12 @@ def enlarging(folder: Path, times: int) -> None:
 def test_methods_that_do_not_are_refused(inpainter: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgeflashError, match="sees a picture beside x_t, which method 'gan' does"):
         distill(inpainting_recipe(tmp_path, inpainter, by="gan"), tmp_path / "student")
+    for more, refused in (({"inpaint": True}, True), ({"enlarge": 2}, True), ({}, False)):
+        stages = [{"by": "denoising"} | more, {"by": "lcm"}, {"by": "gan"}]
+        made = recipe_of({"name": "x", "stage": stages}, "x")
+        line = "^method 'denoising': its denoiser sees .* 'gan' does not"
+        with pytest.raises(EdgeflashError, match=line) if refused else nullcontext():
+            check_kind(made, [])
 
 
 @pytest.mark.slow

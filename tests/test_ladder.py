@@ -18,6 +18,7 @@ from test_cli import say  # noqa: F401 - a fixture
 from edgeflash.bundle import Bundle, Manifest, describe_file
 from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
+from edgeflash.golden import load_tensors, save_tensors
 from edgeflash.verify import refuse_below, verify
 
 
@@ -89,6 +90,21 @@ def test_a_dropped_timestep_is_caught(guided: Exported, tmp_path: Path) -> None:
     with pytest.raises(EdgeflashError, match="rung L2, unet: timestep_ratio"):
         floors = {"psnr_db": 0.0, "delta_ratio": 0.0}
         refuse_below(verify(bundle, floors=floors), bundle.folder)
+
+
+def test_timesteps_of_other_schedules_are_looked_at(guided: Exported, tmp_path: Path) -> None:
+    """What torch told of them is altered: as if time did twice as much there."""
+    bundle = altered(guided, tmp_path / "b", "unet")
+    schedules = guided.bundle.manifest.schedules
+    for golden in bundle.manifest.goldens:
+        told = load_tensors(bundle.folder / golden.tensors)
+        ts = {step.t for step in schedules[2].steps + schedules[3].steps}
+        assert {*told["times"]} == ts - {schedules[3].steps[i].t for i in (0, 2)} != set()
+        twice = {f"output_at.{j}": 2 * told[f"output_at.{j}"] for j in range(len(told["times"]))}
+        twice = {name: array - told["output.0"] for name, array in twice.items()}
+        save_tensors(bundle.folder / golden.tensors, told | twice)
+    failed = {(f.rung, f.metric) for f in verify(bundle) if not f.passed}
+    assert failed == {("L2", "timestep_ratio")}
 
 
 def test_attenuated_conditioning_is_caught(guided: Exported, tmp_path: Path) -> None:

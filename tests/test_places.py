@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,16 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> No
     check_writable(tmp_path / "new/deep")
     check_writable(tmp_path / "file", file=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "astray", "file"]
+
+
+def test_a_full_disk_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: Path("/dev/full").open("wb"))
+    for ask in (check_writable, lambda path: check_png(path / "a.png"), check_replaceable):
+        with pytest.raises(Stopped, match=r"\(No space left on device\); choose another --out$"):
+            ask(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

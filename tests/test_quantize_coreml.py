@@ -12,7 +12,7 @@ from torch import nn
 
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.quantize_coreml import check_kept
-from edgeflash.verify import PRECISIONS
+from edgeflash.floors import PRECISIONS
 
 INSTALL = "is not installed: pip install 'edgeflash[coreml-export]'"
 pytest.importorskip("coremltools", reason=f"coremltools {INSTALL}")

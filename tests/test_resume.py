@@ -17,6 +17,7 @@ from forked import forked
 from safetensors.torch import load_file
 from test_distill import run_toy, small_recipe, weights
 
+from edgeflash.disk import TRAINING
 from edgeflash.distill import loop
 from edgeflash.distill.folders import copy_folder
 from edgeflash.distill.run import _same_recipe, distill
@@ -105,6 +106,27 @@ def test_what_changed_is_named_as_it_is_set(tmp_path: Path) -> None:
     for said, change in changes.items():
         with pytest.raises(EdgeflashError, match=rf"\(changed: {said}\)"):
             _same_recipe(small_recipe(tmp_path, **plain | change), tmp_path)
+
+
+def test_options_that_were_added_since_change_nothing_at_their_defaults(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    _same_recipe(recipe, tmp_path)
+    path = tmp_path / TRAINING
+    told = json.loads(path.read_text())
+    del told["data"]["kind"], told["stage"][2]["huber_c"], told["stage"][0]["width"]
+    for i, stage in enumerate(told["stage"], 1):
+        (tmp_path / f"{i}-{stage['by']}").mkdir()
+        (tmp_path / f"{i}-{stage['by']}/outcome.json").write_text("{}")
+    path.write_text(json.dumps(told))
+    with pytest.raises(EdgeflashError, match=r"\(changed: data\.kind, decoder\.width\)"):
+        _same_recipe(recipe, tmp_path)  # neither has its default, but huber_c
+    told["data"]["kind"], told["stage"][0]["width"] = "folder", 8
+    path.write_text(json.dumps(told))
+    stages = [stage.options | {"by": stage.by} for stage in recipe.stage]
+    stages[2]["huber_c"] = 0.5
+    with pytest.raises(EdgeflashError, match=r"\(changed: lcm\.huber_c\)"):
+        _same_recipe(small_recipe(tmp_path, stage=stages), tmp_path)
+    _same_recipe(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("plain_too", [False, True])

@@ -16,16 +16,16 @@ from test_price import SD21, skeleton
 from tiny_student import write_student
 
 from edgeflash.architecture import smaller, spelled
-from edgeflash.block_times import Estimated, MeasuredTimes, Times, alone
-from edgeflash.blocks import Anatomist, Block, gflop_of, tensors_in
 from edgeflash.blueprints import SD15, UNETS, Blueprint
 from edgeflash.devices import Device
 from edgeflash.distill.by_blocks import Blocks, feature_pairs, prune_to
 from edgeflash.errors import EdgeflashError
 from edgeflash.price import Way, gflops
-from edgeflash.searching import SHARE, found_tables, search
+from edgeflash.search import SHARE, found_tables, search
+from edgeflash.search_blocks import Anatomist, Block, gflop_of, tensors_in
+from edgeflash.search_times import Estimated, MeasuredTimes, Times, alone
+from edgeflash.search_walk import Proposal, Walker, Wish
 from edgeflash.student import Student
-from edgeflash.walking import Proposal, Walker, Wish
 
 QUIET = Console(file=io.StringIO())
 DOWN, PAIRS = "DownBlock2D", [f"a pair of stage {i}" for i in (1, 2, 3, 4)]

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from edgeflash.blocks import Block, gflop_of, tensors_in
 from edgeflash.bundle import Component, TensorSpec, describe_file
 from edgeflash.devices import Device
 from edgeflash.errors import EdgeflashError
 from edgeflash.price import Way, gflops
 from edgeflash.roles import Runtime, Session, Target
+from edgeflash.search_blocks import Block, gflop_of, tensors_in
 from edgeflash.shelf import make
 
 if TYPE_CHECKING:

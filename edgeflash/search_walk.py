@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 
 from edgeflash.architecture import Config, Smaller, smaller
-from edgeflash.block_times import Times
-from edgeflash.blocks import Anatomist, Anatomy, gflop_of
 from edgeflash.devices import Device
 from edgeflash.errors import EdgeflashError
 from edgeflash.price import Way
 from edgeflash.report import told
+from edgeflash.search_blocks import Anatomist, Anatomy, gflop_of
+from edgeflash.search_times import Times
 from edgeflash.search_value import Value
 
 WORTH = 1e-3  # a removal that saves a smaller share of the step is none

@@ -1,7 +1,7 @@
 """`edgeflash search`: students under a budget of time, by what removing each block gains and costs.
 
-Times of UNets are sums over their blocks, each measured, or estimated, once (`block_times.py`);
-`walking.py` has the walk. What is proposed is exported and run as a whole, where it can be.
+Times of UNets are sums over their blocks, each measured, or estimated, once (`search_times.py`);
+`search_walk.py` has the walk. What is proposed is exported and run as a whole, where it can be.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from rich.console import Console
 
 from edgeflash import control
 from edgeflash.architecture import spelled
-from edgeflash.block_times import Estimated, MeasuredTimes
-from edgeflash.blocks import Anatomist
 from edgeflash.blueprints import Blueprint
 from edgeflash.disk import check_writable, write_for_people
 from edgeflash.errors import EdgeflashError
@@ -25,10 +23,12 @@ from edgeflash.machine import Machine
 from edgeflash.price import check_asked, price
 from edgeflash.report import System, told
 from edgeflash.roles import Target
+from edgeflash.search_blocks import Anatomist
+from edgeflash.search_times import Estimated, MeasuredTimes
 from edgeflash.search_value import Teacher, parameters_kept
+from edgeflash.search_walk import Proposal, Walker, Wish
 from edgeflash.shelf import make
 from edgeflash.student import Student
-from edgeflash.walking import Proposal, Walker, Wish
 
 if TYPE_CHECKING:
     from rich.console import Group
