@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.export import Dim, ExportedProgram
 
@@ -19,7 +18,6 @@ from edgeflash import control
 from edgeflash.bundle import ANSWER, Latent, TensorSpec, kind_of
 from edgeflash.caching import ROLE, cached_name
 from edgeflash.conditioning import told_of
-from edgeflash.conditions import beside, example
 from edgeflash.families import tokenizer_of
 from edgeflash.golden import Array, Sampler, Tensors, heard, rows_to_record, told_by
 from edgeflash.parity import psnr_db
@@ -28,7 +26,7 @@ from edgeflash.student import Student
 
 from .caching import Leaving, Way, before_list, without
 from .merging import merge_tokens, unmerged
-from .steering import controlnet_of, look, steered
+from .steering import controlnet_of, look, seen_beside, steered
 
 MOST_PLAIN = 3  # goldens that are drawn once more to see what merging, caching or time does
 MOST_BATCH = 63  # diffusers' upsampling takes another path from 64 on
@@ -251,7 +249,7 @@ class Tape:
 
     def _run_denoiser(self, network: Eager) -> None:
         rows = rows_to_record(self.sampler.schedule)
-        cached, seen = self._beside(network.network), self._seen_beside()
+        cached, seen = self._beside(network.network), seen_beside(self)
         controlnet = controlnet_of(self)
         for number, golden in enumerate(self.goldens):
             both, sampler = self._both(golden), replace(self.sampler, beside=seen[number])
@@ -296,26 +294,6 @@ class Tape:
             )
             for number, golden in enumerate(self.goldens[:MOST_PLAIN])
         ]
-
-    def _seen_beside(self) -> list[Array | None]:
-        """What the denoiser sees behind x_t, of each golden: of examples, no picture is at hand."""
-        family, student = self.student.family, self.student
-        if not (conditions := family.conditions(student)):
-            return [None] * len(self.goldens)
-        space = family.latent(student)
-        encoder = family.load(student, "vae_encoder")
-
-        def encode(pictures: Array) -> Array:
-            with torch.no_grad():
-                mean: Array = encoder(torch.from_numpy(pictures))[:, : space.channels].numpy()
-            return (mean - space.shift) * space.scale
-
-        found: list[Array | None] = []
-        for number in range(len(self.goldens)):
-            pixels, painted = example(self.seed(number), self.size)
-            picture = pixels.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
-            found.append(beside(conditions, picture, painted[None, None], space, encode))
-        return found
 
     def _both(self, golden: Tensors) -> tuple[Tensors, Tensors]:
         """What the denoiser hears of a golden: its prompt, and no prompt; with both its maps."""
