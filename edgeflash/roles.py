@@ -127,8 +127,12 @@ class Target(Plugin, ABC):
         return ""
 
     def refuse_conditions(self) -> str:
-        """Why it cannot lower a denoiser that sees a picture, by a ControlNet too; "": it can."""
+        """Why it cannot lower a denoiser that sees a picture beside x_t; "" where it can."""
         return ""
+
+    def refuse_control(self) -> str:
+        """Why it cannot lower a denoiser that a ControlNet steers; "" where it can."""
+        return self.refuse_conditions()
 
     @abstractmethod
     def lower(self, captured: Captured, out: Path) -> list[Path]:

@@ -152,7 +152,8 @@ def _check_target(target: Target, student: Student, options: ExportOptions) -> N
     _check_family(student, target)
     target.check()
     steered = control.NAME in student.family.components()
-    if (steered or student.family.conditions(student)) and (why := target.refuse_conditions()):
+    why = target.refuse_control() if steered else ""
+    if why := why or (target.refuse_conditions() if student.family.conditions(student) else ""):
         raise EdgeflashError(
             f"{student.folder}: its {student.family.denoiser} sees a picture beside x_t, and "
             f"--to {target_name(target)} {why}: choose another target, or other options"
