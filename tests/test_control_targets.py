@@ -175,7 +175,7 @@ def test_it_is_compiled_to_where_swift_looks(
 @pytest.mark.parametrize(
     "options",
     [
-        {"precision": "fp16", "rows": 2, "attention": "split_einsum", "chunk_mib": 0.15},
+        {"precision": "fp16", "rows": 2, "attention": "split_einsum", "chunk_mib": 0.32},
         {"precision": "int8", "smallest": 200},
         {"precision": "lut8", "smallest": 200, "quantized": ["unet"], "rest": "fp32"},
         {"precision": "w8a8", "ios": 17, "smallest": 200},
