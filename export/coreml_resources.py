@@ -5,7 +5,9 @@ dpmpp` with linspace spacing, `--step-count 1` and `--guidance-scale 0`: that sc
 gives the prediction of the clean latent.
 
 A ControlNet lies in a folder of its own, and is chosen by `--controlnet ControlNet`. Swift asks it
-for two rows whatever the guidance, and adds what it gives as it is, with no scale.
+for two rows, and adds what it gives as it is, with no scale. Two rows are those of a guidance scale
+of 1 or more, where 1 draws as without guidance: below it latents come in one row, on which nothing
+fits, since the picture still comes in two.
 """
 
 from __future__ import annotations
