@@ -26,6 +26,7 @@ from edgeflash.export_options import ExportOptions
 from edgeflash.golden import load_tensors, save_tensors
 from edgeflash.noise import randn
 from edgeflash.roles import Runtime, Target
+from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
 from edgeflash.student import INDEX, Student
@@ -101,6 +102,27 @@ def test_the_picture_is_seen_by_every_image_of_a_batch(steered: Bundle) -> None:
     """With guidance a call has the prompts behind the empty ones: 2 n rows of one picture."""
     two = drawn(steered, prompt=("blue ring", PROMPT), seed=SEED - 1)
     assert np.abs(two[1].astype(int) - drawn(steered)[0]).max() <= 1
+
+
+def test_it_is_asked_before_every_call(steered: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees what the denoiser sees, at every step; a late one hardly moves a picture."""
+    calls: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    real = Part.answers
+
+    def answers(part: Part, **by_role: Any) -> dict[str, Any]:
+        found = real(part, **by_role)
+        calls.append((part.component.name, by_role, found))
+        return found
+
+    monkeypatch.setattr(Part, "answers", answers)
+    drawn(steered)
+    asked = [call for call in calls if call[0] in ("controlnet", "unet")]
+    assert [name for name, *_ in asked] == ["controlnet", "unet"] * 2
+    for (_, seen, given), (_, heard, _) in zip(asked[::2], asked[1::2], strict=True):
+        assert heard.keys() == {"sample", "timestep", "conditioning", *given}
+        told = given | {role: seen[role] for role in ("sample", "timestep", "conditioning")}
+        assert all(np.array_equal(told[role], heard[role]) for role in heard)
+    assert asked[0][1]["timestep"] > asked[2][1]["timestep"]
 
 
 def test_an_nvidia_gpu_draws_the_same(
