@@ -132,8 +132,12 @@ class Target(Plugin, ABC):
         return ""
 
     def refuse_conditions(self) -> str:
-        """Why it cannot lower a denoiser that sees a picture, of whatever kind; "": it can."""
+        """Why it cannot lower a denoiser that sees a picture beside x_t, or an adapter; "": it can."""
         return ""
+
+    def refuse_control(self) -> str:
+        """Why it cannot lower a denoiser that a ControlNet steers; "" where it can."""
+        return self.refuse_conditions()
 
     @abstractmethod
     def lower(self, captured: Captured, out: Path) -> list[Path]:

@@ -174,7 +174,10 @@ class Tape:
         network = self.load(component)
         see(network)
         if component in self.ahead:
-            return network, self.ahead.pop(component)
+            samples = self.ahead.pop(component)
+            if self.target.learns:
+                _run_again(network, samples)
+            return network, samples
         eager = Eager(network)
         getattr(self, f"_run_{kind_of(component)}")(eager)
         return network, tuple(eager.samples)
@@ -319,6 +322,13 @@ class Tape:
             golden["encoded"] = network(image=golden["image"])
 
 
+def _run_again(network: Network, samples: Iterable[Sample]) -> None:
+    """For what a network notes as it runs: another copy of it ran when these were recorded."""
+    with torch.no_grad():
+        for sample in samples:
+            network.module(*map(torch.from_numpy, sample.inputs.values()))
+
+
 def as_one_row(array: Array, spec: TensorSpec) -> Array:
     """In the dtype, layout and rank of ``spec``, batch 1; what will be halves is not rounded."""
     if spec.dtype == "float16":
@@ -330,7 +340,7 @@ def as_one_row(array: Array, spec: TensorSpec) -> Array:
 def to_program(
     module: torch.nn.Module, inputs: Iterable[TensorSpec], sample: Sample
 ) -> ExportedProgram:
-    """Captures a module on a recorded call, at batch 2 so that the batch stays free."""
+    """Captures a module on a recorded call, at batch 2 where the batch stays free."""
     free: dict[str, Any] = {}
     arguments, shapes = [], []
     for spec in inputs:
@@ -338,7 +348,8 @@ def to_program(
         named = {i: d for i, d in enumerate(spec.shape) if isinstance(d, str)}
         for dimension in named.values():
             free.setdefault(dimension, Dim(dimension, min=1, max=MOST_BATCH))
-        repeats = [2 if i in named else 1 for i in range(example.ndim)]
+        whole = zip(spec.shape, example.shape, strict=True)
+        repeats = [2 if isinstance(side, str) else int(side) // one for side, one in whole]
         arguments.append(example.repeat(repeats))  # copied: numpy gives views of stride 0
         shapes.append({i: free[d] for i, d in named.items()})
     with torch.no_grad():

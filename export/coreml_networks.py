@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeflash.bundle import Latent, TensorSpec
+from edgeflash.bundle import EACH_STEP, Latent, TensorSpec
 
 from .capture import Network
 
-NAMES = {  # role -> what Apple's packages call it
+NAMES = {  # role -> what Apple's packages call it; others keep their names, which are Apple's
     "conditioning": "last_hidden_state",
     "pooled": "pooled_outputs",
     "prediction": "noise_pred",
@@ -24,26 +24,29 @@ LOG_VARIANCE = (-30.0, 20.0)  # limits, as in diffusers' DiagonalGaussianDistrib
 
 
 def adapted(network: Network, latent: Latent) -> Network:
-    """A component with Apple's names, layouts and factor, for one picture at a time.
+    """A component with Apple's names, layouts and factor.
 
     Args:
-        network: as the family describes it, but for its inputs.
+        network: as the family describes it, but for its inputs, which say how many rows it takes.
         latent: how the student scales its latents.
     """
+    rows = network.inputs[0].shape[0]
     outputs = tuple(
-        spec.model_copy(update={"name": NAMES[spec.role], "shape": (1, *spec.shape[1:])})
+        spec.model_copy(
+            update={"name": NAMES.get(spec.role, spec.name), "shape": (rows, *spec.shape[1:])}
+        )
         for spec in network.outputs
     )
     module: nn.Module
     if network.component == "text_encoder":
         module = TextEncoder(network.module)
-    elif network.component == "unet":
+    elif network.component in EACH_STEP:
         module = Unet(network.module, network.inputs)
     elif network.component == "vae_decoder":
         module = Decoder(network.module, latent)
     else:
         module = Encoder(network.module, latent)
-        moments = (1, 2 * latent.channels, *outputs[0].shape[2:])
+        moments = (rows, 2 * latent.channels, *outputs[0].shape[2:])
         outputs = (outputs[0].model_copy(update={"shape": moments}),)
     return Network(network.component, module, network.inputs, outputs)
 
@@ -60,7 +63,7 @@ class TextEncoder(nn.Module):
 
 
 class Unet(nn.Module):
-    """Takes the conditioning as [1, d, 1, s]."""
+    """A UNet or a ControlNet, which takes the conditioning as [n, d, 1, s]."""
 
     def __init__(self, network: nn.Module, inputs: tuple[TensorSpec, ...]) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeflash import shelf
-from edgeflash.bundle import Component, File
+from edgeflash.bundle import Component, File, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Array, Runtime
 
@@ -152,8 +152,13 @@ def evaluated(
         inputs=captured.inputs,
         outputs=captured.outputs,
     )
-    inputs = {spec.name: sample.inputs[spec.name].astype(spec.dtype) for spec in captured.inputs}
+    inputs = {spec.name: _rows_of(sample.inputs[spec.name], spec) for spec in captured.inputs}
     return shelf.make(Runtime, "coreml", options).watch(folder, component, inputs)
+
+
+def _rows_of(array: Array, spec: TensorSpec) -> Array:
+    """One row, as often and in the type as a package takes it."""
+    return np.repeat(array, int(spec.shape[0]), axis=0).astype(spec.dtype)
 
 
 @contextmanager

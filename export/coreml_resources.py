@@ -3,6 +3,11 @@
 One step works there with an epsilon-prediction student whose one timestep is 999, `--scheduler
 dpmpp` with linspace spacing, `--step-count 1` and `--guidance-scale 0`: that scheduler's first step
 gives the prediction of the clean latent.
+
+A ControlNet lies in a folder of its own, and is chosen by `--controlnet ControlNet`. Swift asks it
+for two rows, and adds what it gives as it is, with no scale. Two rows are those of a guidance scale
+of 1 or more, where 1 draws as without guidance: below it latents come in one row, on which nothing
+fits, since the picture still comes in two.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.student import Student
 
 FOLDER = "Resources"
+CONTROLNETS = "controlnet"  # folder in that
+PICTURE = "controlnet_cond"
 COMPILE = "xcrun coremlcompiler compile"
 
 
@@ -29,7 +36,7 @@ def write_resources(student: Student, out: Path) -> str:
     Raises:
         EdgeflashError: Xcode's compiler refuses a package.
     """
-    folder = out / FOLDER
+    folder, controlnet = out / FOLDER, out / "ControlNet.mlpackage"
     folder.mkdir()
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(out / "tokenizer" / name, folder / name)
@@ -41,11 +48,13 @@ def write_resources(student: Student, out: Path) -> str:
         told.append(f"Swift's samplers take epsilon, and this student predicts {found}")
     if _has_compiler():
         for package in sorted(out.glob("*.mlpackage")):
-            _compile(package, folder)
+            _compile(package, folder / CONTROLNETS if package == controlnet else folder)
     else:
+        home = f"{FOLDER}/{CONTROLNETS}"
+        apart = f"; mkdir -p {home}; mv {FOLDER}/{controlnet.stem}.mlmodelc {home}"
         told.append(
             f"compile it with Xcode, in the bundle: "
-            f"for p in *.mlpackage; do {COMPILE} $p {FOLDER}; done"
+            f"for p in *.mlpackage; do {COMPILE} $p {FOLDER}; done{apart * controlnet.is_dir()}"
         )
     return f"{FOLDER}: {'; '.join(told)}" if told else ""
 
@@ -59,6 +68,7 @@ def _has_compiler() -> bool:
 
 
 def _compile(package: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
     ran = subprocess.run([*COMPILE.split(), package, folder], capture_output=True, text=True)
     if ran.returncode or not (folder / f"{package.stem}.mlmodelc").is_dir():
         said = " ".join((ran.stderr or ran.stdout).split())[:300]
@@ -68,8 +78,9 @@ def _compile(package: Path, folder: Path) -> None:
 def lacks(out: Path) -> Iterator[str]:
     """What Apple's package looks for in vain in the packages of a bundle."""
     models = {path.stem: description(path) for path in sorted(out.glob("*.mlpackage"))}
-    chunks = [models[name] for name in ("UnetChunk1", "UnetChunk2") if name in models]
-    first, last = (chunks[0], chunks[-1]) if chunks else (models["Unet"], models["Unet"])
+    name = "ControlledUnet" if "ControlNet" in models else "Unet"
+    chunks = [models[chunk] for chunk in (f"{name}Chunk1", f"{name}Chunk2") if chunk in models]
+    first, last = (chunks[0], chunks[-1]) if chunks else (models[name], models[name])
     taken = first["takes"] | last["takes"]
     if "timestep" not in taken:
         yield "it feeds a timestep: export with --keep-timestep"
@@ -85,6 +96,22 @@ def lacks(out: Path) -> Iterator[str]:
     encoder = models.get("VAEEncoder")
     if encoder and next(iter(encoder["gives"].values()))[1] != 8:
         yield "it takes mean and log variance of 4 channels each from the encoder"
+    if controlnet := models.get("ControlNet"):
+        yield from _lacks_of_control(controlnet, taken)
+
+
+def _lacks_of_control(controlnet: dict[str, Any], taken: dict[str, Any]) -> Iterator[str]:
+    """The same of a ControlNet, beside a UNet that takes ``taken``."""
+    rows = {told.get("sample", (0,))[0] for told in (controlnet["takes"], taken)}
+    if rows != {2}:
+        yield (
+            "it asks ControlNets for two rows: export with --set rows=2, and draw with a guidance "
+            "scale of 1 or more"
+        )
+    if set(controlnet["takes"]) - {"timestep"} != {"sample", "encoder_hidden_states", PICTURE}:
+        yield f"it feeds a ControlNet sample, encoder_hidden_states and {PICTURE}"
+    if any(taken.get(name) != shape for name, shape in controlnet["gives"].items()):
+        yield "it hands what a ControlNet gives to the UNet by name"
 
 
 def description(package: Path) -> dict[str, dict[str, Any]]:

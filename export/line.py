@@ -150,9 +150,11 @@ def _check_target(target: Target, student: Student, options: ExportOptions) -> N
     """Raises what keeps a target from lowering that."""
     _check_family(student, target)
     target.check()
-    if (student.family.steering or student.family.conditions(student)) and (
-        why := target.refuse_conditions()
-    ):
+    steering = student.family.steering
+    why = target.refuse_control() if steering == control.NAME else ""
+    if steering == control.ADAPTER or student.family.conditions(student):
+        why = why or target.refuse_conditions()
+    if why:
         raise EdgeflashError(
             f"{student.folder}: its {student.family.denoiser} sees a picture beside x_t, and "
             f"--to {target_name(target)} {why}: choose another target, or other options"

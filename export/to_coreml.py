@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from edgeflash.bundle import Bundle, Latent, TensorSpec
+from edgeflash import control
+from edgeflash.bundle import EACH_STEP, Bundle, Latent, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.floors import FLOORS
 from edgeflash.parity import psnr_db
@@ -24,12 +26,19 @@ COMPARED = 2**18  # numbers of a tensor, evenly spread: all tensors of a network
 PACKAGES = {
     "text_encoder": "TextEncoder",
     "unet": "Unet",
+    "controlnet": "ControlNet",
     "vae_decoder": "VAEDecoder",
     "vae_encoder": "VAEEncoder",
 }
+STEERED = "ControlledUnet"  # a UNet that takes a ControlNet's residuals
 INPUTS = {"latent": "z", "image": "x"}  # role -> Apple's name; others keep theirs
-FED = {"tokens": "text_encoder", "latent": "vae_decoder", "image": "vae_encoder"}  # others: unet
-Part = Literal["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+FED = {  # role -> the component that takes it; others: unet
+    "tokens": "text_encoder",
+    control.PICTURE: "controlnet",
+    "latent": "vae_decoder",
+    "image": "vae_encoder",
+}
+Part = Literal["text_encoder", "unet", "controlnet", "vae_decoder", "vae_encoder"]
 Precision = Literal["fp32", "fp16", "int8", "w8a8", "lut8", "lut6", "lut4", "lut3", "lut2", "lut1"]
 
 
@@ -40,8 +49,9 @@ class CoreMlTarget(Target):
     w8a8: int8 weights and activations. All but fp32 compute in float16, angles of the timestep
     excepted. On a Mac with Xcode `Resources` also gets the compiled models.
 
-    One picture a call. Latents are scaled with 0.18215 whatever the student says, because Apple's
-    runtime does so. It feeds a timestep, so one-step students want ``--keep-timestep`` there.
+    One picture a call; of UNet and ControlNet ``rows``. Latents are scaled with 0.18215 whatever
+    the student says, because Apple's runtime does so. It feeds a timestep, so one-step students
+    want ``--keep-timestep`` there.
     """
 
     needs: ClassVar[tuple[str, ...]] = (
@@ -62,10 +72,11 @@ class CoreMlTarget(Target):
         16, description="oldest iOS to run on; macOS 13, 14 and 15 go with them"
     )
     attention: Literal["original", "split_einsum"] = Field(
-        "original", description="of the UNet; split_einsum suits the Neural Engine"
+        "original", description="of UNet and ControlNet; split_einsum suits the Neural Engine"
     )
     quantized: tuple[Part, ...] = Field(
-        ("text_encoder", "unet"), description="components that int8, w8a8 and lut apply to"
+        ("text_encoder", "unet", "controlnet"),
+        description="components that int8, w8a8 and lut apply to",
     )
     rest: Literal["fp32", "fp16"] = Field(
         "fp16", description="precision of the components that are not quantized"
@@ -78,6 +89,11 @@ class CoreMlTarget(Target):
     )
     group: int = Field(
         0, ge=0, description="lut: channels that share a palette; 0: all; else iOS 18"
+    )
+    rows: Literal[1, 2] = Field(
+        1,
+        description="of a call of UNet and ControlNet; 2: a picture with and without prompt, which "
+        "is how Swift asks ControlNets",
     )
     chunk_mib: float = Field(
         0, ge=0, description="split a UNet with larger weights into two packages; 0: never"
@@ -109,6 +125,9 @@ class CoreMlTarget(Target):
     def refuse_conditions(self) -> str:
         return "knows denoisers of x_t alone so far"
 
+    def refuse_control(self) -> str:
+        return ""
+
     def precision_of(self, component: str) -> str:
         skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized
         return self.rest if skipped else self.precision
@@ -121,13 +140,15 @@ class CoreMlTarget(Target):
         return self.precision_of(component) == "w8a8"
 
     def takes(self, spec: TensorSpec, *, whole: bool) -> TensorSpec:
-        half = self.precision_of(FED.get(spec.role, "unet")) != "fp32"
+        component = FED.get(spec.role, "unet")
+        half = self.precision_of(component) != "fp32"
         half = half and (whole or spec.role != "timestep")
-        shape = (1, *spec.shape[1:])
+        rows = self.rows if component in EACH_STEP else 1
+        shape = (rows, *spec.shape[1:])
         told: dict[str, Any] = {"name": INPUTS.get(spec.role, spec.name), "shape": shape}
         told["dtype"] = "float16" if half and spec.role != "tokens" else "float32"
         if spec.role == "conditioning":
-            told |= {"shape": (1, shape[2], 1, shape[1]), "layout": "NC1S"}
+            told |= {"shape": (rows, shape[2], 1, shape[1]), "layout": "NC1S"}
         return spec.model_copy(update=told)
 
     def scales(self, latent: Latent) -> Latent:
@@ -141,6 +162,9 @@ class CoreMlTarget(Target):
 
         if self.precision_of(network.component) != "fp32":
             coreml_norms.watch(network.module)
+        else:  # a ControlNet may be, and share inputs with a UNet that is not
+            wide = (spec.model_copy(update={"dtype": "float32"}) for spec in network.inputs)
+            network = replace(network, inputs=tuple(wide))
         return adapted(network, latent)
 
     def rewrite(self, network: Network) -> Network:
@@ -148,7 +172,7 @@ class CoreMlTarget(Target):
         from .coreml_attention import split_einsum
 
         coreml_norms.unwatch(network.module)
-        if self.attention == "split_einsum" and network.component == "unet":
+        if self.attention == "split_einsum" and network.component in EACH_STEP:
             split_einsum(network.module)
         coreml_norms.rescale(network.module)
         return network
@@ -162,7 +186,7 @@ class CoreMlTarget(Target):
             quantize_coreml.check(captured, precision)
         others = dict(self._others(captured))
         model = coreml_program.convert(captured, ios=self.ios, half=precision != "fp32")
-        package = out / f"{PACKAGES[name]}.mlpackage"
+        package = out / f"{package_of(name, captured.inputs)}.mlpackage"
 
         def finished(model: Any) -> Any:
             if not squeezed:
@@ -203,7 +227,7 @@ class CoreMlTarget(Target):
                 continue
             if other.inputs == captured.inputs:
                 raise EdgeflashError(f"join: {folder}: is of the same size, {height}x{width}")
-            package = bundle.folder / f"{PACKAGES[captured.component]}.mlpackage"
+            package = bundle.folder / f"{package_of(other.name, other.inputs)}.mlpackage"
             if not package.is_dir():
                 raise EdgeflashError(f"join: {folder}: its UNet is in chunks; export it as a whole")
             yield f"size_{height}x{width}", package
@@ -219,7 +243,8 @@ class CoreMlTarget(Target):
         if precision == "fp32":
             return ""
         captured = capture()
-        names = sorted(path.stem for path in out.glob(f"{PACKAGES[component]}*.mlpackage"))
+        whole = package_of(component, captured.inputs)
+        names = sorted(path.stem for path in out.glob(f"{whole}*.mlpackage"))
         exact = self.model_copy(update={"precision": "fp16", "chunk_mib": 0, "join": ()})
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp16-") as scratch:
             exact.lower(captured, Path(scratch))
@@ -250,7 +275,7 @@ def _astray(
     """Kinds and figures of the operators whose results miss the floor, in the order they run."""
     from .coreml_program import evaluated
 
-    sample, whole = captured.samples[0], [PACKAGES[captured.component]]
+    sample, whole = captured.samples[0], [package_of(captured.component, captured.inputs)]
     wanted: dict[str, Array] = {
         name: _some(array)
         for _, name, array in evaluated(exact, whole, captured, sample, halves=False)
@@ -262,6 +287,12 @@ def _astray(
         if (db := psnr_db(wanted[name], found)) < floor_db:
             low, high = wanted[name].min(), wanted[name].max()
             yield kind, f"{kind} {name} ({db:.1f} dB, values {low:.4g} to {high:.4g})"
+
+
+def package_of(component: str, inputs: Iterable[TensorSpec]) -> str:
+    """What a component's package is called; Apple's of a UNet that a ControlNet steers differs."""
+    steered = any(spec.role.startswith(control.ROLE) for spec in inputs)
+    return STEERED if steered else PACKAGES[component]
 
 
 def _some(array: Array) -> Array:

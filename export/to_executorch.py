@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from edgeflash.bundle import DENOISERS, TensorSpec
+from edgeflash.bundle import EACH_STEP, TensorSpec
 from edgeflash.caching import cached_name
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Target
@@ -37,7 +37,7 @@ class ExecuTorchTarget(Target):
 
     precision: Literal["fp32", "int8"] = Field("fp32", description="of weights and sums")
     quantized: tuple[str, ...] = Field(
-        (*DENOISERS, "vae_decoder", "vae_encoder"),
+        (*EACH_STEP, "vae_decoder", "vae_encoder"),
         description="components that int8 applies to",
     )
 

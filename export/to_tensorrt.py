@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from edgeflash.bundle import DENOISERS, Component, Engine
+from edgeflash.bundle import EACH_STEP, Component, Engine
 from edgeflash.engine import AHEAD, ENGINE, build, capability, load_vendor
 from edgeflash.errors import EdgeflashError
 from edgeflash.floors import FLOORS
@@ -44,8 +44,9 @@ class TensorRtTarget(Quantizing):
     compute capability, engines are built where the bundle runs: by ``edgeflash build``, or at first
     load. The ONNX files that they are built from ship in both cases.
 
-    int8 and fp8 apply to UNet, decoder and encoder, or to what ``quantized`` and ``plan`` say; with
-    ``tensorrt_rtx`` to no Gemm, and fp8 to products in the UNet alone, no convolution.
+    int8 and fp8 apply to UNet, ControlNet, decoder and encoder, or to what ``quantized`` and
+    ``plan`` say; with ``tensorrt_rtx`` to no Gemm, and fp8 to products in the first two alone, no
+    convolution.
 
     Where no GPU is here to run the engines, the ladder runs on those ONNX files instead: the
     manifest says so, and ``edgeflash verify`` on the device proves the engines.
@@ -160,7 +161,7 @@ class TensorRtTarget(Quantizing):
         return frozenset() if operator_of(kind, rank) in self._unfit else super().can(kind, rank)
 
     def usual(self) -> tuple[str, ...]:
-        return DENOISERS if self._only_products else super().usual()
+        return EACH_STEP if self._only_products else super().usual()
 
     def engine_of(self, component: str) -> Engine:
         most = self.most_rows or self.rows

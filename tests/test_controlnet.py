@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from exported import QUIET
+from simulated_gpu import simulate
 from tiny_sdxl import write_sdxl
 from tiny_student import controlnet_of, write_student
 from typer.testing import CliRunner
@@ -24,7 +25,8 @@ from edgeflash.export.line import export_student
 from edgeflash.export_options import ExportOptions
 from edgeflash.golden import load_tensors, save_tensors
 from edgeflash.noise import randn
-from edgeflash.roles import Target
+from edgeflash.roles import Runtime, Target
+from edgeflash.runtimes.feed import Part
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
 from edgeflash.student import INDEX, Student
@@ -40,14 +42,16 @@ def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_student(folder, tiny_decoder=False, scheduler="DDIMScheduler", task="ControlNet")
 
 
-def exported(student: Path, out: Path, to: str = "onnx", steps: int = 2, **more: Any) -> Bundle:
+def exported(
+    student: Path, out: Path, to: str | Target = "onnx", steps: int = 2, **more: Any
+) -> Bundle:
     guidance = Guidance(kind="cfg", scale=SCALE)
     options = ExportOptions(steps=(steps,), guidance=guidance, prompts=(PROMPT,), **more)
-    target = shelf.make(Target, to, {})
+    target = to if isinstance(to, Target) else shelf.make(Target, to, {})
     return export_student(Student.open(student), target, out, options, console=QUIET)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "openvino")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "openvino", "coreml")]
 
 
 @pytest.fixture(scope="module", params=["onnx", *SLOW])
@@ -98,6 +102,45 @@ def test_the_picture_is_seen_by_every_image_of_a_batch(steered: Bundle) -> None:
     """With guidance a call has the prompts behind the empty ones: 2 n rows of one picture."""
     two = drawn(steered, prompt=("blue ring", PROMPT), seed=SEED - 1)
     assert np.abs(two[1].astype(int) - drawn(steered)[0]).max() <= 1
+
+
+def test_it_is_asked_before_every_call(steered: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees what the denoiser sees, at every step; a late one hardly moves a picture."""
+    calls: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
+    real = Part.answers
+
+    def answers(part: Part, **by_role: Any) -> dict[str, Any]:
+        found = real(part, **by_role)
+        calls.append((part.component.name, by_role, found))
+        return found
+
+    monkeypatch.setattr(Part, "answers", answers)
+    drawn(steered)
+    asked = [call for call in calls if call[0] in ("controlnet", "unet")]
+    assert [name for name, *_ in asked] == ["controlnet", "unet"] * 2
+    for (_, seen, given), (_, heard, _) in zip(asked[::2], asked[1::2], strict=True):
+        assert heard.keys() == {"sample", "timestep", "conditioning", *given}
+        told = given | {role: seen[role] for role in ("sample", "timestep", "conditioning")}
+        assert all(np.array_equal(told[role], heard[role]) for role in heard)
+    assert asked[0][1]["timestep"] > asked[2][1]["timestep"]
+
+
+def test_an_nvidia_gpu_draws_the_same(
+    steered: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A simulated one, by engines that take one row a call."""
+    if steered.denoiser.target != "onnx":
+        pytest.skip("TensorRT opens ONNX bundles")
+    pytest.importorskip("cuda.bindings", reason="cuda-python is not installed")
+    wanted = drawn(steered, control_scale=0.5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    trt = simulate(monkeypatch, "tensorrt")
+    runtime = shelf.make(Runtime, "tensorrt", {})
+    with TextToImage(steered, runtime) as pipeline:
+        found = pipeline.generate(
+            Request(PROMPT, seed=SEED, control=PICTURE, control_scale=0.5)
+        ).images
+    assert len(trt.builds) == 4 and np.abs(found.astype(int) - wanted).max() <= 1
 
 
 def test_a_scale_of_0_draws_as_without_it(steered: Bundle, controlled: Path) -> None:
