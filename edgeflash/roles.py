@@ -132,7 +132,7 @@ class Target(Plugin, ABC):
         return ""
 
     def refuse_conditions(self) -> str:
-        """Why it cannot lower a denoiser that sees a picture beside x_t, or an adapter; "": it can."""
+        """Why it cannot lower a denoiser that sees a picture beside x_t, or an adapter."""
         return ""
 
     def refuse_control(self) -> str:
