@@ -72,7 +72,7 @@ def _check_conditions(recipe: Recipe, folders: Sequence[Path]) -> None:
 
 def _check_control(recipe: Recipe, folders: Sequence[Path]) -> None:
     """Refuses methods that do not go with what steers the denoiser, after any stage."""
-    has = max(Student.unfinished(folder).family.steering for folder in folders)
+    has = max((Student.unfinished(folder).family.steering for folder in folders), default="")
     for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
         if has and method.steers and method.steers != has:
             raise EdgeflashError(
