@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -151,6 +152,7 @@ def test_what_a_teachers_timesteps_do_not_allow_is_said(
         ("denoising", "attribute_weight"),
         ("blocks", "attribute_weight"),
         ("lcm", "attribute_weight"),
+        ("dmd", "attribute_weight"),
         ("denoising", "mistakes"),
     ],
 )
@@ -162,16 +164,18 @@ def test_what_looks_at_attributes_needs_labels(tmp_path: Path, by: str, option: 
         distill(recipe, tmp_path / "s")
 
 
-def test_an_auxiliary_classifier_moves_the_student(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "stage",
+    [{"by": "blocks", "rule": "small"}, {"by": "lcm"}, {"by": "dmd", "fake_updates": 1}],
+    ids=itemgetter("by"),
+)
+def test_an_auxiliary_classifier_moves_the_student(tmp_path: Path, stage: dict[str, Any]) -> None:
     def trained(weight: float) -> dict[str, torch.Tensor]:
-        common = {"steps": 1, "batch_size": 2, "attribute_weight": weight, "ema": 0}
-        stages = [{"by": "blocks", "rule": "small", **common}, {"by": "lcm", **common}]
-        data = {"kind": "shapes", "samples": 4}
-        out = tmp_path / f"weight {weight}"
-        distill(small_recipe(tmp_path, stage=stages, data=data), out)
-        logs = [f"{out}.run/{i}/metrics.jsonl" for i in ("1-blocks", "2-lcm")]
-        told = [json.loads(Path(log).read_text().splitlines()[0]) for log in logs]
-        assert all(("student/attributes" in line) == (weight > 0) for line in told)
+        told = stage | {"steps": 1, "batch_size": 2, "attribute_weight": weight, "ema": 0}
+        data, out = {"kind": "shapes", "samples": 4}, tmp_path / f"weight {weight}"
+        distill(small_recipe(tmp_path, stage=[told], data=data), out)
+        log = Path(f"{out}.run/1-{stage['by']}/metrics.jsonl").read_text().splitlines()
+        assert ("student/attributes" in json.loads(log[0])) == (weight > 0)
         return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
 
     without, with_it = trained(0), trained(1)
