@@ -33,8 +33,9 @@ class DMD(Method):
     The student steps along x_0 of the fake score less x_0 of the guided teacher, both asked at a
     noised sample of its own (eq. 2). The fake score, at first a copy of the teacher, learns to
     denoise the student's samples, and takes ``fake_updates`` steps for one of the student's (sec.
-    4.2): ``steps`` counts its own. What the student is given at its later steps is what its own
-    sampler leads to (sec. 4.5), and the number of steps simulated is drawn once a batch.
+    4.2): ``steps`` counts those, the student moves at every so many-th. What the student is given
+    at its later steps is what its own sampler leads to (sec. 4.5), and the number of steps
+    simulated is drawn once a batch.
 
     With ``gan_weight`` the fake score also judges samples and pictures, noised alike, by its
     innermost features (eq. 4), which a transformer has behind its middle block. The student keeps

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_controlnet import PICTURE, PROMPT, SCALE, SEED, drawn, exported
+from test_controlnet import PICTURE, PROMPT, SCALE, SEED, drawn, exported, spoilt
 from test_denoising import shop as shop  # a fixture
 from test_inpainting import inpainting_recipe
 from tiny_sdxl import write_sdxl
@@ -253,21 +253,13 @@ def test_what_cannot_be_drawn_after_is_said(steered: Bundle) -> None:
         TextToImage(Bundle(steered.folder, more), runtime_for(steered))
 
 
-def spoilt(adapted: Path, folder: Path, **config: Any) -> str:
-    """What is said of a folder whose adapter has another config."""
-    shutil.copytree(adapted, folder)
-    path = folder / "adapter/config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    with pytest.raises(EdgeflashError) as caught:
-        Student.open(folder)
-    return str(caught.value)
-
-
 def test_adapters_of_other_bases_are_refused(adapted: Path, tmp_path: Path) -> None:
-    said = spoilt(adapted, tmp_path / "a", adapter_type="full_adapter")
+    said = spoilt(adapted, "adapter", tmp_path / "a", adapter_type="full_adapter")
     assert "gives maps of 16@4px, 32@8px (channels@cell), where this unet takes 16@4px, " in said
-    assert "16@8px" in spoilt(adapted, tmp_path / "b", downscale_factor=8)
-    assert "pictures of 1 channels, where 3" in spoilt(adapted, tmp_path / "c", in_channels=1)
+    assert "16@8px" in spoilt(adapted, "adapter", tmp_path / "b", downscale_factor=8)
+    assert "pictures of 1 channels, where 3" in spoilt(
+        adapted, "adapter", tmp_path / "c", in_channels=1
+    )
     folder = tmp_path / "d"
     shutil.copytree(adapted, folder)
     index = json.loads((folder / INDEX).read_text()) | {"_class_name": "StableDiffusionPipeline"}

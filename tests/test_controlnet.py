@@ -283,10 +283,10 @@ def controlled_sdxl(folder: Path) -> Path:
     return folder
 
 
-def spoilt(controlled: Path, folder: Path, **config: Any) -> str:
-    """What is said of a folder whose ControlNet has another config."""
-    shutil.copytree(controlled, folder)
-    path = folder / "controlnet/config.json"
+def spoilt(home: Path, component: str, folder: Path, **config: Any) -> str:
+    """What is said of a copy of a student, in ``folder``, whose component has another config."""
+    shutil.copytree(home, folder)
+    path = folder / component / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     with pytest.raises(EdgeflashError) as caught:
         Student.open(folder)
@@ -294,16 +294,18 @@ def spoilt(controlled: Path, folder: Path, **config: Any) -> str:
 
 
 def test_controlnets_of_other_bases_are_refused(controlled: Path, tmp_path: Path) -> None:
-    said = spoilt(controlled, tmp_path / "a", layers_per_block=2)
+    said = spoilt(controlled, "controlnet", tmp_path / "a", layers_per_block=2)
     assert "has residuals of [16, 16, 16, 16, 32, 32, 32], where [16, 16, 16, 32, 32]" in said
     assert "has cross_attention_dim 64" in spoilt(
-        controlled, tmp_path / "b", cross_attention_dim=64
+        controlled, "controlnet", tmp_path / "b", cross_attention_dim=64
     )
     assert "global_pool_conditions" in spoilt(
-        controlled, tmp_path / "c", global_pool_conditions=True
+        controlled, "controlnet", tmp_path / "c", global_pool_conditions=True
     )
     stem = {"conditioning_embedding_out_channels": [16, 32, 96, 256]}
-    assert "a picture scaled down 8, where 2 goes" in spoilt(controlled, tmp_path / "d", **stem)
+    assert "a picture scaled down 8, where 2 goes" in spoilt(
+        controlled, "controlnet", tmp_path / "d", **stem
+    )
     folder = tmp_path / "e"
     shutil.copytree(controlled, folder)
     index = json.loads((folder / INDEX).read_text()) | {"_class_name": "StableDiffusionPipeline"}
