@@ -175,11 +175,11 @@ def test_an_auxiliary_classifier_moves_the_student(tmp_path: Path, stage: dict[s
         data, out = {"kind": "shapes", "samples": 4}, tmp_path / f"weight {weight}"
         distill(small_recipe(tmp_path, stage=[told], data=data), out)
         log = Path(f"{out}.run/1-{stage['by']}/metrics.jsonl").read_text().splitlines()
-        assert ("student/attributes" in json.loads(log[0])) == (weight > 0)
+        assert "student/attributes" in json.loads(log[0])
         return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
 
-    without, with_it = trained(0), trained(1)
-    moved = {name for name in without if not torch.equal(without[name], with_it[name])}
+    little, much = trained(0.1), trained(10)  # the same draws; with 0 there would be fewer
+    moved = {name for name in little if not torch.equal(little[name], much[name])}
     assert "conv_out.weight" in moved
 
 
