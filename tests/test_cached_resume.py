@@ -53,6 +53,7 @@ def traced_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Tape, "captured", captured)
 
 
+@pytest.mark.slow
 def test_killed_between_the_denoiser_and_its_cached_graph(
     guided_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def packages(controlled: Path, tmp_path_factory: pytest.TempPathFactory) -> Made
     return folder, captured, seen
 
 
+@pytest.mark.slow
 def test_names_shapes_and_types_are_apple_s(packages: Made) -> None:
     folder, captured, _ = packages
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -87,6 +88,7 @@ def test_names_shapes_and_types_are_apple_s(packages: Made) -> None:
         }, "Swift adds up what several give, as floats"
 
 
+@pytest.mark.slow
 def test_one_package_goes_on_with_what_the_other_gives(packages: Made) -> None:
     """Two rows that differ: with the prompt and without, as one call of Swift has them."""
     folder, captured, _ = packages
@@ -104,6 +106,7 @@ def test_one_package_goes_on_with_what_the_other_gives(packages: Made) -> None:
     assert psnr_db(rows("outputs", unet, "noise_pred"), drawn["noise_pred"]) > 45
 
 
+@pytest.mark.slow
 def test_a_controlnet_is_made_ready_as_a_unet_is(packages: Made) -> None:
     """Attention is split in it too, and its norms know what they saw, though another copy ran."""
     folder, _, seen = packages
