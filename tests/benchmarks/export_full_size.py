@@ -7,10 +7,11 @@
 
 The folder is written once, by another process, and is gone at the end unless ``--keep`` names a
 place for it. What is measured is one fresh process with its children: from starting Python to the
-finished bundle, imports, hashes and the parity ladder on one golden included. Memory is told twice:
-of the largest process, and of all together (what they share counts once, looked at four times a
-second); beside each stage of a large component, of the process it ran in. ``--children`` says how
-many components may be made at a time in processes of their own, to see what that is worth.
+finished bundle, imports, hashes and the parity ladder included; int8 is calibrated on 16 prompts.
+Memory is told twice: of the largest process, and of all together (what they share counts once,
+looked at four times a second); beside each stage of a large component, of the process it ran in.
+``--children`` says how many components may be made at a time in processes of their own, to see what
+that is worth.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ import time
 from pathlib import Path
 
 from edgeflash.blueprints import UNETS, Blueprint
+from edgeflash.price import NO_FLOORS
 
 GB = 1e9
 BOUNDS: dict[tuple[str, str, str], tuple[float | None, float]] = {  # of the UNet: seconds, GB
+    ("sdxs-512", "onnx", "int8"): (90, 3),
     ("sd15", "onnx", "fp16"): (60, 5),
     ("sdxl", "onnx", "fp16"): (None, 16),
     ("sdxl", "onnx", "int8-weights"): (None, 16),
@@ -53,10 +56,14 @@ def export(folder: Path, out: Path, target: str, precision: str, children: str) 
     elif children in CHILDREN:
         memory.check = lambda *_: CHILDREN[children]  # type: ignore[assignment]
     lowered = shelf.make(Target, target, {"precision": precision})
-    student, asked = Student.open(folder), ExportOptions(steps=(1,))
+    student = Student.open(folder)
     with nursery.begun(student, lowered) as imports:
-        from edgeflash.export.line import export_student
+        from edgeflash.export.line import PROMPTS, export_student
 
+        asked = ExportOptions(steps=(1,))
+        if precision == "int8":  # fresh weights are no test of floors
+            pictures = (*PROMPTS, *(f"{prompt}, at night" for prompt in PROMPTS))
+            asked = ExportOptions(steps=(1,), prompts=pictures, floors=NO_FLOORS)
         bundle = export_student(student, lowered, out, asked, nursery=imports)
     for figure in bundle.manifest.parity:
         if figure.metric in ("psnr_db", "delta_ratio"):

@@ -3,27 +3,30 @@
     python tests/benchmarks/peers STUDENT --work DIR [--steps 1] [--rounds 2] [--only NAME …]
 
 STUDENT is a diffusers folder with fixed weights, such as `export_full_size.py sdxs-512 --keep`
-leaves. Bundles and the peers' virtual environments are made in DIR once and used again. The systems
-take turns, round by round, so that all of them see the machine's good and bad moments; compare
-ratios, not milliseconds. Peers whose exporters refuse the student (optimum and OpenVINO GenAI know
-no AutoencoderTiny) are given edgeflash's own bundle, so what is compared there is the runtime.
-Written, and not run to its end yet.
+leaves. Bundles and the peers' virtual environments are made in DIR once and used again: take
+another DIR for another edgeflash. The systems take turns, round by round, so that all of them see
+the machine's good and bad moments; compare ratios, not milliseconds. Peers whose exporters refuse
+the student (optimum and OpenVINO GenAI know no AutoencoderTiny) are given edgeflash's own bundle,
+so what is compared there is the runtime. A peer that fails has a row that says so. `peers.json` in
+DIR is rewritten after every answer.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clock import clock
+from edgeflash.disk import MANIFEST
+from edgeflash.machine import Machine
+from edgeflash.price import NO_FLOORS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -67,16 +70,36 @@ PEERS = (
 )
 
 
-def bundle(student: Path, kind: tuple[str, str], work: Path, steps: int) -> Path:
+def bundle(kind: tuple[str, str], given: argparse.Namespace) -> Path:
     """The student as a bundle; with the timestep as an input, which stock pipelines want."""
     target, precision = kind
-    out = work / f"bundle-{target}-{precision}"
-    if not (out / "edgeflash.json").exists():
-        told = ["--to", target, "--precision", precision, "--steps", str(steps)]
-        floors = [f"--floor={name}=-1000" for name in ("L1.psnr_db", "L3.psnr_db", "L4.psnr_db")]
-        command = [OURS, "-m", "edgeflash", "export", student, *told, "--keep-timestep", *floors]
-        subprocess.run([*command, "--out", out], check=True)
+    asked = f"{given.student.name}-{given.side}-{given.steps}-{target}-{precision}"
+    out: Path = given.work / f"bundle-{asked}"
+    if (out / MANIFEST).exists():
+        return out
+    told = ["--to", target, "--precision", precision, "--steps", str(given.steps)]
+    told += ["--guidance", "1", "--keep-timestep", "--size", str(given.side)]
+    told += [f"--floor={name}={least}" for name, least in NO_FLOORS.items()]
+    check([OURS, "-m", "edgeflash", "export", given.student, *told, "--out", out])
     return out
+
+
+def check(command: Sequence[str | Path]) -> str:
+    """What a command prints.
+
+    Raises:
+        Failed: with the last line that it said of why.
+    """
+    quiet = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONNOUSERSITE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=quiet)
+    if ended.returncode:
+        said = [line for line in ended.stderr.splitlines() if line.strip()]
+        raise Failed(said[-1].strip() if said else f"exit code {ended.returncode}")
+    return ended.stdout
+
+
+class Failed(Exception):
+    """A process of a peer did not come to its end."""
 
 
 def python_of(venv: str, work: Path) -> str:
@@ -86,13 +109,13 @@ def python_of(venv: str, work: Path) -> str:
     folder = work / f"venv-{venv}"
     python = folder / "bin/python"
     if not (folder / "whole").exists():
-        subprocess.run([OURS, "-m", "venv", "--clear", folder], check=True)
+        check([OURS, "-m", "venv", "--clear", folder])
         pinned = dict(
             (line.partition("==")[0], line)
             for line in (ROOT / ".ci/constraints.txt").read_text().splitlines()
         )
         packages = [pinned.get(name, name) for name in VENVS[venv]]
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        check([python, "-m", "pip", "install", "--quiet", *packages])
         (folder / "whole").touch()
     return str(python)
 
@@ -100,60 +123,45 @@ def python_of(venv: str, work: Path) -> str:
 def ask(peer: Peer, given: argparse.Namespace) -> dict[str, Any]:
     """One process of the peer, all of it measured."""
     python = python_of(peer.venv, given.work)
-    kind = peer.bundle
-    folder = bundle(given.student, kind, given.work, given.steps) if kind else given.student
+    folder = bundle(peer.bundle, given) if peer.bundle else given.student
     options = dict(peer.options) | {"steps": given.steps}
     if peer.venv:
         options["side"] = given.side
     out = given.work / f"{peer.name.replace(' ', '-').replace(',', '')}.png"
     job = {"script": peer.script, "folder": str(folder), "options": options, "out": str(out)}
     job |= {"warm": given.warm, "runs": given.runs}
-    found = subprocess.run(
-        [python, str(HERE), "--job", json.dumps(job)],
-        check=True,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONNOUSERSITE": "1"},
-    )
-    answer: dict[str, Any] = json.loads(found.stdout.decode().splitlines()[-1])
+    said = check([python, HERE / "job.py", json.dumps(job)])
+    answer: dict[str, Any] = json.loads(said.splitlines()[-1])
     return answer
 
 
-def draw(job: dict[str, Any]) -> None:
-    """In the peer's process: load, draw, tell."""
-    script = importlib.import_module(f"draw_{job['script']}")
-    clock(
-        lambda: script.load(job["folder"], **job["options"]),
-        Path(job["out"]),
-        warm=job["warm"],
-        runs=job["runs"],
-    )
-
-
-def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown: medians over all rounds, and each over the fastest peer and over the first row."""
+def table(answers: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> str:
+    """Markdown: medians over all rounds, and each over the first row and over the fastest peer."""
     middle = {
-        name: statistics.median(ms for answer in answers for ms in answer["runs_ms"])
-        for name, answers in found.items()
+        name: statistics.median(ms for answer in rounds for ms in answer["runs_ms"])
+        for name, rounds in answers.items()
     }
     first = next(iter(middle.values()))
-    others = [ms for name, ms in middle.items() if not name.startswith("edgeflash")]
-    best = min(others) if others else float("nan")
+    best = min((ms for name, ms in middle.items() if not is_ours(name)), default=float("nan"))
     rows = [
         "| system | image, ms | load, ms | first image, ms | peak RSS, MiB | / first row "
         "| / best peer |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, ms in middle.items():
-        answers = found[name]
         load, start, rss = (
-            statistics.median(answer[key] for answer in answers)
+            statistics.median(answer[key] for answer in answers[name])
             for key in ("load_ms", "first_ms", "peak_rss_mib")
         )
         rows.append(
             f"| {name} | {ms:,.0f} | {load:,.0f} | {start:,.0f} | {rss:,.0f} "
             f"| {ms / first:.2f} | {ms / best:.2f} |"
         )
-    return "\n".join(rows)
+    return "\n".join([*rows, *(f"\n{name}: {why}" for name, why in failed.items())])
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("edgeflash")
 
 
 def main() -> None:
@@ -171,24 +179,46 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     given.work, given.student = given.work.resolve(), given.student.resolve()
     peers = [peer for peer in PEERS if not given.only or peer.name.startswith(tuple(given.only))]
-    for peer in peers:
-        python_of(peer.venv, given.work)
-        if peer.bundle:
-            bundle(given.student, peer.bundle, given.work, given.steps)
-    found: dict[str, list[dict[str, Any]]] = {}
-    for turn in range(0 if given.prepare else given.rounds):
-        for peer in peers:
-            answer = ask(peer, given)
-            found.setdefault(peer.name, []).append(answer)
-            ms = statistics.median(answer["runs_ms"])
-            print(f"round {turn + 1}: {peer.name}: {ms:,.0f} ms an image", file=sys.stderr)
-    if found:
-        (given.work / "peers.json").write_text(json.dumps(found, indent=1))
-        print(table(found))
+    failed: dict[str, str] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for turn in range(1 + (0 if given.prepare else given.rounds)):
+        for peer in (peer for peer in peers if peer.name not in failed):
+            try:
+                if turn:
+                    answers.setdefault(peer.name, []).append(ask(peer, given))
+                else:
+                    prepare(peer, given)
+            except Failed as error:
+                failed[peer.name] = str(error)
+            tell(peer.name, turn, answers, failed)
+            if turn:
+                keep(given, answers, failed)
+    if answers:
+        print(table({name: rounds for name, rounds in answers.items() if rounds}, failed))
+
+
+def prepare(peer: Peer, given: argparse.Namespace) -> None:
+    python_of(peer.venv, given.work)
+    if peer.bundle:
+        bundle(peer.bundle, given)
+
+
+def tell(
+    name: str, turn: int, answers: dict[str, list[dict[str, Any]]], failed: dict[str, str]
+) -> None:
+    said = failed.get(name, "ready")
+    if turn and name not in failed:
+        said = f"{statistics.median(answers[name][-1]['runs_ms']):,.0f} ms an image"
+    print(f"{f'round {turn}' if turn else 'prepared'}: {name}: {said}", file=sys.stderr)
+
+
+def keep(
+    given: argparse.Namespace, answers: dict[str, list[dict[str, Any]]], failed: dict[str, str]
+) -> None:
+    told = {"machine": Machine.here().model_dump(), "student": given.student.name}
+    told |= {"side": given.side, "steps": given.steps, "answers": answers, "failed": failed}
+    (given.work / "peers.json").write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--job"]:
-        draw(json.loads(sys.argv[2]))
-    else:
-        main()
+    main()

@@ -6,10 +6,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PROMPT = "a photograph of a red ball on a wooden table"
+
+MEASURED = "torch", "diffusers", "optimum-onnx", "onnxruntime", "openvino", "openvino-genai"
 
 Draw = Callable[[str, int], Any]  # prompt, seed -> a picture with PIL's `save`
 
@@ -28,12 +31,20 @@ def clock(load: Callable[[], Draw], out: Path, *, warm: int, runs: int) -> None:
         draw(PROMPT, seed).save(out)
         spent.append(_since(start))
     found = {
+        "versions": {name: found for name in MEASURED if (found := _version(name))},
         "load_ms": load_ms,
         "first_ms": spent[0],
         "runs_ms": spent[1 + warm :],
         "peak_rss_mib": _peak_rss_mib(),
     }
     print(json.dumps(found), file=sys.__stdout__, flush=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _since(start: float) -> float:
