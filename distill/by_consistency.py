@@ -40,8 +40,9 @@ class Consistency(Method):
     well. Distances are of latents; LPIPS, the paper's best, is not there. "huber" is that of arXiv
     2310.14189. The paper has no guidance: what is more than 1 is folded in by distillation.
 
-    A step asks the teacher twice, and the target network once. Published with LPIPS, without
-    guidance: CIFAR-10 FID 3.55 and 2.93 at 1 and 2 steps, ImageNet 64x64 6.20 at 1, all distilled.
+    A step asks the teacher twice, target network and student once each; in memory are these three,
+    and the student's average. Published with LPIPS, without guidance: CIFAR-10 FID 3.55 and 2.93 at
+    1 and 2 steps, ImageNet 64x64 6.20 at 1, all distilled.
     """
 
     conditioned: ClassVar[bool] = True

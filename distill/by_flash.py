@@ -42,8 +42,9 @@ class Flash(Method):
 
     The paper trains LoRA, this the whole student; its LPIPS, of decoded crops, is l2 of latents
     here. At pure noise a step asks the guided teacher 32 times, 18 on the mean of a run, and the
-    guided teacher and the student once more for the matching. Published for SD 1.5, LoRA, COCO 2014
-    (30 k): FID 12.41 at 4 steps, 12.27 at 2, in 26 hours of an H100.
+    guided teacher and the student once more for the matching; in memory are both, and the critic's
+    head. Published for SD 1.5, LoRA, COCO 2014 (30 k): FID 12.41 at 4 steps, 12.27 at 2, in 26
+    hours of an H100.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)

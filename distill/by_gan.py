@@ -41,11 +41,12 @@ class Diffusion2GAN(Method):
     through a convolution that begins at zero. Besides (x, z, c) against (G, z, c) it learns that x
     under another caption is wrong. Every ``r1_every`` steps, R1 on one sample of the batch.
 
-    The weights of the adversarial term and of R1 and the heads were not found: these are ours. A
-    step asks student and features twice each, the critic four times; pairs cost 2 x
-    ``solver_steps`` calls a caption, once. Published for SD 1.5 at one step: FID 9.29 (COCO 2014,
-    30 k), with 12 M pairs of guidance 8; of the distances alone MSE 110.6, pseudo-Huber 87.6,
-    without augmentations 67.2, with them 23.0.
+    The weights of the adversarial term and of R1, the heads and the rates were not found: these are
+    ours. A step asks student and features twice each, the critic four times; pairs cost 2 x
+    ``solver_steps`` calls a caption, once. In memory are teacher and student, and a critic of half
+    that size. Published for SD 1.5 at one step: FID 9.29 (COCO 2014, 30 k), with 12 M pairs of
+    guidance 8; of the distances alone MSE 110.6, pseudo-Huber 87.6, without augmentations 67.2,
+    with them 23.0.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)

@@ -43,9 +43,10 @@ class Imagine(Method):
     mean. The critic, on frozen features of the teacher, is hinged as ADD's is (arXiv 2311.17042).
 
     A step asks the teacher ``teacher_steps`` times, and student and critic each ask the student up
-    to ``denoising_steps`` times. Published for Emu, with its authors' prompts: FID 40.4, 34.7 and
-    35.5 at 1, 2 and 3 steps, 35.7 for the teacher at 25; at 3 steps, without backward distillation
-    44.2, without the shift 45.9, without the critic 39.0, without noise correction 35.5.
+    to ``denoising_steps`` times; in memory are both, and the critic's head. Published for Emu, with
+    its authors' prompts: FID 40.4, 34.7 and 35.5 at 1, 2 and 3 steps, 35.7 for the teacher at 25;
+    at 3 steps, without backward distillation 44.2, without the shift 45.9, without the critic 39.0,
+    without noise correction 35.5.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)

@@ -48,8 +48,8 @@ class LADD(Method):
     (Z-Image, 6 B), except guidance and solver. It blames its collapse on one sample a batch: take
     more. ``steps`` counts those of the heads. Their step asks the student once and the teacher on
     twice the batch, without gradients; the student's both, with gradients. The teacher's latents
-    cost 2 x ``solver_steps`` calls a caption, once. Published: SD3-Turbo (8 B), four unguided
-    steps, compared with others by people; no FID was found.
+    cost 2 x ``solver_steps`` calls a caption, once. In memory are both, and the heads. Published:
+    SD3-Turbo (8 B), four unguided steps, compared with others by people; no FID was found.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)

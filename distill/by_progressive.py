@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -38,8 +39,9 @@ class Progressive(Method):
     trained by, as there; SnapFusion also balances the two as it goes, and this does not.
 
     Teachers of v or x_0 are advised: at t = 999 an error of eps is 14.6 times as large in x_0. A
-    step asks the teacher twice. Published for SD 1.5 at 4, 2 and 1 steps: FID 26.4, 26.0 and 37.2
-    on COCO 2017 (arXiv 2311.17042); SnapFusion's own 8 steps, CFG kept: 24.2.
+    step asks the teacher twice, the student once; in memory are both. Published for SD 1.5 at 4, 2
+    and 1 steps: FID 26.4, 26.0 and 37.2 on COCO 2017 (arXiv 2311.17042); SnapFusion's own 8 steps,
+    CFG kept: 24.2.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
@@ -83,6 +85,23 @@ class Progressive(Method):
     def folds_guidance(self) -> bool:
         return self.guidance > 1
 
+    def refuse_after(self, earlier: Sequence[Method]) -> str:
+        if self.halves == "teacher":
+            return ""
+        made = next((runs for m in reversed(earlier) if (runs := m.step_counts())), None)
+        if made and (twice := 2 * self.denoising_steps) not in made:
+            return (
+                f"halves {twice} steps to {self.denoising_steps}, but the stage before it makes a "
+                f"student of {_told(made)}: set denoising_steps to half of them"
+            )
+        if (self.guidance > 1 or self.cfg_share) and any(m.folds_guidance() for m in earlier):
+            return (
+                "an earlier stage has folded guidance in, and this one would do so again: write "
+                "guidance = 1 and cfg_share = 0 here, in the recipe, as --set speaks to all stages "
+                "of a method"
+            )
+        return ""
+
     def begin(self, shop: Workshop) -> Stage:
         assert shop.teacher
         process = shop.process()
@@ -121,6 +140,10 @@ class Progressive(Method):
         spread = self.guidance_max - self.guidance_min
         scales = self.guidance_min + spread * rand(count, generator)
         return scales if compared else None
+
+
+def _told(steps: range) -> str:
+    return f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else f"{steps[0]}"
 
 
 @dataclass(frozen=True)

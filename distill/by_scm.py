@@ -39,8 +39,9 @@ class SCM(Method):
     difference, or exact (`rates.py` tells why). The weight e^w(t) that the paper learns is left
     out: it undoes the vanishing of g at the goal.
 
-    A step asks the guided teacher once, and the student three times. Published, with networks made
-    for it: CIFAR-10 FID 2.06 and ImageNet 512x512 1.88, both at 2 steps.
+    A step asks the guided teacher once, and the student three times; in memory are both, and the
+    student's average. Published, with networks made for it: CIFAR-10 FID 2.06 and ImageNet 512x512
+    1.88, both at 2 steps.
     """
 
     flows: ClassVar[bool] = True

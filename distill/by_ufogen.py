@@ -36,8 +36,9 @@ class UFOGen(Method):
     half of it with one logit; the authors' ImageNet code takes a whole network with many. Its
     clamped logits, learning rates, betas, turns and average are the defaults; what the paper trains
     Stable Diffusion with was not found. A step asks the student and the critic once, both with
-    gradients, and every second step once more, the critic then on twice the batch. Published for
-    SD 1.5 at one step: FID 22.5, CLIP 0.311 (COCO 2017, 5 k), FID 12.78 (COCO 2014, 30 k).
+    gradients, and every second step once more, the critic then on twice the batch; both lie in
+    memory, with an average of the student. Published for SD 1.5 at one step: FID 22.5, CLIP 0.311
+    (COCO 2017, 5 k), FID 12.78 (COCO 2014, 30 k).
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)

@@ -20,12 +20,20 @@ def check_kind(recipe: Recipe, folders: Sequence[Path]) -> None:
     """Refuses what would only fail when the student is put together.
 
     Raises:
-        EdgeflashError: teacher and base of two families, or a method that does not know theirs, or
-            not what its denoisers see.
+        EdgeflashError: a stage that cannot come after those before it, teacher and base of two
+            families, or a method that does not know theirs, or not what its denoisers see.
     """
+    _check_order(recipe)
     _check_families(recipe, folders)
     _check_conditions(recipe, folders)
     _check_control(recipe, folders)
+
+
+def _check_order(recipe: Recipe) -> None:
+    methods = recipe.methods()
+    for number, (spec, method) in enumerate(zip(recipe.stage, methods, strict=True)):
+        if why := method.refuse_after(methods[:number]):
+            raise EdgeflashError(f"stage {number + 1}, {spec.by!r}: {why}")
 
 
 def _check_families(recipe: Recipe, folders: Sequence[Path]) -> None:

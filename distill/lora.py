@@ -72,7 +72,11 @@ def _add(unet: Any, method: Method, name: str) -> None:
     rank, targets = method.lora_rank, method.lora_targets or TARGETS
     assert rank
     config = LoraConfig(
-        r=rank, lora_alpha=method.lora_alpha or rank, target_modules=list(targets), bias="none"
+        r=rank,
+        lora_alpha=method.lora_alpha or rank,
+        target_modules=list(targets),
+        bias="none",
+        init_lora_weights=True if method.lora_init == "uniform" else "gaussian",
     )
     steering = taken_off(unet)  # which stays as it is
     try:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,27 @@ def _take(
 
 
 def _pack_shards(data: Data, seed: int, home: Path) -> None:
-    urls, side = shard_urls(data), data.size_px
-    if crew.is_main():
+    urls, side, most = shard_urls(data), data.size_px, data.most or sys.maxsize
+    if crew.is_main() and data.most:  # else how many there are is known when all are read
         there = sum(path.stat().st_size for path in home.glob("shard-*.u8"))
-        check_space(home, max(0, data.samples * side**2 * 3 - there))
-    with progress("packing pictures", -(-data.samples // crew.size())) as advance:
+        check_space(home, max(0, most * side**2 * 3 - there))
+    share = -(-most // crew.size()) if data.most else None
+    with progress("packing pictures", share) as advance:
         for number in range(crew.rank(), len(urls), crew.size()):
             before = sum(_packed(home, i, side) for i in range(number))  # so far, by whomever
-            if before >= data.samples:
+            if before >= most:
                 break  # whatever comes later cannot be among the first so many
             if not _note(home, number).exists():
-                _pack_shard(urls[number], number, data.samples - before, side, home, advance)
+                mine = sum(_packed(home, i, side) for i in range(crew.rank(), number, crew.size()))
+                told = partial(_on, advance, mine)
+                _pack_shard(urls[number], number, most - before, side, home, told)
     crew.meet()
     if crew.is_main():
         _join_shards(len(urls), data, seed, home)
+
+
+def _on(advance: Callable[[int], None], before: int, count: int) -> None:
+    advance(before + count)
 
 
 def _pack_shard(
@@ -148,7 +156,7 @@ def _join_shards(count: int, data: Data, seed: int, home: Path) -> None:
     bad: list[str] = []
     shards: list[tuple[str, int]] = []  # file, pictures of it
     for number in range(count):
-        if len(captions) == data.samples:
+        if len(captions) == data.most:
             break
         before = len(captions)
         for name, caption, fault in json.loads(_note(home, number).read_text(encoding="utf-8")):
@@ -156,7 +164,7 @@ def _join_shards(count: int, data: Data, seed: int, home: Path) -> None:
                 bad.append(f"{name}: {fault}")
             else:
                 captions.append(caption)
-                if len(captions) == data.samples:
+                if len(captions) == data.most:
                     break
         shards.append((_pictures(home, number).name, len(captions) - before))
     _tell_skipped(bad, len(captions), data, home)
@@ -189,10 +197,12 @@ def _fault(caption: str | None) -> str:
 
 
 def _most(data: Data) -> int:
-    """The most samples there can be."""
-    if data.kind != "folder":
-        return data.samples
-    return max(1, min(data.samples, len(picture_files(Path(data.path or "")))))
+    """The most samples there can be, of shapes and folders."""
+    if data.kind == "shapes":
+        assert data.most
+        return data.most
+    there = len(picture_files(Path(data.path or "")))
+    return max(1, min(data.most or there, there))
 
 
 def _tell_skipped(bad: list[str], good: int, data: Data, home: Path) -> None:
@@ -226,8 +236,11 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int, start: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal; where there is none, a line every half minute. The main process's."""
+def progress(label: str, total: int | None, start: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal; where there is none, a line every half minute. The main process's.
+
+    ``total``: None where it is not known.
+    """
     began = told_at = time.monotonic()
     console = Console(file=sys.stderr)
     shown = crew.is_main() and sys.stderr.isatty()
@@ -239,8 +252,10 @@ def progress(label: str, total: int, start: int = 0) -> Iterator[Callable[[int],
             bar.update(task, completed=done)
             if not shown and crew.is_main() and time.monotonic() - told_at > TELL_SECONDS:
                 told_at = time.monotonic()
-                left = (told_at - began) / max(1, done - start) * (total - done)
-                line = f"{label}: {done}/{total}, {max(0, left) / 60:.0f} min left"
+                line = f"{label}: {done}"
+                if total is not None:
+                    left = (told_at - began) / max(1, done - start) * (total - done)
+                    line += f"/{total}, {max(0, left) / 60:.0f} min left"
                 print(line, file=sys.stderr, flush=True)
 
         yield advance

@@ -36,7 +36,7 @@ from .folders import copy_folder, halve
 from .loop import Outcome, train
 from .lora import add_lora, save_and_fuse
 from .stage import Workshop
-from .telling import Costs
+from .telling import Costs, summed
 
 STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
 STEERING |= {"clip_norm", "precision", "accumulate"}  # a begun stage goes on with these changed
@@ -179,7 +179,8 @@ def _told(outcome: Outcome) -> dict[str, Any]:
 
 
 def _line(label: str, told: dict[str, Any]) -> str:
-    figures = "  ".join(f"{k} {v:.4g}" for k, v in told.items() if isinstance(v, float))
+    floats = {k: v for k, v in told.items() if isinstance(v, float)}
+    figures = "  ".join(f"{k} {v:.4g}" for k, v in summed(floats).items())
     return f"{label}: {told['steps']} steps  {figures}"
 
 

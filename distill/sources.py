@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +31,9 @@ def from_shapes(data: Data, seed: int) -> Iterator[Found]:
         raise EdgeflashError(
             f"[data] size_px: the shapes are {shapes.SIZE_PX} px, not {data.size_px}"
         )
-    for start in range(0, data.samples, CHUNK):
-        chunk = range(start, min(start + CHUNK, data.samples))
+    assert data.most
+    for start in range(0, data.most, CHUNK):
+        chunk = range(start, min(start + CHUNK, data.most))
         pictures, captions, labels = shapes.batch(seed, chunk)
         told = zip(chunk, pictures, captions, labels.tolist(), strict=True)
         yield from ((str(i), picture, c.text, label) for i, picture, c, label in told)
@@ -91,8 +93,13 @@ def from_shard(url: str, size_px: int) -> Iterator[Found]:
             raw = next((sample[k] for k in sample if f".{k.lower()}" in IMAGES), None)
             picture = None if raw is None else read_picture(raw, size_px)
             yield sample["__key__"], picture, _shard_caption(sample), None
-    except (FileNotFoundError, tarfile.ReadError) as error:
+    except FileNotFoundError as error:
         raise EdgeflashError(f"[data] path: {url}: {error}") from None
+    except (tarfile.ReadError, ValueError) as error:  # webdataset adds the stream to its words
+        why = re.split(" @ | in tar file", str(error.args[0]))[0]
+        raise EdgeflashError(
+            f"[data] path: {url}: {why}: mend this shard, or leave it out"
+        ) from None
 
 
 def _shard_caption(sample: dict[str, Any]) -> str | None:

@@ -125,7 +125,16 @@ class Workshop:
         """A denoiser that learns nothing; in bf16 where the stage is, to be called in `autocast`.
 
         Only the weights of products are: autocast would round the same ones at every call.
+
+        Raises:
+            EdgeflashError: it is of another family than the student, whose c it would not take.
         """
+        theirs, ours = (Student.unfinished(each).family.name for each in (folder, self.student))
+        if theirs != ours:
+            raise EdgeflashError(
+                f"{folder}: is of the family {theirs}, the student of {ours}, and they do not hear "
+                "prompts alike: name one of the same family"
+            )
         denoiser = self.load(folder, self.denoiser).requires_grad_(False)
         for layer in denoiser.modules() if self.half else ():
             if isinstance(layer, nn.Linear | nn.Conv2d):

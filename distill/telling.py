@@ -64,6 +64,14 @@ class Costs:
         return {"samples_per_s": round(samples / max(seconds, 1e-9), 3)} | peaks
 
 
+def summed(figures: dict[str, float]) -> dict[str, float]:
+    """Figures for a line of text: those of the same name before a dot, a block each, as one."""
+    whole: dict[str, float] = {}
+    for name, value in figures.items():
+        whole[name.partition(".")[0]] = whole.get(name.partition(".")[0], 0.0) + value
+    return whole
+
+
 Log = Callable[[int, float, dict[str, float]], None]  # step, seconds, figures
 
 
@@ -109,7 +117,7 @@ def progress(
 
         def advance(step: int, terms: dict[str, float], clock: Clock) -> None:
             nonlocal told_at
-            told = "  ".join(f"{name} {value:.4f}" for name, value in terms.items())
+            told = "  ".join(f"{name} {value:.4f}" for name, value in summed(terms).items())
             bar.update(task, completed=step, told=told)
             if bar.disable and time.monotonic() - told_at > 30:
                 told_at = time.monotonic()

@@ -19,6 +19,7 @@ from edgeflash.shelf import make
 
 OWN = ("name", "teacher", "base", "seed", "weights", "licence")  # keys outside all tables
 TABLES = ("data", "sampling", "floors")
+SHAPES = 20_000  # rendered where nobody says how many
 
 
 class _Table(BaseModel):
@@ -32,7 +33,11 @@ class Data(_Table):
     path: str | None = Field(
         None, description="folder, or shard pattern like 'data/{000..009}.tar'"
     )
-    samples: int = Field(20_000, ge=1, description="how many are used at the most")
+    samples: int | None = Field(
+        None,
+        ge=1,
+        description="how many are used at the most; none: all there are, of shapes 20000",
+    )
     size_px: int = Field(64, ge=8, description="side of the square pictures")
 
     @model_validator(mode="after")
@@ -40,6 +45,11 @@ class Data(_Table):
         if (self.path is None) != (self.kind == "shapes"):
             raise ValueError("path goes with kind = 'folder' or 'shards', and only with them")
         return self
+
+    @property
+    def most(self) -> int | None:
+        """How many samples are used at the most; None: all there are."""
+        return self.samples or (SHAPES if self.kind == "shapes" else None)
 
 
 class StageSpec(_Table):

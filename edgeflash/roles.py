@@ -9,7 +9,7 @@ functions that use them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -57,7 +57,9 @@ class Method(Plugin, ABC):
     accumulate: int = Field(
         1, ge=1, description="micro-batches a step is cut into, over all processes"
     )
-    learning_rate: float = Field(1e-4, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float = Field(
+        1e-4, gt=0, description="peak learning rate of AdamW; the default is ours"
+    )
     decay: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="course of the learning rate after the warm-up"
     )
@@ -81,11 +83,15 @@ class Method(Plugin, ABC):
     lora_targets: tuple[str, ...] | None = Field(
         None, description="how names of layers with LoRA end; none: as diffusers' LCM-LoRA has it"
     )
+    lora_init: Literal["uniform", "gaussian"] = Field(
+        "uniform", description="how its first factor begins; gaussian: of deviation 1 / rank"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if not self.lora_rank and (self.lora_alpha or self.lora_targets):
-            raise ValueError("lora_alpha and lora_targets go with lora_rank")
+        plain = self.lora_init == "uniform" and not (self.lora_alpha or self.lora_targets)
+        if not self.lora_rank and not plain:
+            raise ValueError("lora_alpha, lora_targets and lora_init go with lora_rank")
         if self.lora_rank and self.ends:
             raise ValueError("ends is of whole networks: leave it or lora_rank out")
         if self.batch_size % self.accumulate:
@@ -103,6 +109,10 @@ class Method(Plugin, ABC):
     def shows_more(self) -> bool:
         """Whether it makes a denoiser that sees a picture beside x_t, for later stages to teach."""
         return False
+
+    def refuse_after(self, earlier: Sequence[Method]) -> str:
+        """Why it cannot come after these stages of a recipe, the first first; "" where it can."""
+        return ""
 
     @abstractmethod
     def begin(self, shop: Workshop) -> Stage:

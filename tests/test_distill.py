@@ -298,6 +298,7 @@ def test_a_whole_recipe_gives_a_student_that_diffusers_loads(tmp_path: Path) -> 
     stages = told["lineage"]["stages"]
     assert [stage["by"] for stage in stages] == ["decoder", "blocks", "lcm"]
     assert all(stage["samples_per_s"] > 0 < stage["peak_rss_mib"] for stage in stages)
+    assert {f"features.{w}_blocks.{i}" for w in ("down", "up") for i in (0, 1)} < stages[1].keys()
     pipeline = StableDiffusionPipeline.from_pretrained(str(out), safety_checker=None)
     names = [type(part).__name__ for part in (pipeline.vae, pipeline.scheduler)]
     assert names == ["AutoencoderTiny", "LCMScheduler"] and pipeline.unet.mid_block is None

@@ -15,7 +15,7 @@ from tiny_student import write_student
 from edgeflash.disk import sha256_of
 from edgeflash.distill import loop
 from edgeflash.distill.folders import copy_folder
-from edgeflash.distill.lora import TARGETS
+from edgeflash.distill.lora import TARGETS, _add
 from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import line, pack
@@ -105,6 +105,21 @@ def test_the_size_is_that_of_lcm_lora() -> None:
     assert trained == pytest.approx(67.5e6, rel=0.005)
 
 
+def test_flash_sds_lora_is_the_papers(tmp_path: Path) -> None:
+    """On attention alone, and its first factors from N(0, 1 / r^2): the authors' flash_sd.yaml."""
+    from diffusers import UNet2DConditionModel
+
+    (method,) = read_recipe(find_recipe("flash-sd")).methods()
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
+        _add(unet, method, "flash")
+    assert sum(p.numel() for p in unet.parameters() if p.requires_grad) == 25_509_888
+    small = load_network(Student.open(write_student(tmp_path / "base")), "unet")
+    _add(small, method, "flash")
+    firsts = [p.flatten() for name, p in small.named_parameters() if "lora_A" in name]
+    assert float(torch.cat(firsts).std() * 128) == pytest.approx(1, rel=0.02)
+
+
 def test_a_stage_without_a_denoiser_and_targets_that_are_not_there(tmp_path: Path) -> None:
     common = {"steps": 1, "batch_size": 2, "lora_rank": RANK}
     for stage, said in (
@@ -113,7 +128,11 @@ def test_a_stage_without_a_denoiser_and_targets_that_are_not_there(tmp_path: Pat
             r"decoder\.lora_rank: method 'decoder' trains no denoiser",
         ),
         ({"by": "lcm", "lora_targets": ["to_qq"]}, r"lcm\.lora_targets: no layer .* in to_qq"),
-        ({"by": "lcm", "lora_rank": None, "lora_alpha": 1}, "lora_targets go with lora_rank"),
+        ({"by": "lcm", "lora_rank": None, "lora_alpha": 1}, "lora_init go with lora_rank"),
+        (
+            {"by": "lcm", "lora_rank": None, "lora_init": "gaussian"},
+            "lora_init go with lora_rank",
+        ),
     ):
         with pytest.raises(EdgeflashError, match=said):
             distill(small_recipe(tmp_path, stage=[common | stage]), tmp_path / "student")

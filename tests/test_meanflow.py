@@ -109,6 +109,15 @@ def test_pairs_of_times_are_logit_normal_ordered_and_mostly_equal() -> None:
     assert [float(wide.min()), float(wide.max())] == ends.tolist()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_small_batches_have_as_many_equal_times(count: int) -> None:
+    it, options, generator = process(), MeanFlow(equal_share=0.75), seeded()
+    pairs = (options.times(it, count, generator) for _ in range(500))
+    counts = torch.stack([(t == r).sum() for t, r in pairs])
+    assert float(counts.double().mean()) == pytest.approx(0.75 * count, abs=0.06)
+    assert int(counts.max() - counts.min()) == 1  # both are met
+
+
 @pytest.mark.parametrize("predicts", PREDICTIONS)
 def test_the_mean_velocity_of_a_step_is_the_integral_of_the_flow(predicts: str) -> None:
     """u = (z_t - z_r) / (t - r), and z_r = m (1 - r) + sqrt(V_r / V_t) (z_t - m (1 - t)) there."""

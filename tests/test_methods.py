@@ -18,6 +18,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 from edgeflash import shapes
+from edgeflash.architecture import spelled
+from edgeflash.blueprints import SDXL
 from edgeflash.distill.by_blocks import (
     Blocks,
     feature_pairs,
@@ -267,6 +269,9 @@ def test_least_squares_part_real_from_made() -> None:
         (SD21, "small", 485_787_524),
         (SD21, "tiny", 326_825_604),
         (SD21, "sdxs", 318_695_364),
+        (SD21, "sdxs-0.9", 328_177_284),  # SDXS-512-0.9
+        (SD15, "sdxs", 315_746_244),  # SDXS-512-DreamShaper
+        (spelled(SDXL), "vega", 745_225_604),  # Segmind-Vega, where SDXS-1024 starts
     ],
 )
 def test_rules_reproduce_the_published_parameter_counts(

@@ -200,6 +200,45 @@ def test_changed_shards_are_packed_anew(tmp_path: Path) -> None:
         assert len(open_store(data, 0, tmp_path / "cache")) == count
 
 
+def test_all_a_person_has_is_used_and_a_limit_where_one_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("edgeflash.recipe.SHAPES", 3)
+    monkeypatch.setattr("edgeflash.distill.packing.TELL_SECONDS", -1)
+    captioned(tmp_path / "in", 8)
+    files = sorted((tmp_path / "in").iterdir())
+    for i in range(2):
+        with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
+            for path in files[8 * i : 8 * i + 8]:
+                tar.add(path, path.name)
+    kinds: dict[Any, Path | None] = {"shapes": None, "folder": tmp_path / "in"}
+    for kind, path in (kinds | {"shards": tmp_path / "{0..1}.tar"}).items():
+        told: dict[str, Any] = {
+            "kind": kind,
+            "path": path and str(path),
+            "size_px": 8 if path else 64,
+        }
+        assert len(open_store(Data(**told), 0, tmp_path)) == (8 if path else 3)
+        assert len(open_store(Data(**told, samples=5), 0, tmp_path)) == 5
+    told_so = capsys.readouterr().err
+    assert "packing pictures: 8/8, 0 min left\n" in told_so  # the folder
+    assert "packing pictures: 7\npacking pictures: 8\n" in told_so  # the second shard
+
+
+def test_a_shard_with_a_name_twice_and_one_cut_off_are_one_line(tmp_path: Path) -> None:
+    captioned(tmp_path / "in", 2)
+    whole, files = tmp_path / "0.tar", sorted((tmp_path / "in").iterdir())
+    with tarfile.open(whole, "w") as tar:
+        for path in (*files[:2], *files[:2]):
+            tar.add(path, path.name)
+    (tmp_path / "1.tar").write_bytes(whole.read_bytes()[:600])
+    for number, why in ((0, r"0\.\w+: duplicate file name"), (1, "[a-z ]+")):
+        data = Data(kind="shards", path=str(tmp_path / f"{number}.tar"), size_px=8)
+        said = rf"^\[data\] path: \S+{number}\.tar: {why}: mend this shard, or leave it out$"
+        with pytest.raises(EdgeflashError, match=said):
+            open_store(data, 0, tmp_path / "cache")
+
+
 def test_what_the_renderer_packed_keeps_its_name(store: Store) -> None:
     told = f"{Data(samples=len(ALL)).model_dump_json()} 0"
     assert store.folder.name == f"data-{hashlib.sha256(told.encode()).hexdigest()[:16]}"

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from edgeflash import shelf
+from edgeflash.distill.telling import summed
 from edgeflash.export import progress
 from edgeflash.export.line import export_student
 from edgeflash.export.progress import Rates, Stages
@@ -119,3 +120,8 @@ def test_an_export_keeps_what_its_stages_took(
     kept = json.loads((tmp_path / "cache" / "edgeflash" / "export-times.json").read_text())
     assert {"onnx: capture unet", "onnx: lower unet to fp32", "onnx: pack"} <= kept.keys()
     assert "lower unet to fp32" in said(console) and "pack" in said(console)
+
+
+def test_a_line_tells_the_errors_of_all_blocks_as_one_figure() -> None:
+    terms = {"student/denoising": 1.0, "student/features.down": 0.5, "student/features.up": 2.0}
+    assert summed(terms) == {"student/denoising": 1.0, "student/features": 2.5}

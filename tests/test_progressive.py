@@ -28,10 +28,13 @@ from torch import Tensor
 
 from edgeflash.distill.by_progressive import Lesson, Progressive, halved
 from edgeflash.distill.few_steps import ddim_scheduler, trailing
+from edgeflash.distill.fit import check_kind
 from edgeflash.distill.process import Process
 from edgeflash.distill.rollout import ddim
 from edgeflash.distill.run import distill
 from edgeflash.distill.teacher import asked
+from edgeflash.errors import EdgeflashError
+from edgeflash.recipe import Recipe, changed, recipe_of
 from edgeflash.schedule import lower_schedule
 
 STD = {1: 0.03419, 2: 0.28566, 4: 0.54358, 8: 0.72586, 16: 0.84142, 32: 0.91016}  # of N steps, / S
@@ -169,6 +172,31 @@ def test_what_cannot_be_folded_and_kept_is_said() -> None:
         Progressive(guidance=7.5, cfg_share=0.1)
     with pytest.raises(ValueError, match=r"guidance_min 20.0 is greater than guidance_max 14.0"):
         Progressive(guidance_min=20)
+
+
+def test_stages_in_a_row_halve_what_there_is_and_fold_guidance_once() -> None:
+    def chain(*steps: int, **first: Any) -> Recipe:
+        each: list[dict[str, Any]] = [{"denoising_steps": steps[0], **first}, {"by": "decoder"}]
+        each += [{"denoising_steps": n, "halves": "student"} for n in steps[1:]]
+        stages = [{"by": "progressive"} | stage for stage in each]
+        return recipe_of({"name": "x", "stage": stages}, "x")
+
+    check_kind(chain(4, 2, 1, guidance=3), [])
+    with pytest.raises(EdgeflashError, match=r"^stage 3, 'progressive': halves 2 .* student of 4:"):
+        check_kind(chain(4, 1), [])
+    with pytest.raises(EdgeflashError, match=r"^stage 4, .* halves 8 steps to 4.* student of 2:"):
+        check_kind(chain(4, 2, 4), [])
+    for extra in ({"guidance": 3}, {"cfg_share": 0.1}):
+        stages = chain(4, 2, guidance=3).model_dump()["stage"]
+        twice = [*stages[:2], stages[2] | extra]
+        with pytest.raises(EdgeflashError, match=r"stage 3, .* earlier stage has folded guidance"):
+            check_kind(recipe_of({"name": "x", "stage": twice}, "x"), [])
+    everywhere = changed(chain(8, 4, 2, 1), {"progressive.guidance": 3})
+    with pytest.raises(EdgeflashError, match="write guidance = 1"):
+        check_kind(everywhere, [])
+    stages = [{"by": "lcm", "ddim_steps": 2}, {"by": "progressive", "halves": "student"}]
+    with pytest.raises(EdgeflashError, match=r"halves 8 steps to 4, .* student of 1 to 2:"):
+        check_kind(recipe_of({"name": "x", "stage": stages}, "x"), [])
 
 
 def test_a_later_stage_halves_what_the_one_before_made(

@@ -359,5 +359,5 @@ def test_the_shipped_recipe_runs_scaled_down(tmp_path: Path) -> None:
     unet = json.loads((out / "unet/config.json").read_text())
     assert unet["mid_block_type"] is None and len(unet["down_block_types"]) == 2
     stages = {stage["by"]: stage for stage in told["lineage"]["stages"]}
-    assert list(stages) == ["decoder", "blocks", "sdxs"]
+    assert list(stages) == ["blocks", "sdxs", "decoder"]
     assert {"student/features", "student/scores"} < stages["sdxs"].keys()

@@ -69,6 +69,32 @@ def test_every_package_a_plugin_needs_is_in_an_extra() -> None:
             assert set(shelf.find(role, name, check=False).needs) <= brought, name
 
 
+def test_rates_are_those_of_the_papers_or_said_to_be_ours() -> None:
+    papers = {"blocks": 5e-5, "decoder": 3e-4, "lcm": 8e-6, "perflow": 8e-5, "flash": 1e-5}
+    papers |= {"dmd": 1e-5, "consistency": 1e-5, "ufogen": 1e-4}
+    for name in shelf.names(Method):
+        method = shelf.find(Method, name, check=False)
+        field = method.model_fields["learning_rate"]
+        if name in papers:
+            assert field.default == papers[name], name
+        else:
+            told = f"{method.__doc__} {field.description}"
+            assert re.search("default is ours|not found|Not published", told), name
+    lora = {"lora_rank": 4}
+    assert shelf.make(Method, "lcm", lora).learning_rate == 1e-4
+    assert shelf.make(Method, "lcm", lora | {"learning_rate": 2e-5}).learning_rate == 2e-5
+    assert shelf.make(Method, "perflow", {}).warmup_steps == 500
+
+
+def test_few_step_methods_tell_cost_memory_and_what_was_published() -> None:
+    for name in shelf.names(Method):
+        method = shelf.find(Method, name, check=False)
+        if name in ("blocks", "decoder") or method().step_counts():
+            told = " ".join((method.__doc__ or "").split())
+            for wanted in (r"\bstep\b[^.]*\basks\b", "memory", "Published"):
+                assert re.search(wanted, told), f"{name}: no {wanted}"
+
+
 @pytest.mark.parametrize(
     ("packages", "line"),
     [

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from edgeflash.distill.run import distill
+from edgeflash.distill.fit import check_kind
+from edgeflash.distill.run import _check_steps, _sampler, distill
+from edgeflash.embedded import embedded
 from edgeflash.recipe import changed, find_recipe, read_recipe
 
 SCENES = {"data.kind": "shapes", "data.path": None, "data.size_px": 64, "data.samples": 8}
@@ -23,6 +25,25 @@ RECIPES: dict[str, tuple[dict[str, Any], list[int]]] = {  # what is smaller, and
     "lcm-lora": ({"lcm.lora_rank": 4}, [2, 4, 8]),
     "tiny-decoder": (DECODER, [4, 8, 25]),
 }
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_for_a_real_teacher_fits_together(name: str) -> None:
+    smaller, steps = RECIPES[name]
+    recipe = read_recipe(find_recipe(name))
+    _check_steps(recipe)
+    check_kind(changed(recipe, SMALL | smaller), [embedded("shapes-teacher")])
+    said, (_, runs) = recipe.sampling, _sampler(recipe)
+    assert list(said.steps if said else runs or steps) == steps
+
+
+def test_sdxs_decoder_learns_as_equation_5_has_it_on_the_students_own_latents() -> None:
+    recipe = read_recipe(find_recipe("sdxs-512"))
+    *_, student, decoder = recipe.stage
+    (method,) = recipe.model_copy(update={"stage": (decoder,)}).methods()
+    told = method.model_dump()
+    assert (student.by, decoder.by) == ("sdxs", "decoder")
+    assert told["pixel_weight"] == 0 and told["own_steps"] == 1 and told["target"] == "decodings"
 
 
 @pytest.mark.slow

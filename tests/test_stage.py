@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
+import pytest
 import torch
 from test_distill import small_recipe
 from torch import nn
 
 from edgeflash.distill.data import open_store
 from edgeflash.distill.stage import Workshop
+from edgeflash.errors import EdgeflashError
 
 
 def test_a_frozen_teacher_in_bf16_answers_as_autocast_would_have_it(tmp_path: Path) -> None:
@@ -36,3 +40,17 @@ def test_a_frozen_teacher_in_bf16_answers_as_autocast_would_have_it(tmp_path: Pa
     assert not any(p.requires_grad for p in half.frozen(teacher).parameters())
     with whole.autocast():
         assert whole.frozen(teacher)(*inputs).sample.dtype == torch.float32
+
+
+def test_a_teacher_of_another_family_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """Its UNet may have the same widths, and wants to be told sizes all the same."""
+    small_recipe(tmp_path)
+    teacher, other = tmp_path / "teacher", tmp_path / "other"
+    copytree(teacher, other)
+    index = other / "model_index.json"
+    kinds = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+    index.write_text(index.read_text().replace(*kinds))
+    store: Any = None
+    shop = Workshop(teacher, teacher, store, tmp_path, torch.device("cpu"))
+    with pytest.raises(EdgeflashError, match=r"other: is of the family sdxl, the student of sd,"):
+        shop.frozen(other)
