@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -192,7 +192,7 @@ def export_best(
         tried: list[Tried] = []
         for name in precisions(to):
             console.print(f"trying {name}", highlight=False)
-            target = partial(shelf.make, Target, to, {"precision": name} | options)
+            target = partial(shelf.make, Target, to, at_precision(to, name, options))
             tried.append(try_out(name, target, lower, Path(scratch) / name))
             if (first := tried[0].bundle) is None:
                 raise EdgeflashError(f"--precision auto: {name}: {tried[0].why}")
@@ -205,6 +205,12 @@ def export_best(
         choice = _choice(kept, candidates, prefer)
         _place(kept, choice, out)
     return choice
+
+
+def at_precision(to: str, precision: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for one of several precisions, without those that do nothing there."""
+    idle = shelf.find(Target, to).idle(precision)
+    return {k: v for k, v in options.items() if k not in idle} | {"precision": precision}
 
 
 def precisions(to: str) -> tuple[str, ...]:

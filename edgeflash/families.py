@@ -109,6 +109,10 @@ class Family(ABC):
         """What the denoiser sees beside x_t: in its sample's channels behind the latent's."""
         return ()
 
+    def upcasts(self, student: Student) -> bool:
+        """Whether its pipeline runs the autoencoder in float32 where all else is in float16."""
+        return False
+
     @abstractmethod
     def tokenizer(self, student: Student, text_encoder: str = "text_encoder") -> Tokenizer:
         """How a prompt becomes a text encoder's ids; ``folder`` as it lies in the student."""

@@ -109,6 +109,12 @@ class StableDiffusionXL(StableDiffusion):
         # What the pipeline's constructor takes for granted where the index is silent.
         return "zeros" if student.index.get("force_zeros_for_empty_prompt", True) else None
 
+    def upcasts(self, student: Student) -> bool:
+        # Its values leave float16's range; what was retrained for it says false. Where a config is
+        # silent, diffusers' own classes do not agree.
+        kl = student.class_of("vae")[1] == "AutoencoderKL"
+        return bool(student.config("vae").get("force_upcast", kl))
+
     def encode_prompt(self, text_encoders: Sequence[Any], ids: Sequence[Tensor]) -> Tensor:
         """c [n, s + k, d]: the conditioning, and behind it the pooled state in k rows of d."""
         import torch

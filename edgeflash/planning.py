@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from edgeflash.bundle import Bundle
-from edgeflash.choice import Candidate, Tried, job_of, measure_in_turn, try_out
+from edgeflash.choice import Candidate, Tried, at_precision, job_of, measure_in_turn, try_out
 from edgeflash.disk import check_writable, write_for_people
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
@@ -131,7 +131,8 @@ class _Search:
     def target(self, point: Point | None, precision: str) -> Quantizing:
         """With a point's plan, or none."""
         plan = {"plan": point.plan().model_dump()} if point else {}
-        return quantizing(self.wish.to, {**self.wish.options, "precision": precision, **plan})
+        options = at_precision(self.wish.to, precision, self.wish.options)
+        return quantizing(self.wish.to, options | plan)
 
     def export(self, name: str, point: Point | None, precision: str) -> Exported:
         folder = self.scratch / str(len(list(self.scratch.iterdir())))

@@ -9,7 +9,7 @@ functions that use them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -130,8 +130,27 @@ class Target(Plugin, ABC):
         "fp32", "fp16", "bf16", "int8", "int8-dynamic", "int8-weights", "int4-weights", "fp8"
     ] = Field("fp32", description="of weights and sums")
 
+    @classmethod
+    def idle(cls, precision: str) -> Mapping[str, str]:
+        """Options that do nothing at a precision: giving one is a mistake; with what they go."""
+        return {}
+
+    @model_validator(mode="after")
+    def _none_idle(self) -> Self:
+        for name, goes_with in self.idle(self.precision).items():
+            field = type(self).model_fields.get(name)
+            if field and getattr(self, name) != field.default:
+                raise ValueError(
+                    f"{name}: goes with {goes_with}, and does nothing in {self.precision}: leave "
+                    "it out, or choose another precision"
+                )
+        return self
+
     def check(self) -> None:
         """Raises what stands in the way on this machine, before any network is loaded."""
+
+    def check_components(self, components: Collection[str]) -> None:
+        """Raises where options mean none of a student's components, before any is loaded."""
 
     def families(self) -> tuple[str, ...]:
         """Whose components it can lower with these options; none named: all."""
@@ -160,6 +179,14 @@ class Target(Plugin, ABC):
     def calibrates(self, component: str) -> bool:
         """Whether ranges of its tensors come from what is recorded, from all prompts."""
         return False
+
+    def scans(self, component: str) -> bool:
+        """Whether what is recorded, of whatever prompts, tells what of it stays in float32."""
+        return False
+
+    def wider(self, components: Collection[str]) -> Self:
+        """The same, with these in float32 where their sums would run in float16."""
+        return self
 
     def shaped_by(self, component: str) -> dict[str, Any]:
         """The options that shape what it lowers a component to: others may change without that."""
@@ -225,6 +252,10 @@ class Runtime(Plugin, ABC):
     def unproven(self) -> str:
         """What the ladder leaves open on it, and what to do about that; "" for nothing."""
         return ""
+
+    def exact(self) -> Runtime:
+        """Itself as the ladder climbs on it: computing in the types of a file, however slowly."""
+        return self
 
     @abstractmethod
     def open(self, folder: Path, component: Component) -> Session:

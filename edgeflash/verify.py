@@ -9,6 +9,7 @@ L3    the latent after the whole loop, from the tokens on
 L4    the image; of a fused graph, how close its pictures are to those of the components
 ====  ==========================================================================================
 
+It runs on `Runtime.exact`: an overflow in halves shows, though the CPU may compute in float32.
 Components are opened one at a time, and each once; but for the denoiser's cached graph and its
 ControlNet, which run in the loop beside it. What a denoiser takes of that is never recorded whole.
 """
@@ -62,7 +63,8 @@ def verify(
     check_floors(floors or {})
     if not bundle.manifest.goldens:
         raise EdgeflashError(f"{bundle.folder}: has no goldens to verify against: export it again")
-    climb = _Climb(bundle, runtime or runtime_for(bundle), (floors or {}, usual or {}))
+    exact = (runtime or runtime_for(bundle)).exact()
+    climb = _Climb(bundle, exact, (floors or {}, usual or {}))
     return tuple(climb.figures())
 
 

@@ -100,7 +100,8 @@ def export_student(
     unproven = prover.unproven or None
     check_floors(options.floors)
     check_replaceable(out, student.folder, kind="bundle")
-    plan = planned(student, target, options)
+    plan = _upcast(planned(student, target, options), console)
+    target = plan.tape.target
     _tell_changed(student, options, console)
     stages = Stages(console, _rates(plan, target))
     with (
@@ -213,6 +214,17 @@ class _Plan:
     default_steps: int
     tape: Tape
     goldens: int
+
+
+def _upcast(plan: _Plan, console: Console) -> _Plan:
+    """Leaves the autoencoder in float32 where the student's pipeline does, and says so."""
+    student, target = plan.student, plan.tape.target
+    target.check_components(plan.components)
+    own = [name for name in plan.components if name.startswith("vae_")]
+    if not student.family.upcasts(student) or (wider := target.wider(own)) == target:
+        return plan
+    console.print("the VAE says force_upcast: it stays in fp32, as in diffusers' pipeline")
+    return replace(plan, tape=replace(plan.tape, target=wider))
 
 
 def rehearsal(student: Student, target: Target, options: ExportOptions = AS_USUAL) -> Tape:

@@ -123,8 +123,9 @@ def instead(student: Student, target: Target, name: str, below: float) -> str:
     """What takes less than so many bytes, where anything does."""
     others = {}
     for precision in BYTES:
+        asked = target.model_dump(exclude=set(type(target).idle(precision)))
         try:
-            other = type(target).model_validate(target.model_dump() | {"precision": precision})
+            other = type(target).model_validate(asked | {"precision": precision})
         except ValueError:  # not one of this target's
             continue
         others[precision] = estimate(student, other, name)

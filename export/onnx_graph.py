@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -155,15 +155,15 @@ def load(path: Path) -> ir.Model:
     return ir.load(path)
 
 
-def to_half(model: ir.Model, kind: ir.DataType = HALF) -> None:
+def to_half(model: ir.Model, kind: ir.DataType = HALF, besides: Iterable[ir.Node] = ()) -> None:
     """Makes weights and sums float16 or bfloat16; inputs and outputs stay float32.
 
-    So does what `wide.kept` names.
+    So does what `wide.kept` names, and ``besides`` these nodes.
     """
     graph = model.graph
     if kind == BF16:
         graph.opset_imports[""] = max(BF16_OPSET, graph.opset_imports[""])
-    island = kept(graph, narrow_range=kind == HALF)
+    island = kept(graph, narrow_range=kind == HALF) | set(besides)
     inside = {value for node in island for value in node.outputs}
     crossed: dict[ir.Value, ir.Value] = {}
     for value in list(graph.initializers.values()):

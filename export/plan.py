@@ -28,23 +28,27 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from edgeflash.bundle import ANSWER, EACH_STEP
-from edgeflash.caching import SUFFIX, cached_name
+from edgeflash.caching import SUFFIX, cached_name, whole_name
 from edgeflash.complaint import complaint
 from edgeflash.control import PICTURE
 from edgeflash.errors import EdgeflashError
 from edgeflash.floors import PRECISIONS
 from edgeflash.roles import Target
 
+from .which import FLOATS, Components, check_quantized
+
 FILE = "plan.toml"  # in a bundle: what was decided
 NONE = "none"
-FLOATS = ("fp32", "fp16", "bf16")
 CALIBRATED = ("int8", "fp8")  # words whose ranges come from recorded calls
+IDLE = (  # options that floats have no use for
+    *("plan", "quantized", "rest", "attention", "shortcuts", "edges", "ranges", "activations"),
+)
 PIXELS = ("sample", "latent", "image", "prediction", PICTURE)  # roles of tensors
 
 Kind = Literal["conv", "linear", "attention"]
@@ -151,10 +155,12 @@ def join(parts: Iterable[Path], out: Path) -> None:
 class Quantizing(Target):
     """The options of targets that quantize by a plan."""
 
+    islands: ClassVar[bool] = True  # whether what it keeps in float32 also runs so
+
     plan: Annotated[Plan, BeforeValidator(_given)] = Field(
         Plan(), description="what to quantize: a TOML file, as plan.toml of bundles, or a table"
     )
-    quantized: tuple[str, ...] | None = Field(
+    quantized: Components | None = Field(
         None,
         description="components to quantize, besides those in plan; default: those that gain",
     )
@@ -164,7 +170,9 @@ class Quantizing(Target):
         "holds where weights alone are",
     )
     keep: tuple[str, ...] = Field(
-        (), description="operators to leave alone, by name as in plans; * stands for anything"
+        (),
+        description="operators to leave alone, by name as in plans; * stands for anything; in fp16 "
+        "and bf16 they stay in float32, of unet/* all of it, in every precision",
     )
     attention: bool = Field(
         False, description="also quantize products of two activations, as in attention"
@@ -178,13 +186,38 @@ class Quantizing(Target):
 
     @model_validator(mode="after")
     def _honours_the_plan(self) -> Self:
-        if self.plan == Plan():
-            return self
-        if self.precision in FLOATS:
-            raise ValueError("plan: goes with a precision that quantizes, such as int8")
         for word in sorted(self.plan.words() - {NONE, *self.honours}):
             raise ValueError(f"plan: {word!r} is not among {', '.join(self.honours)}")
         return self
+
+    @model_validator(mode="after")
+    def _keeps_of_components(self) -> Self:
+        for pattern in self.keep if self.precision in FLOATS else ():
+            if pattern.partition("/")[0] not in ANSWER:
+                raise ValueError(f"keep: {pattern!r} names no component, as unet/{pattern} does")
+        return self
+
+    @classmethod
+    def idle(cls, precision: str) -> dict[str, str]:
+        if precision not in FLOATS:
+            return {}
+        found = dict.fromkeys(IDLE, "a precision that quantizes, such as int8")
+        if not cls.islands:
+            found["keep"] = found["plan"]
+        elif precision == "fp32":
+            found["keep"] = "a precision that is not fp32"
+        return found
+
+    def check_components(self, components: Collection[str]) -> None:
+        for pattern in self.keep:
+            head = pattern.partition("/")[0]
+            if head in ANSWER and head not in components:
+                raise EdgeflashError(
+                    f"keep: {pattern!r}: {head} is none of what is exported: "
+                    f"{', '.join(components)}"
+                )
+        if self.plan == Plan():
+            check_quantized(self, components)
 
     @property
     @abstractmethod
@@ -204,6 +237,8 @@ class Quantizing(Target):
     def words_in(self, component: str) -> set[str]:
         """What operators of a component can get, but for "none"."""
         plan, words = self.plan, set[str]()
+        if self._whole(component):
+            return words
         if component in self._chosen():
             words = {plan.default or self.precision, *plan.kinds.values()}
         words |= {word for pattern, word in plan.names.items() if self._means(pattern, component)}
@@ -211,6 +246,8 @@ class Quantizing(Target):
 
     def precision_of(self, component: str) -> str:
         """The coarsest word in it; of others ``rest``, or the precision where that is a float."""
+        if self._whole(component):
+            return "fp32"
         if self.precision in FLOATS:
             return self.precision
         words = self.words_in(component)
@@ -225,12 +262,31 @@ class Quantizing(Target):
     def calibrates(self, component: str) -> bool:
         return self.precision not in FLOATS and not self.words_in(component).isdisjoint(CALIBRATED)
 
+    def scans(self, component: str) -> bool:
+        return self.islands and self.halves(component)
+
+    def wider(self, components: Collection[str]) -> Self:
+        left = (f"{name}/*" for name in components if self.islands and self.halves(name))
+        return self.model_copy(update={"keep": (*self.keep, *left)})
+
+    def _whole(self, component: str) -> bool:
+        """Whether all of it is to stay in float32."""
+        return self.islands and f"{whole_name(component)}/*" in self.keep
+
+    def in_float32(self, component: str) -> tuple[str, ...]:
+        """Patterns of the operators that stay so where the others of a component are halves."""
+        if self.words_in(component):
+            return ()  # there `keep` is of what is not quantized
+        heads = (component, whole_name(component))
+        return tuple(pattern for pattern in self.keep if pattern.partition("/")[0] in heads)
+
     def shaped_by(self, component: str) -> dict[str, Any]:
         told = super().shaped_by(component)
         if not self.words_in(component):
             for name in ("precision", *Quantizing.__annotations__):
                 told.pop(name, None)
             told["floats"] = self.precision_of(component), self.halves(component)
+            told["keep"] = self.in_float32(component)
         else:
             names = told["plan"]["names"].items()
             told["plan"]["names"] = {p: word for p, word in names if _may_be_in(component, p)}

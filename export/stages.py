@@ -85,7 +85,7 @@ def lower_stage(tape: Tape, name: str, run: Run, calls: Outcome | None) -> Stage
 
 def _needs_calls(target: Target, name: str) -> bool:
     """Whether what a component is lowered to depends on what is recorded."""
-    return target.calibrates(name) or target.learns
+    return target.calibrates(name) or target.scans(name) or target.learns
 
 
 def _asked_of(target: Target, name: str) -> Inputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -115,6 +115,19 @@ class CoreMlTarget(Target):
         if self.chunk_mib and self.join:
             raise ValueError("chunk_mib: chunks cannot be joined with other sizes: leave one")
         return self
+
+    @classmethod
+    def idle(cls, precision: str) -> dict[str, str]:
+        found = {} if precision.startswith("lut") else {"group": "palettes, such as lut6"}
+        if precision in ("fp32", "fp16"):
+            these = ("quantized", "rest", "keep", "smallest")
+            found |= dict.fromkeys(these, "a precision of fewer bits, such as int8")
+        return found
+
+    def check_components(self, components: Collection[str]) -> None:
+        from .which import check_quantized
+
+        check_quantized(self, components)
 
     def families(self) -> tuple[str, ...]:
         return ("sd",)  # Apple's names and factors of others differ

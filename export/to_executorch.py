@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,6 +14,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Target
 
 from .quiet import quiet
+from .which import Components, check_quantized
 
 if TYPE_CHECKING:
     from .capture import Captured
@@ -36,10 +38,17 @@ class ExecuTorchTarget(Target):
     runtime: ClassVar[str] = "executorch"
 
     precision: Literal["fp32", "int8"] = Field("fp32", description="of weights and sums")
-    quantized: tuple[str, ...] = Field(
+    quantized: Components = Field(
         (*EACH_STEP, "vae_decoder", "vae_encoder"),
         description="components that int8 applies to",
     )
+
+    @classmethod
+    def idle(cls, precision: str) -> dict[str, str]:
+        return {"quantized": "int8"} if precision == "fp32" else {}
+
+    def check_components(self, components: Collection[str]) -> None:
+        check_quantized(self, components)
 
     def precision_of(self, component: str) -> str:
         chosen = (*self.quantized, *map(cached_name, self.quantized))

@@ -88,13 +88,14 @@ class OnnxTarget(Quantizing):
 
     def lower(self, captured: Captured, out: Path) -> list[Path]:
         from . import onnx_graph
+        from .ranges import halve
 
         path = out / captured.component / "model.onnx"
         external_bytes = int(self.external_mib * MIB)
         precision = self.precision_of(captured.component)
         model = onnx_graph.translate(captured)
         if self.halves(captured.component):
-            onnx_graph.to_half(model)
+            halve(model, captured, self.in_float32(captured.component))
         if precision in FLOATS:
             return onnx_graph.save(model, path, external_bytes)
         with tempfile.TemporaryDirectory(dir=out, prefix=f".{precision}-") as scratch:

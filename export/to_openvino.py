@@ -49,6 +49,7 @@ class OpenVinoTarget(Quantizing):
         "nncf",
     )
     runtime: ClassVar[str] = "openvino"
+    islands: ClassVar[bool] = False  # the runtime decides in what sums run
 
     precision: Literal["fp32", "fp16", "int8", "int8-weights"] = Field(
         "fp32", description="of weights and sums"

@@ -160,6 +160,11 @@ class TensorRtTarget(Quantizing):
 
         return frozenset() if operator_of(kind, rank) in self._unfit else super().can(kind, rank)
 
+    def halves(self, component: str) -> bool:
+        """Also of what int8 and fp8 leave alone in a component that they apply to."""
+        beside = self.rest == "fp16" and bool(self.words_in(component))
+        return beside or super().halves(component)
+
     def usual(self) -> tuple[str, ...]:
         return EACH_STEP if self._only_products else super().usual()
 
@@ -199,13 +204,14 @@ class TensorRtTarget(Quantizing):
         from . import onnx_graph
         from .quantize import PRODUCTS, decide, named, quantize_static
         from .quantize_symmetric import keep_positive, only_in_front, to_fp8
+        from .ranges import halve
 
         kinds = {"fp16": onnx_graph.HALF, "bf16": onnx_graph.BF16}
         precision, bundle = self.precision_of(captured.component), path.parents[1]
         model = onnx_graph.translate(captured)
         if precision not in QUANTIZED:
             if precision in kinds:
-                onnx_graph.to_half(model, kinds[precision])
+                halve(model, captured, self.in_float32(captured.component), kinds[precision])
             return onnx_graph.save(model, path, ONNX_BYTES)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{precision}-") as scratch:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from edgeflash.bundle import Component
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Array, Runtime, Session
+from edgeflash.rounding import FOLDER, rounded
 
 from .engine_cache import folder_of
 
@@ -59,6 +60,13 @@ class OnnxRuntime(Runtime):
     threads: int = Field(
         0, ge=0, le=1024, description="CPU threads inside an operator; 0: one per core"
     )
+    _exact: bool = PrivateAttr(False)  # see `exact`
+
+    def exact(self) -> OnnxRuntime:
+        """On the CPU every result is rounded to its type, which takes longer; see `rounding`."""
+        found = self.model_copy()
+        found._exact = True
+        return found
 
     def open(self, folder: Path, component: Component) -> OnnxSession:
         """Loads the component's model file.
@@ -79,8 +87,12 @@ class OnnxRuntime(Runtime):
         path = folder / component.files[0].path
         names = (name, *["cuda"] * (name == "tensorrt"), *["cpu"] * (name != "cpu"))
         providers = [(PROVIDERS[each], _options(each, component)) for each in names]
+        model: str | bytes = str(path)
+        if self._exact and name == "cpu" and component.precision != "fp32":
+            model = _rounded(path)
+            options.add_session_config_entry(FOLDER, str(path.parent))
         try:
-            session = ort.InferenceSession(str(path), options, providers=providers)
+            session = ort.InferenceSession(model, options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class
             said = " ".join(str(error).split())
             raise EdgeflashError(f"{path}: ONNX Runtime does not load it: {said}") from None
@@ -90,6 +102,8 @@ class OnnxRuntime(Runtime):
                 f"provider {name}: ONNX Runtime fell back to {found}, so {_mend(name)}, or use "
                 "provider=cpu"
             )
+        if self._exact and (name, found) == ("cuda", PROVIDERS["cpu"]):  # which auto fell back to
+            return self.model_copy(update={"provider": "cpu"}).open(folder, component)
         return OnnxSession(session, component)
 
     def _provider(self, have: list[str]) -> str:
@@ -102,6 +116,14 @@ class OnnxRuntime(Runtime):
             f"provider {self.provider}: this onnxruntime has {', '.join(have)}: "
             f"{GET.get(self.provider, 'only those for macOS have it')}"
         )
+
+
+def _rounded(path: Path) -> str | bytes:
+    """The model that rounds as it is typed; the path alone of what ONNX Runtime may say more of."""
+    try:
+        return rounded(path.read_bytes())
+    except (OSError, ValueError):
+        return str(path)
 
 
 def _mend(name: str) -> str:

@@ -26,13 +26,13 @@ from edgeflash.distill.run import distill
 from edgeflash.distill.stage import Workshop
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import onnx_graph
-from edgeflash.export.stand_in import round_results
 from edgeflash.family_pixart import LENGTH
 from edgeflash.lora import Lora
 from edgeflash.noise import randn
 from edgeflash.parity import psnr_db
 from edgeflash.recipe import Data, recipe_of
 from edgeflash.roles import Target
+from edgeflash.rounding import rounded
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student
@@ -136,10 +136,9 @@ def _in_halves(model: ir.Model, folder: Path, given: Any) -> tuple[Any, Any]:
     """First answers of an ONNX model, and of its half, every result of which is rounded."""
     onnx_graph.save(model, folder / "whole.onnx", 2**30)
     onnx_graph.to_half(model)
-    round_results(model)
     onnx_graph.save(model, folder / "half.onnx", 2**30)
-    paths = (folder / "whole.onnx", folder / "half.onnx")
-    wanted, found = (InferenceSession(path).run(None, given)[0] for path in paths)
+    models = (folder / "whole.onnx", rounded((folder / "half.onnx").read_bytes()))
+    wanted, found = (InferenceSession(each).run(None, given)[0] for each in models)
     return wanted, found
 
 
