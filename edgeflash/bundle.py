@@ -212,6 +212,7 @@ class Figure(Part):
     value: float
     floor: float | None = None
     ceiling: float | None = None
+    prompts: int | None = None  # that it was measured on; None: it is of none
 
     @property
     def passed(self) -> bool:
@@ -285,10 +286,9 @@ class Manifest(Part):
             if component.name != "vae_decoder" or spec is None or len(spec.shape) != 4:
                 continue
             found = spec.shape[spec.layout.index("C") if "C" in spec.layout else 1]
-            if isinstance(found, int) and found != self.latent.channels:
-                raise ValueError(
-                    f"latent.channels: {self.latent.channels}, but the decoder takes {found}"
-                )
+            ours = self.latent.channels
+            if isinstance(found, int) and found != ours:
+                raise ValueError(f"latent.channels: {ours}, but the decoder takes {found}")
         return self
 
     @model_validator(mode="after")

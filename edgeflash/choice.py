@@ -44,7 +44,7 @@ class Candidate(Part):
     name: str
     mib: float | None = None  # the whole bundle
     latency_ms: float | None = None  # median of a picture's, the lower one of the rounds
-    image_db: float | None = None  # of the parity ladder, L4, the worst golden
+    image_db: float | None = None  # of the parity ladder, L4, the worst prompt
     kept: bool = False
     why: str = ""
 

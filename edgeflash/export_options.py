@@ -23,8 +23,8 @@ class ExportOptions(BaseModel):
     )
     prompts: tuple[str, ...] = Field(
         (),
-        description="recorded for calibration and parity, the first ones ship as goldens; "
-        "none: the student's own, or some of all kinds",
+        description="recorded for calibration and parity, the first ones ship as goldens and are "
+        "not calibrated on; none: the student's own, or some of all kinds",
     )
     record_all: bool = Field(
         False,

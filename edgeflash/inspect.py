@@ -150,14 +150,14 @@ def told_of(caching: Caching) -> str:
 
 def ladder(figures: tuple[Figure, ...]) -> RenderableType:
     """The parity ladder, a row a figure."""
-    table = _table("rung", "component", "metric", "value", "limits", "")
+    table = _table("rung", "component", "metric", "value", "limits", "prompts", "")
     for figure in figures:
         low = "" if figure.floor is None else f">= {figure.floor:g}"
         high = "" if figure.ceiling is None else f"<= {figure.ceiling:g}"
         mark = "" if figure.passed else "[red]below[/red]"
         limits = f"{low} {high}".strip()
-        value = f"{figure.value:.4g}"
-        table.add_row(figure.rung, figure.component, figure.metric, value, limits, mark)
+        value, prompts = f"{figure.value:.4g}", str(figure.prompts or "")
+        table.add_row(figure.rung, figure.component, figure.metric, value, limits, prompts, mark)
     return table
 
 
@@ -232,7 +232,10 @@ def _memory(judged: Judgement) -> RenderableType:
         weights, results = (f"{n / 2**20:,.1f}" for n in (part.weight_bytes, part.peak.bytes))
         table.add_row(part.component.name, weights, results, escape(str(part.peak)))
     together, alone = (f"{n / 2**20:,.1f} MiB" for n in judged.bytes)
-    return Group(table, f"estimate: {together} with all loaded, {alone} one at a time")
+    told = f"estimate: {together} with all loaded, {alone} one at a time"
+    for part in (part for part in judged.seen if part.alone):
+        told += f"; in their place {part.component.name}, {part.bytes / 2**20:,.1f} MiB"
+    return Group(table, told)
 
 
 def health() -> RenderableType:

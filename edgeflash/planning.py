@@ -44,7 +44,7 @@ NOTES = (
     "Predicted: to first order, from one way there and back through the student's own steps, the "
     "errors of layers taken to be independent; a mean over all prompts.",
     "image dB: of the exported bundle on its runtime, against the student in torch; the worst "
-    "golden of the parity ladder, L4.",
+    "prompt of the parity ladder, L4.",
 )
 
 

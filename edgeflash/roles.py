@@ -149,6 +149,9 @@ class Target(Plugin, ABC):
     def check(self) -> None:
         """Raises what stands in the way on this machine, before any network is loaded."""
 
+    def check_student(self, student: Student) -> None:
+        """Raises what of its options does not belong to that student, before the work."""
+
     def check_components(self, components: Collection[str]) -> None:
         """Raises where options mean none of a student's components, before any is loaded."""
 
@@ -221,7 +224,7 @@ class Target(Plugin, ABC):
         """The same in operators that suit the device; the recorded answers stay the reference."""
         return network
 
-    def furnish(self, student: Student, out: Path) -> str:
+    def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:
         """Adds what the ecosystem's own pipelines look for beside components and tokenizer.
 
         Returns what a person should know of it, in one line; "" for nothing.

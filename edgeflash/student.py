@@ -217,7 +217,7 @@ class Student:
         own = self.manifest.schedules if self.manifest else {}
         wanted = sorted(set(steps or self.step_counts()))
         lacking = [n for n in wanted if n not in own]
-        scheduler = self._scheduler() if lacking else None
+        scheduler = self.scheduler() if lacking else None
         config = self.config("scheduler") if lacking else {}
         tables = {n: lower_schedule(scheduler, n, **even_steps.timing(config, n)) for n in lacking}
         if config.get(MARK):
@@ -271,7 +271,8 @@ class Student:
         marked = self.config("scheduler").get(even_steps.MARK)
         return name if marked or name in FEW_STEP_SAMPLERS else ""
 
-    def _scheduler(self) -> Any:
+    def scheduler(self) -> Any:
+        """The diffusers scheduler that stands for its sampler."""
         import diffusers
 
         name = self.class_of("scheduler")[1]

@@ -16,13 +16,14 @@ ControlNet, which run in the loop beside it. What a denoiser takes of that is ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from edgeflash import control, parity, shelf
 from edgeflash.bundle import Bundle, Component, Figure, Golden, kind_of
+from edgeflash.caching import cached_name
 from edgeflash.calls import Part, heard_by
 from edgeflash.errors import EdgeflashError
 from edgeflash.floors import FLOORS, PRECISIONS, RATIOS, check_floors, floor_of
@@ -49,6 +50,7 @@ def verify(
     floors: Mapping[str, float] | None = None,
     *,
     usual: Mapping[str, float] | None = None,
+    beside: Sequence[tuple[Golden, Tensors]] = (),
 ) -> tuple[Figure, ...]:
     """Climbs the ladder and gives every figure, the worst over all goldens.
 
@@ -57,15 +59,25 @@ def verify(
         runtime: where to run it; None: the runtime that goes with its target, as it is by default.
         floors: by name, see `edgeflash.floors`.
         usual: what counts where they say nothing; then those of the manifest, or the defaults.
+        beside: goldens that do not ship, to climb it on as well.
 
     Raises EdgeflashError for a floor of no metric, no goldens, or what does not load (L0).
     """
     check_floors(floors or {})
     if not bundle.manifest.goldens:
         raise EdgeflashError(f"{bundle.folder}: has no goldens to verify against: export it again")
-    exact = (runtime or runtime_for(bundle)).exact()
-    climb = _Climb(bundle, exact, (floors or {}, usual or {}))
+    exact, limits = (runtime or runtime_for(bundle)).exact(), (floors or {}, usual or {})
+    climb = _Climb(bundle, exact, limits, _goldens(bundle, beside))
     return tuple(climb.figures())
+
+
+def _goldens(
+    bundle: Bundle, beside: Sequence[tuple[Golden, Tensors]]
+) -> tuple[tuple[Golden, Tensors], ...]:
+    shipped = (
+        (each, load_tensors(bundle.folder / each.tensors)) for each in bundle.manifest.goldens
+    )
+    return (*shipped, *beside)
 
 
 def refuse_below(figures: tuple[Figure, ...], folder: object) -> None:
@@ -115,15 +127,13 @@ class _Climb:
     bundle: Bundle
     runtime: Runtime
     floors: tuple[Mapping[str, float], ...]  # the first that says something counts
-    goldens: list[tuple[Golden, Tensors]] = field(default_factory=list)
+    goldens: tuple[tuple[Golden, Tensors], ...]
     drawn: list[Tensors] = field(default_factory=list)  # what the bundle itself made, a golden each
     controlnet: Part | None = None  # while the denoiser is open
 
     def figures(self) -> Iterator[Figure]:
         manifest = self.bundle.manifest
-        for golden in manifest.goldens:
-            self.goldens.append((golden, load_tensors(self.bundle.folder / golden.tensors)))
-            self.drawn.append({})
+        self.drawn = [{} for _ in self.goldens]
         yield self._figure("tokenizer", "L0", "equal", self._tokens_equal())
         yield self._figure("noise", "L0", "equal", self._noise_equal())
         for component in manifest.components:
@@ -302,8 +312,19 @@ class _Climb:
                 "value": round(value, 6),
                 "floor": floor,
                 "ceiling": ceiling,
+                "prompts": self._prompts(name, metric),
             }
         )
+
+    def _prompts(self, name: str, metric: str) -> int | None:
+        """How many prompts a figure is of; what time does is recorded of some alone."""
+        if metric == "loads":
+            return None
+        if metric != "timestep_ratio":
+            return len(self.goldens)
+        cached = kind_of(name) == cached_name("denoiser")
+        moved = {"output_shifted_cached"} if cached else {"output_shifted", "times"}
+        return sum(bool(moved & told.keys()) for _, told in self.goldens)
 
     def _limits(
         self, name: str, rung: str, component: str, metric: str

@@ -64,6 +64,7 @@ class Captured:
         inputs: what it takes.
         outputs: what it gives.
         samples: calls recorded in the student's own loop.
+        held_out: so many of the first are for proof alone.
     """
 
     component: str
@@ -71,6 +72,12 @@ class Captured:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     samples: tuple[Sample, ...]
+    held_out: int = 0
+
+    @property
+    def calibration(self) -> tuple[Sample, ...]:
+        """The calls that ranges may be measured on."""
+        return self.samples[self.held_out :]
 
 
 Keep = Callable[[tuple[Sample, ...]], object]
@@ -118,6 +125,7 @@ class Tape:
         merge: share of the denoiser's tokens that are merged.
         way: how some of the denoiser is left out at some steps; None: it is not.
         times: timesteps of other steps and schedules, for the ladder to see what time does.
+        held_out: nothing is calibrated on what was recorded of so many first prompts.
         goldens: arrays recorded so far, one table a prompt; see `edgeflash.golden`.
         plain: latents of some goldens, drawn without "merging", or without "caching".
         loss_db: how far each of these moves their pictures.
@@ -135,6 +143,7 @@ class Tape:
     merge: float = 0.0
     way: Way | None = None
     times: tuple[float, ...] = ()
+    held_out: int = 0
     goldens: list[Tensors] = field(default_factory=list)
     plain: dict[str, list[Array]] = field(default_factory=dict)
     loss_db: dict[str, list[float]] = field(default_factory=dict)
@@ -158,15 +167,14 @@ class Tape:
         """A loaded component as a program, with calls that were recorded of it."""
         module = self.target.rewrite(network).module
         program = to_program(module, network.inputs, samples[0])
-        return Captured(network.component, program, network.inputs, network.outputs, samples)
+        name, inputs, outputs = network.component, network.inputs, network.outputs
+        held_out = self.held_out * (len(samples) // len(self.prompts))  # of each prompt as many
+        return Captured(name, program, inputs, outputs, samples, held_out)
 
     def record(
         self, component: str, see: Callable[[Network], object] = lambda network: None
     ) -> tuple[Network, tuple[Sample, ...]]:
-        """Loads a component and runs its part of every prompt.
-
-        ``see`` is shown the network before it runs.
-        """
+        """Loads a component, shows it to ``see``, and runs its part of every prompt."""
         denoiser = self.student.family.denoiser
         beside = (cached_name(denoiser), control.NAME)
         if component in beside and component not in self.ahead:

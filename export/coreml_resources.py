@@ -25,6 +25,14 @@ FOLDER = "Resources"
 CONTROLNETS = "controlnet"  # folder in that
 PICTURE = "controlnet_cond"
 COMPILE = "xcrun coremlcompiler compile"
+NOISE = {  # of Swift's samplers, which take no other from the command line
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+}
 
 
 def write_resources(student: Student, out: Path) -> str:
@@ -46,6 +54,7 @@ def write_resources(student: Student, out: Path) -> str:
         told.append("Swift pads prompts with <|endoftext|>, which this tokenizer does not")
     for found in sorted({s.prediction for s in student.schedules().values()} - {"epsilon"}):
         told.append(f"Swift's samplers take epsilon, and this student predicts {found}")
+    told += other_noise(student)
     if _has_compiler():
         for package in sorted(out.glob("*.mlpackage")):
             _compile(package, folder / CONTROLNETS if package == controlnet else folder)
@@ -57,6 +66,16 @@ def write_resources(student: Student, out: Path) -> str:
             f"for p in *.mlpackage; do {COMPILE} $p {FOLDER}; done{apart * controlnet.is_dir()}"
         )
     return f"{FOLDER}: {'; '.join(told)}" if told else ""
+
+
+def other_noise(student: Student) -> Iterator[str]:
+    """Where the student was made for other noise than Swift's samplers count with."""
+    config = student.scheduler().config
+    other = {k: config[k] for k, theirs in NOISE.items() if config.get(k, theirs) != theirs}
+    if other:
+        told = ", ".join(f"{key} {value}" for key, value in other.items())
+        theirs = ", ".join(str(NOISE[key]) for key in other)
+        yield f"Swift's samplers draw wrong here: this student has {told}, they {theirs}"
 
 
 def _has_compiler() -> bool:

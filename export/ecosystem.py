@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from edgeflash.bundle import DENOISERS, Component, TensorSpec
 from edgeflash.student import Student
 
+FOLDED = "this bundle has its one folded in: export with --keep-timestep for them"
+SIZED = ("UNet2DConditionModel", "SD3Transformer2DModel")  # PixArt's sample_size says more
 
-def write_configs(student: Student, out: Path) -> dict[str, Any]:
+
+def write_configs(student: Student, components: Iterable[Component], out: Path) -> dict[str, Any]:
     """Writes the config of every component that lies below ``out``, and the scheduler's.
+
+    The denoiser's ``sample_size``, from which stock pipelines know what size to draw by default, is
+    the one that it was exported at, and fixed to.
 
     Returns:
         The student's index, without what stays behind (a safety checker and the like). The caller
@@ -20,7 +28,10 @@ def write_configs(student: Student, out: Path) -> dict[str, Any]:
     latent = student.family.latent(student)
     others = [name for name in student.family.components() if not name.startswith("vae_")]
     for name in others:
-        write_json(out / name / "config.json", student.config(name))
+        config = student.config(name)
+        if student.class_of(name)[1] in SIZED:
+            config = config | {"sample_size": _cells(components)}
+        write_json(out / name / "config.json", config)
     for name in ("vae_decoder", "vae_encoder"):
         if (out / name).is_dir():
             # Without a factor, GenAI takes 1 and optimum-intel the downsampling.
@@ -35,6 +46,19 @@ def write_configs(student: Student, out: Path) -> dict[str, Any]:
         if isinstance(value, list) and key not in student.family.folders:
             index[key] = [None, None]
     return index
+
+
+def denoiser_input(components: Iterable[Component], role: str) -> TensorSpec | None:
+    """What the denoiser is fed in that role; None: it takes no such input."""
+    return next(c for c in components if c.name in DENOISERS).input(role)
+
+
+def _cells(components: Iterable[Component]) -> int | list[int]:
+    """Sides of the latents, as diffusers' configs have them: one number where they are square."""
+    sample = denoiser_input(components, "sample")
+    assert sample, "a denoiser takes a sample"
+    height, width = (int(side) for side in sample.shape[2:4])
+    return height if height == width else [height, width]
 
 
 def as_kl(config: dict[str, Any]) -> dict[str, Any]:

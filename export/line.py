@@ -103,6 +103,8 @@ def export_student(
     plan = _upcast(planned(student, target, options), console)
     target = plan.tape.target
     _tell_changed(student, options, console)
+    if any(map(target.calibrates, plan.components)) and not plan.tape.held_out:
+        console.print("one prompt: proved on what it is calibrated on; --prompt takes more")
     stages = Stages(console, _rates(plan, target))
     with (
         run_folder(out, lasting=lasting) as folder,
@@ -151,6 +153,7 @@ def _check_target(target: Target, student: Student, options: ExportOptions) -> N
     """Raises what keeps a target from lowering that."""
     _check_family(student, target)
     target.check()
+    target.check_student(student)
     steering = student.family.steering
     why = target.refuse_control() if steering == control.NAME else ""
     if steering == control.ADAPTER or student.family.conditions(student):
@@ -213,7 +216,8 @@ class _Plan:
     schedules: dict[int, Schedule]
     default_steps: int
     tape: Tape
-    goldens: int
+    goldens: int  # prompts that ship as such
+    climbed: int  # prompts that the ladder is climbed on here
 
 
 def _upcast(plan: _Plan, console: Console) -> _Plan:
@@ -275,21 +279,25 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     prompts = _prompts(student, options.prompts)
     whole = not any(t % 1 for t in times)
     sampler = Sampler(schedules[default_steps], guidance, shape, bool(way and way.gated))
-    goldens = min(pack.most_goldens(student, sampler), len(prompts))
-    every = options.record_all or any(target.calibrates(name) for name in components)
+    calibrates = any(target.calibrates(name) for name in components)
+    most = max(1, len(prompts) // 2) if calibrates else len(prompts)  # ranges want others
+    goldens = min(pack.most_goldens(student, sampler), most)
+    every, small = options.record_all or calibrates, pack.climbs_all(student, sampler)
     tape = Tape(
         student,
         target,
         sampler,
-        prompts if every else prompts[:goldens],
+        prompts if every or small else prompts[:goldens],
         size,
         timestep=times.pop() if options.fold_timestep and len(times) == 1 else None,
         whole=whole,
         merge=options.merge_tokens,
         way=way,
         times=times_to_sweep(schedules.values(), schedules[default_steps]),
+        held_out=goldens if calibrates and len(prompts) > 1 else 0,
     )
-    return _Plan(student, components, schedules, default_steps, tape, goldens)
+    climbed = len(prompts) if small else goldens
+    return _Plan(student, components, schedules, default_steps, tape, goldens, climbed)
 
 
 def _tell_changed(student: Student, options: ExportOptions, console: Console) -> None:
@@ -329,7 +337,7 @@ def _pack(
     components = tuple(map(component_of, lowered))
     for name in map(tokenizer_of, family.text_encoders):
         pack.copy_tokenizer(student.folder / name, draft / name)
-    if remark := target.furnish(student, draft):
+    if remark := target.furnish(student, components, draft):
         console.print(remark, markup=False)
     networks_bytes = sum(file.bytes for each in components for file in each.files)
     goldens = pack.write_goldens(tape, plan.goldens, draft, networks_bytes)
@@ -363,17 +371,21 @@ def _proved(
     bundle: Bundle, prover: Runtime, plan: _Plan, options: ExportOptions, run: Run
 ) -> tuple[Figure, ...]:
     """The ladder's figures; what was proved of the same files is not proved again."""
-    floors = options.floors, plan.student.floors
+    floors, tape = (options.floors, plan.student.floors), plan.tape
+    unshipped = range(len(bundle.manifest.goldens), plan.climbed)
 
     def inputs() -> dict[str, Any]:
         manifest = hashlib.sha256(bundle.manifest.model_dump_json().encode()).hexdigest()
         on = [type(prover).__name__, prover.model_dump(mode="json")]
-        return {"manifest": manifest, "on": on, "floors": floors, "tools": run.tools}
+        prompts = [tape.prompts[number] for number in unshipped]
+        asked = {"manifest": manifest, "on": on, "prompts": prompts}
+        return asked | {"floors": floors, "tools": run.tools}
 
     stage = Stage(run.folder, "verify", inputs)
     if found := stage.outcome():
         return tuple(map(Figure.model_validate, found.told["figures"]))
-    figures = verify(bundle, prover, floors[0], usual=floors[1])
+    beside = [pack.golden_of(tape, number) for number in unshipped]
+    figures = verify(bundle, prover, floors[0], usual=floors[1], beside=beside)
     if all(figure.passed for figure in figures):
         stage.begin()
         stage.finish(figures=[figure.model_dump(mode="json") for figure in figures])

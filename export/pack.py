@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
 )
 GOLDENS = 3  # prompts that ship as goldens
-BIG_BYTES, BIG_CALLS = 256 * 2**20, 8  # denoisers of that size take seconds a call: in all loops
+BIG_BYTES, BIG_CALLS = 256 * 2**20, 8  # larger denoisers take seconds a call: in all loops
 GOLDENS_BYTES, GOLDENS_SHARE = 16 * 2**20, 0.02  # they may take that much, or of the networks
 THUMBNAIL_PX = 64
 WEIGHTS = "_data"  # how files of large weights beside a graph end
@@ -82,13 +82,30 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     write_vocabulary(target)
 
 
+def climbs_all(student: Student, sampler: Sampler) -> bool:
+    """Whether a picture is drawn so quickly that an export records and proves every prompt.
+
+    As quickly as by the fewest calls of a large denoiser: a call's time goes with its weights.
+    """
+    return _bytes(student) * _calls(sampler) <= BIG_BYTES * BIG_CALLS
+
+
 def most_goldens(student: Student, sampler: Sampler) -> int:
     """How many prompts are to ship as goldens: the ladder draws each again, wherever it is run."""
-    files = student.weights(student.family.denoiser).files
-    if sum(path.stat().st_size for path in files) <= BIG_BYTES:
+    if _bytes(student) <= BIG_BYTES:
         return GOLDENS
-    calls = len(sampler.schedule.steps) * (1 + sampler.guidance.doubles)
-    return min(GOLDENS, max(1, BIG_CALLS // calls))
+    return min(GOLDENS, max(1, BIG_CALLS // _calls(sampler)))
+
+
+def _bytes(student: Student) -> int:
+    """Of the denoiser's weights, as the student holds them."""
+    files = student.weights(student.family.denoiser).files
+    return sum(path.stat().st_size for path in files)
+
+
+def _calls(sampler: Sampler) -> int:
+    """Of the denoiser, for one picture."""
+    return len(sampler.schedule.steps) * (1 + sampler.guidance.doubles)
 
 
 def write_goldens(tape: Tape, count: int, folder: Path, networks_bytes: int) -> tuple[Golden, ...]:
@@ -108,11 +125,17 @@ def write_goldens(tape: Tape, count: int, folder: Path, networks_bytes: int) -> 
 
 
 def _write_golden(tape: Tape, number: int, folder: Path) -> Golden:
+    golden, told = golden_of(tape, number)
+    save_tensors(folder / golden.tensors, told)
+    thumbnail(told).save(folder / golden.thumbnail)
+    return golden
+
+
+def golden_of(tape: Tape, number: int) -> tuple[Golden, Tensors]:
+    """A recorded prompt as a golden, whether or not it ships as one."""
     told, stem = tape.goldens[number], f"goldens/{number}"
-    save_tensors(folder / f"{stem}.safetensors", told)
-    thumbnail(told).save(folder / f"{stem}.png")
     seed, latent = tape.seed(number), told["latent"]
-    return Golden(
+    golden = Golden(
         prompt=tape.prompts[number],
         seed=seed,
         steps=len(tape.sampler.schedule.steps),
@@ -123,6 +146,7 @@ def _write_golden(tape: Tape, number: int, folder: Path) -> Golden:
         tensors=f"{stem}.safetensors",
         thumbnail=f"{stem}.png",
     )
+    return golden, told
 
 
 def thumbnail(told: Tensors) -> Picture.Image:

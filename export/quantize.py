@@ -130,7 +130,7 @@ def quantize_static(
         ort.quantize_static(
             path,
             found,
-            Recorded(captured.samples),
+            Recorded(captured.calibration),
             quant_format=ort.QuantFormat.QDQ,
             op_types_to_quantize=list(PRODUCTS),
             nodes_to_quantize=names,

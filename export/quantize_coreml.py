@@ -173,7 +173,7 @@ def measured(model: Any, captured: Captured) -> tuple[dict[str, dict[str, float]
     ranks: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="edgeflash-") as scratch:
         save(model, Path(scratch) / "float.mlpackage")
-        for sample in captured.samples:
+        for sample in captured.calibration:
             told = evaluated(Path(scratch), ["float"], captured, sample)
             given = [("", name, array) for name, array in sample.inputs.items()]
             for _, name, array in (*given, *told):

@@ -77,10 +77,10 @@ def to_int8(model: Any, captured: Captured, words: Mapping[str, str]) -> Any:
         if "int8" in others:
             model = nncf.quantize(
                 model,
-                nncf.Dataset([sample.inputs for sample in captured.samples]),
+                nncf.Dataset([sample.inputs for sample in captured.calibration]),
                 # Sums, products and norms of activations stay float: only what has weights pays.
                 model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=len(captured.samples),
+                subset_size=len(captured.calibration),
                 ignored_scope=nncf.IgnoredScope(names=others["int8"]),
             )
         if "int8-weights" in others:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from edgeflash import control
-from edgeflash.bundle import EACH_STEP, Bundle, Latent, TensorSpec
+from edgeflash.bundle import EACH_STEP, Bundle, Component, Latent, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.floors import FLOORS
 from edgeflash.parity import psnr_db
@@ -141,6 +141,20 @@ class CoreMlTarget(Target):
     def refuse_control(self) -> str:
         return ""
 
+    def check_student(self, student: Student) -> None:
+        """Raises for bundles to join that are another student's, or two of one size."""
+        ours = (folder_sha256(student.folder), student.lora_scales()) if self.join else None
+        sizes: dict[str, str] = {}
+        for folder in self.join:
+            manifest = Bundle.open(folder).manifest
+            told, size = manifest.lineage, f"{manifest.image.height}x{manifest.image.width}"
+            if (told.student_sha256, told.loras) != ours:
+                raise EdgeflashError(f"join: {folder}: was made from another student")
+            if size in sizes:
+                said = f"is of the size of {sizes[size]}, {size}: leave one out"
+                raise EdgeflashError(f"join: {folder}: {said}")
+            sizes[size] = folder
+
     def precision_of(self, component: str) -> str:
         skipped = self.precision not in ("fp32", "fp16") and component not in self.quantized
         return self.rest if skipped else self.precision
@@ -268,16 +282,11 @@ class CoreMlTarget(Target):
                 return first
             return next((told for kind, told in astray if kind in KINDS), first)
 
-    def furnish(self, student: Student, out: Path) -> str:
+    def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:
         """The folder `Resources`, and what still keeps Apple's package from using it."""
         from . import quantize_coreml
         from .coreml_resources import write_resources
 
-        for folder in self.join:
-            told = Bundle.open(folder).manifest.lineage
-            ours = folder_sha256(student.folder), student.lora_scales()
-            if (told.student_sha256, told.loras) != ours:
-                raise EdgeflashError(f"join: {folder}: was made from another student")
         quantize_coreml.check_kept(self.keep, out)
         return write_resources(student, out)
 

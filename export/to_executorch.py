@@ -100,7 +100,7 @@ def _quantized(captured: Captured) -> Any:
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
     calls = [
         tuple(torch.tensor(sample.inputs[spec.name]) for spec in captured.inputs)
-        for sample in captured.samples
+        for sample in captured.calibration
     ]
     watched = prepare_pt2e(module, quantizer)
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -13,7 +13,7 @@ from edgeflash.bundle import Bundle, Component
 from edgeflash.floors import FLOORS
 from edgeflash.student import INDEX, Student
 
-from .ecosystem import write_configs, write_json
+from .ecosystem import FOLDED, denoiser_input, write_configs, write_json
 from .plan import FLOATS, Kind, Quantizing, Ranges
 
 if TYPE_CHECKING:
@@ -132,12 +132,14 @@ class OnnxTarget(Quantizing):
             divergence = first_divergence(whole[0], found, captured.samples[0].inputs, floor_db)
         return str(divergence or "")
 
-    def furnish(self, student: Student, out: Path) -> str:
+    def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:
         """Configs, scheduler and index where optimum looks for them."""
-        index = write_configs(student, out)
+        index = write_configs(student, components, out)
         del index["vae"]
         for name in student.family.components(encoder=True):
             if (out / name).is_dir():
                 index[name] = ["diffusers", "OnnxRuntimeModel"]
         write_json(out / INDEX, index)
-        return ""
+        if denoiser_input(components, "timestep"):
+            return ""
+        return f"optimum's pipelines feed a timestep, and {FOLDED}"

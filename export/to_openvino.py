@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from edgeflash.bundle import TensorSpec
+from edgeflash.bundle import Component, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.shelf import absent
 from edgeflash.student import INDEX, Student
 
-from .ecosystem import write_configs, write_json
+from .ecosystem import FOLDED, denoiser_input, write_configs, write_json
 from .plan import FLOATS, Quantizing
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 ONNX_BYTES = 2**30  # of weights within the ONNX file on the way; protobuf holds 2 GiB
 TOKENIZERS = ("openvino_tokenizer.xml", "openvino_detokenizer.xml")  # in the order they are made
 NO_TOKENIZER = "OpenVINO GenAI will not open this bundle, edgeflash and optimum-intel will"
+SCHEDULERS = (  # of GenAI
+    *("LCMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+)
 
 
 class OpenVinoTarget(Quantizing):
@@ -34,7 +39,8 @@ class OpenVinoTarget(Quantizing):
     floating-point type sums run is up to the runtime. Stock pipelines want the timestep as an
     input, also of one-step students (``--keep-timestep``), and GenAI wants it int64 [1]: so it is
     where the student's timesteps are whole numbers, else float32 of rank 0, for edgeflash and
-    optimum-intel alone. GenAI samples with LCM, DDIM, Euler and PNDM schedulers only.
+    optimum-intel alone. GenAI knows six schedulers, among them LCM, DDIM, Euler and PNDM, and
+    squares alone by itself: other sizes it must be told.
 
     OpenVINO's converter and NNCF carry usage telemetry; their ``opt_in_out --opt_out`` ends it.
     """
@@ -85,15 +91,28 @@ class OpenVinoTarget(Quantizing):
             openvino.save_model(model, path, compress_to_fp16=False)
         return [path, path.with_suffix(".bin")]
 
-    def furnish(self, student: Student, out: Path) -> str:
+    def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:
         """Configs, scheduler, index and tokenizer models where GenAI and optimum-intel look."""
-        index = write_configs(student, out)
+        index = write_configs(student, components, out)
         index["vae"] = ["diffusers", "AutoencoderKL"]  # which `write_configs` makes of a tiny one
         write_json(out / INDEX, index)
         family = student.family
         specs = [family.tokenizer(student, name) for name in family.text_encoders]
         told = [_write_tokenizer_models(out / spec.folder, spec.kind) for spec in specs]
-        return next(filter(None, told), "")
+        lacking = [each for each in told if each][:1]
+        return "; ".join([*lacking, *_misses(student, components)])
+
+
+def _misses(student: Student, components: Sequence[Component]) -> Iterator[str]:
+    """What GenAI and optimum-intel look for in vain in the components, or cannot do."""
+    timestep = denoiser_input(components, "timestep")
+    if timestep is None:
+        yield f"GenAI and optimum-intel feed a timestep, and {FOLDED}"
+    elif timestep.dtype != "int64":
+        yield "GenAI feeds whole timesteps, which this student's are not"
+    name = student.class_of("scheduler")[1]
+    if name not in SCHEDULERS:
+        yield f"GenAI knows no {name}"
 
 
 def _converted(path: Path, component: str) -> Any:

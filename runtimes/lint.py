@@ -15,7 +15,7 @@ from typing import get_args
 
 import numpy as np
 
-from edgeflash.bundle import Bundle, Component, Manifest, TensorSpec, kind_of
+from edgeflash.bundle import ANSWER, Bundle, Component, Manifest, TensorSpec, kind_of
 from edgeflash.control import NAME
 from edgeflash.devices import Device, Limit, Verdict
 from edgeflash.errors import EdgeflashError
@@ -73,6 +73,11 @@ class Seen:
     beside_bytes: int = 0
 
     @property
+    def alone(self) -> bool:
+        """Whether it draws by itself, as a fused graph does that an app ships for the others."""
+        return self.component.name not in ANSWER
+
+    @property
     def bytes(self) -> int:
         """The memory it takes, as estimated: weights, and results at their peak."""
         return self.weight_bytes + self.beside_bytes + self.peak.bytes
@@ -92,8 +97,9 @@ class Judgement:
 
     @property
     def bytes(self) -> tuple[int, int]:
-        """The memory it takes, as estimated: with all loaded, and one at a time."""
-        return all_loaded(self.seen), max(part.bytes for part in self.seen)
+        """The memory its components take, as estimated: with all loaded, and one at a time."""
+        parts = [part for part in self.seen if not part.alone]
+        return all_loaded(parts), max(part.bytes for part in parts)
 
     @property
     def unseen(self) -> tuple[str, ...]:
@@ -133,12 +139,12 @@ class Judgement:
 
 
 def look(bundle: Bundle) -> tuple[Seen, ...]:
-    """Reads the components, as far as the packages installed here can.
+    """Reads the components and the fused graph, as far as the packages installed here can.
 
     Raises:
         EdgeflashError: a file that does not read as what the manifest says.
     """
-    seen = tuple(_seen(bundle, component) for component in bundle.manifest.components)
+    seen = tuple(_seen(bundle, component) for component in bundle.manifest.lowered)
     kept = [bundle.controlnet]  # open as long as the denoiser
     kept += [bundle.cached] * (not bundle.manifest.gated)  # behind a gate the whole one can go
     stored = sum(part.weight_bytes for part in seen if part.component in kept)
@@ -151,8 +157,10 @@ def judge(seen: tuple[Seen, ...], device: Device) -> Judgement:
     found = [_target(part, device) for part in seen]
     for limit in device.limits:
         about = [s for s in seen if not limit.targets or s.component.target in limit.targets]
-        if limit.rule == "memory":
-            found.append(memory(limit, about))
+        if limit.rule == "memory":  # an app loads the components, or the fused graph
+            found += [
+                memory(limit, [s for s in about if s.alone == alone]) for alone in (False, True)
+            ]
         else:
             found += [RULES[limit.rule](limit, part) for part in about]
     findings = [finding for finding in found if finding]
@@ -183,6 +191,8 @@ def refuse_unfit(judgements: Sequence[Judgement], bundle: object) -> None:
 
 def memory(limit: Limit, seen: Sequence[Seen]) -> Finding | None:
     """Weights and the most that is alive, of the largest component alone and with all loaded."""
+    if not seen:
+        return None
     largest = max(seen, key=lambda part: part.bytes)
     together = all_loaded(seen)
     if together <= NEAR * limit.most:
@@ -311,6 +321,8 @@ def _mib(number: float) -> str:
 
 def _smaller(seen: Seen) -> str:
     """What takes most of its memory down."""
+    if seen.alone:
+        return "draw with the components, one at a time, and leave this file out"
     if seen.peak.bytes > seen.weight_bytes:
         decoder = seen.component.name == "vae_decoder"
         return "a smaller --size" + decoder * ", or a tiny decoder: edgeflash distill --by decoder"

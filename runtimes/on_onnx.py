@@ -104,7 +104,7 @@ class OnnxRuntime(Runtime):
             )
         if self._exact and (name, found) == ("cuda", PROVIDERS["cpu"]):  # which auto fell back to
             return self.model_copy(update={"provider": "cpu"}).open(folder, component)
-        return OnnxSession(session, component)
+        return OnnxSession(session, component, name)
 
     def _provider(self, have: list[str]) -> str:
         """The one to ask for, of those that this onnxruntime has."""
@@ -159,7 +159,7 @@ class OnnxSession(Session):
     crosses the bus once an image, not once a step.
     """
 
-    def __init__(self, session: ort.InferenceSession, component: Component) -> None:
+    def __init__(self, session: ort.InferenceSession, component: Component, asked: str) -> None:
         found = {value.name for value in (*session.get_inputs(), *session.get_outputs())}
         for spec in (*component.inputs, *component.outputs):
             if spec.name not in found:
@@ -167,8 +167,9 @@ class OnnxSession(Session):
                     f"components.{component.name}: the model has no tensor {spec.name!r} "
                     f"(has: {', '.join(sorted(found))}); export it again"
                 )
-        provider = session.get_providers()[0]
-        self.device = next(name for name, value in PROVIDERS.items() if value == provider)
+        provider = session.get_providers()[0]  # several names go by one: of units of one vendor
+        names = (asked, *PROVIDERS)
+        self.device = next(name for name in names if PROVIDERS[name] == provider)
         self._bound = self.device in ON_THE_GPU
         self._memory = "cuda" if self._bound else "cpu"
         self._name = component.name

@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from exported import Exported, export
-from torch import nn
 
 from edgeflash import shelf
-from edgeflash.bundle import Bundle, TensorSpec
+from edgeflash.bundle import Bundle
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import coreml_resources
-from edgeflash.export.capture import Captured, Sample, to_program
-from edgeflash.export.coreml_networks import SCALE, TextEncoder
+from edgeflash.export.coreml_networks import SCALE
+from edgeflash.export.quantize_coreml import compress
+from edgeflash.export.to_coreml import PACKAGES
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Runtime, Target
 from edgeflash.runtimes.mil_program import Program, data_folder
@@ -213,6 +212,129 @@ def test_swapped_weights_are_caught(drawn: Exported, tmp_path: Path) -> None:
         refuse_below(verify(Bundle.open(folder, check="size")), folder)
 
 
+def operations(package: Path) -> list[Any]:
+    function = ct.models.utils.load_spec(str(package)).mlProgram.functions["main"]
+    return list(function.block_specializations[function.opset].operations)
+
+
+def change_blobs(package: Path, starts: list[int], change: Any) -> None:
+    """Gives the numbers of some blobs of the weight file to a function, to be changed in place."""
+    path = data_folder(package) / "weights/weight.bin"
+    data = np.fromfile(path, np.uint8)
+    for start in starts:
+        length, begin = struct.unpack_from("<QQ", data, start + 8)
+        change(data[begin : begin + length].view(np.float16))
+    data.tofile(path)
+
+
+def test_an_overflow_of_halves_is_caught(drawn: Exported, tmp_path: Path) -> None:
+    """Before a norm, which takes any factor out again: wrong for what halves can hold alone."""
+    package = tmp_path / "b/VAEDecoder.mlpackage"
+    call = drawn.captured["vae_decoder"].samples[0]
+
+    def decoded(**halves: bool) -> Any:
+        return Program(package, **halves)(call.inputs)["image"]
+
+    made = operations(drawn.bundle.folder / package.name)
+    starts = {op.outputs[0].name: op.attributes["val"] for op in made if op.type == "const"}
+    wanted = Program(drawn.bundle.folder / package.name)(call.inputs)["image"]
+    for op in (op for op in made if op.type == "conv"):
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        shutil.copytree(drawn.bundle.folder, tmp_path / "b")
+        held = [op.inputs[name].arguments[0].name for name in ("weight", "bias")]
+        blobs = [starts[name].blobFileValue.offset for name in held]
+        change_blobs(package, blobs, lambda w: np.copyto(w, w.astype(float) * 2**17, "same_kind"))
+        if psnr_db(wanted, decoded(halves=False)) > 60:
+            break
+    else:
+        raise AssertionError("no convolution has a norm behind it")
+    with pytest.raises(EdgeflashError, match=r"rung L1, vae_decoder: psnr_db 0 misses its floor 4"):
+        refuse_below(verify(Bundle(tmp_path / "b", drawn.bundle.manifest)), "b")
+
+
+def palettized(drawn: Exported, folder: Path, name: str, change: Any) -> Bundle:
+    """A copy with what becomes of one package's model in its place."""
+    shutil.copytree(drawn.bundle.folder, folder)
+    package = folder / f"{PACKAGES[name]}.mlpackage"
+    model = change(ct.models.MLModel(str(package), skip_model_load=True))
+    shutil.rmtree(package)
+    model.save(str(package))
+    parts = [
+        part.model_copy(update={"precision": "lut6"}) if part.name == name else part
+        for part in drawn.bundle.manifest.components
+    ]
+    changes = {"components": tuple(parts), "parity": ()}
+    return Bundle(folder, drawn.bundle.manifest.model_copy(update=changes))
+
+
+def test_another_palette_is_caught(drawn: Exported, tmp_path: Path) -> None:
+    target, captured = to(precision="lut6", smallest=500), drawn.captured["vae_decoder"]
+    bundle = palettized(
+        drawn, tmp_path / "b", "vae_decoder", lambda m: compress(m, captured, "lut6", target)
+    )
+    assert all(f.passed for f in verify(bundle)), "as it should be"
+    package = bundle.folder / "VAEDecoder.mlpackage"
+    made = [op for op in operations(package) if op.type == "constexpr_lut_to_dense"]
+    palettes = [op.attributes["lut"].blobFileValue.offset for op in made]
+    change_blobs(package, palettes[:1], lambda palette: palette.sort())
+    change_blobs(package, palettes[:1], lambda palette: np.copyto(palette, palette[::-1].copy()))
+    with pytest.raises(EdgeflashError, match=r"rung L1, vae_decoder: psnr_db \d.* its floor 25"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_no_embedding_is_palettized_and_one_that_is_is_caught(
+    drawn: Exported, tmp_path: Path
+) -> None:
+    from coremltools.optimize.coreml import OpPalettizerConfig, OptimizationConfig
+    from coremltools.optimize.coreml import palettize_weights as palettize
+
+    def table(bundle: Bundle) -> str:
+        """By what kind of operator the embedding's numbers are held."""
+        made = operations(bundle.folder / "TextEncoder.mlpackage")
+        makers = {output.name: op.type for op in made for output in op.outputs}
+        tables = [op.inputs["x"].arguments[0].name for op in made if op.type == "gather"]
+        return max(makers[name] for name in tables)
+
+    target, captured = to(precision="lut6", smallest=0), drawn.captured["text_encoder"]
+    ours = palettized(
+        drawn, tmp_path / "a", "text_encoder", lambda m: compress(m, captured, "lut6", target)
+    )
+    assert table(ours) == "const"
+    few = OpPalettizerConfig(nbits=2, weight_threshold=0)
+    config = OptimizationConfig(op_type_configs={"gather": few})
+    bundle = palettized(drawn, tmp_path / "b", "text_encoder", lambda m: palettize(m, config))
+    assert table(bundle) == "constexpr_lut_to_dense"
+    with pytest.raises(EdgeflashError, match=r"rung L1, text_encoder: psnr_db \d.* its floor 25"):
+        refuse_below(verify(bundle), bundle.folder)
+
+
+def test_another_latent_scale_is_caught(drawn: Exported) -> None:
+    latent = drawn.bundle.manifest.latent.model_copy(update={"scale": 1.0})
+    wrong = drawn.bundle.manifest.model_copy(update={"latent": latent})
+    with pytest.raises(EdgeflashError, match=r"rung L1, vae_decoder: psnr_db"):
+        refuse_below(verify(Bundle(drawn.bundle.folder, wrong)), "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "metric"),
+    [("encoder_hidden_states", 1 / 19, "delta_ratio"), ("timestep", 0, "timestep_ratio")],
+)
+def test_weaker_inputs_are_caught(
+    name: str, factor: float, metric: str, drawn: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the program did so with what it is fed: a prompt 19 times too weak, no time at all."""
+    real = Program.__call__
+
+    def weaker(program: Program, inputs: dict[str, Any]) -> Any:
+        return real(program, {k: v * factor if k == name else v for k, v in inputs.items()})
+
+    monkeypatch.setattr(Program, "__call__", weaker)
+    others = {"delta_ratio", "timestep_ratio"} - {metric}
+    floors = {"psnr_db": 0.0, **dict.fromkeys(others, -9.0)}
+    with pytest.raises(EdgeflashError, match=f"rung L2, unet: {metric}"):
+        refuse_below(verify(drawn.bundle, floors=floors), "x")
+
+
 def test_angles_of_the_timestep_stay_float32(drawn: Exported) -> None:
     told = ct.models.utils.load_spec(str(drawn.bundle.folder / "Unet.mlpackage"))
     function = told.mlProgram.functions["main"]
@@ -222,26 +344,6 @@ def test_angles_of_the_timestep_stay_float32(drawn: Exported) -> None:
     }
     assert (made["sin"], made["cos"]) == (11, 11), "FLOAT32"
     assert made["conv"] == 10, "FLOAT16"
-
-
-def test_large_token_ids_survive_half_precision(tmp_path: Path) -> None:
-    """Ids come as floats, and half precision holds whole numbers up to 2048 only."""
-    table = nn.Embedding(49408, 2)
-    table.weight.data = (
-        torch.stack([torch.arange(49408) // 256, torch.arange(49408) % 256], 1) * 1.0
-    )
-    ids = np.array([[2049, 49407, 32769]], np.float32)
-    spec = TensorSpec(name="input_ids", role="tokens", shape=("n", 3), dtype="int64")
-    output = TensorSpec(name="out", role="conditioning", shape=(1, 3, 2), dtype="float32")
-    for ios in (16, 17):
-        target = to(precision="fp16", ios=ios)
-        inputs = (target.takes(spec, whole=True),)
-        sample = Sample({"input_ids": ids}, {})
-        program = to_program(TextEncoder(table), inputs, sample)
-        captured = Captured("text_encoder", program, inputs, (output,), (sample,))
-        target.lower(captured, tmp_path / str(ios))
-        found = Program(tmp_path / f"{ios}/TextEncoder.mlpackage")(sample.inputs)["out"]
-        assert (found[0] @ [256, 1]).tolist() == ids[0].tolist()
 
 
 # --- on a Mac -------------------------------------------------------------------------------------

@@ -13,17 +13,19 @@ from small_coreml import Small, evaluated_db, kinds, small, to, weight_bytes
 from tiny_bundle import tiny
 from torch import nn
 
-from edgeflash.bundle import Bundle, Component, Image, Latent, TensorSpec, describe_file
+from edgeflash.bundle import Bundle, Component, Image, Latent, Lineage, TensorSpec, describe_file
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import coreml_norms, coreml_resources
 from edgeflash.export.capture import Captured, Network, Sample, to_program
 from edgeflash.export.coreml_attention import split_einsum
+from edgeflash.export.coreml_networks import TextEncoder
 from edgeflash.export.line import export_student
+from edgeflash.export.pack import write_manifest
 from edgeflash.export_options import ExportOptions
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
 from edgeflash.runtimes.mil_program import Program
-from edgeflash.student import Student
+from edgeflash.student import Student, folder_sha256
 from edgeflash.verify import refuse_below, verify
 
 INSTALL = "is not installed: pip install 'edgeflash[coreml-export]'"
@@ -261,3 +263,48 @@ def test_sizes_share_their_weights(tmp_path: Path) -> None:
         assert psnr_db(sample.outputs["image"], found) > 45
     with pytest.raises(EdgeflashError, match="is of the same size, 16x16"):
         joining.lower(square, tmp_path / "again")
+
+
+def test_large_token_ids_survive_half_precision(tmp_path: Path) -> None:
+    """Ids come as floats, and half precision holds whole numbers up to 2048 only."""
+    table = nn.Embedding(49408, 2)
+    table.weight.data = (
+        torch.stack([torch.arange(49408) // 256, torch.arange(49408) % 256], 1) * 1.0
+    )
+    ids = np.array([[2049, 49407, 32769]], np.float32)
+    spec = TensorSpec(name="input_ids", role="tokens", shape=("n", 3), dtype="int64")
+    output = TensorSpec(name="out", role="conditioning", shape=(1, 3, 2), dtype="float32")
+    for ios in (16, 17):
+        target = to(precision="fp16", ios=ios)
+        inputs = (target.takes(spec, whole=True),)
+        sample = Sample({"input_ids": ids}, {})
+        program = to_program(TextEncoder(table), inputs, sample)
+        captured = Captured("text_encoder", program, inputs, (output,), (sample,))
+        target.lower(captured, tmp_path / str(ios))
+        found = Program(tmp_path / f"{ios}/TextEncoder.mlpackage")(sample.inputs)["out"]
+        assert (found[0] @ [256, 1]).tolist() == ids[0].tolist()
+
+
+def test_bundles_to_join_are_refused_before_the_work(
+    one_step_student: Path, tmp_path: Path
+) -> None:
+    student, folders = Student.open(one_step_student), []
+    for name in ("a", "b", "other"):
+        manifest = Bundle.open(tiny(tmp_path / name)).manifest
+        made_from = None if name == "other" else folder_sha256(student.folder)
+        told = {"lineage": Lineage(student_sha256=made_from)}
+        told |= {"image": Image(height=16, width=24 if name == "a" else 32)}
+        write_manifest(manifest.model_copy(update=told), tmp_path / name)
+        folders.append(str(tmp_path / name))
+
+    def refused(*join: str) -> str:
+        target = to(precision="fp16", ios=18, join=join)
+        with pytest.raises(EdgeflashError) as caught:
+            export_student(student, target, tmp_path / "out", console=QUIET)
+        assert not list(tmp_path.glob("out*"))
+        return str(caught.value)
+
+    to(precision="fp16", ios=18, join=tuple(folders[:2])).check_student(student)
+    assert refused(*folders) == f"join: {folders[2]}: was made from another student"
+    said = refused(folders[0], folders[1], folders[0])
+    assert said == f"join: {folders[0]}: is of the size of {folders[0]}, 16x24: leave one out"

@@ -118,7 +118,9 @@ def test_int8_weights_are_int8_where_it_pays(one_step: Exported) -> None:
     assert between == {"Concat"}, "first, last and shortcuts stay in float"
 
 
-def test_nothing_is_named_that_does_not_ship(guided_student: Path, tmp_path: Path) -> None:
+def test_nothing_is_named_that_does_not_ship(
+    guided: Exported, guided_student: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(guided_student, tmp_path / "guided")
     index = json.loads((folder / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
@@ -129,7 +131,8 @@ def test_nothing_is_named_that_does_not_ship(guided_student: Path, tmp_path: Pat
     (folder / "unet/config.json").write_text(json.dumps(config))
     for name in ("unet", "text_encoder", "vae_decoder"):
         (tmp_path / "out" / name).mkdir(parents=True)
-    shelf.make(Target, "onnx", {}).furnish(Student.open(folder), tmp_path / "out")
+    components = guided.bundle.manifest.components
+    shelf.make(Target, "onnx", {}).furnish(Student.open(folder), components, tmp_path / "out")
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert index["safety_checker"] == index["feature_extractor"] == [None, None]
     assert index["unet"] == ["diffusers", "OnnxRuntimeModel"] and index["scheduler"][0]

@@ -225,6 +225,10 @@ def test_how_many_goldens_ship(
         return [pack.most_goldens(student, sampler) for sampler in samplers]
 
     assert most() == [3, 3, 3, 3]
+    size = sum(path.stat().st_size for path in student.weights("unet").files)
+    monkeypatch.setattr(pack, "BIG_BYTES", size)
+    samplers = [Sampler(t, Guidance(), (1, 4, 8, 8)) for t in student.schedules([8, 9]).values()]
+    assert [pack.climbs_all(student, sampler) for sampler in samplers] == [True, False]
     monkeypatch.setattr(pack, "BIG_BYTES", 0)
     assert most() == [3, 3, 2, 1] and most(kind="cfg", scale=2.0) == [3, 2, 1, 1]
     monkeypatch.setattr(pack, "GOLDENS_BYTES", 1000)

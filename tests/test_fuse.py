@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from tiny_bundle import IDS, ROWS, tiny
 
 from edgeflash import noise, shelf
 from edgeflash.bundle import Bundle, Component
+from edgeflash.devices import Device
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.fuse import fuse
 from edgeflash.export.line import export_student
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
+from edgeflash.runtimes.lint import Judgement, Seen, judge, look
 from edgeflash.runtimes.on_onnx import OnnxRuntime
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.schedule import Guidance
@@ -127,3 +130,26 @@ def test_exports_ship_it_and_the_ladder_covers_it(
     expected, ids = drawn_in_steps(bundle, ("a red star", "ring"))
     found = draw(bundle.folder / "pipeline.onnx", ids)
     assert psnr_db(expected, found, 255) > {"fp16": 55, "int8": 35}[precision]
+
+
+def test_lint_looks_at_it_as_what_an_app_may_ship_alone(tmp_path: Path) -> None:
+    bundle = fused_copy(Bundle.open(tiny(tmp_path / "parts")), tmp_path / "b")
+    fused, parts = bundle.manifest.fused, bundle.manifest.components
+    assert fused
+    seen = look(bundle)
+    assert [part.component for part in seen] == [*parts, fused]
+    assert seen[-1].graph.operators and not seen[-1].unread
+    limit = {"name": "memory", "rule": "memory", "broken": "will be killed", "source": "a test"}
+    large = tuple(replace(part, weight_bytes=10**6 * part.alone) for part in seen)
+
+    def killed(parts: tuple[Seen, ...], most: int) -> list[str]:
+        told = [{**limit, "most": most}]
+        device = Device.model_validate(
+            {"name": "small", "chip": "", "runs": ["onnx"], "limits": told}
+        )
+        return [finding.component for finding in judge(parts, device).findings]
+
+    assert killed(large, 10**5) == ["pipeline"] and killed(large, 10**7) == []
+    together = sum(part.weight_bytes for part in seen[:-1]) + max(p.peak.bytes for p in seen[:-1])
+    limits = Judgement(Device(name="x", chip="", runs=("onnx",), limits=()), seen, ()).bytes
+    assert limits[0] == together, "an app does not load it beside them"

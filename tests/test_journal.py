@@ -224,17 +224,18 @@ def planned_words(word: str) -> dict[str, Any]:
         (({}, SOME), ({}, SOME | {"cache_branch": 1}), BOTH),
         (({}, {"steps": (4,), "gate": 1}), ({}, {"steps": (4,), "gate": 2}), BOTH & RECORDED),
         (({}, SOME), ({}, {"steps": (4,), "gate": 2}), BOTH),
-        (({}, {}), ({}, {"record_all": True}), RECORDS),
-        (({}, {"record_all": True}), (INT8, {}), ALL - RECORDS),
+        (({}, {}), ({}, {"record_all": True}), set()),
+        (({}, {}), (INT8, {}), ALL - RECORDS),
+        (
+            (INT8, {"prompts": (*"abcd",)}),
+            (INT8, {"prompts": (*"abcdef",)}),
+            ALL - {"lower-text_encoder"},
+        ),
         ((planned_words("int8-weights"), {}), (planned_words("int4-weights"), {}), {"lower-unet"}),
         ((INT8, SOME), (INT8 | {"attention": True}, SOME), {*BOTH, *DECODER} - RECORDED),
         (({}, {}), ({}, {"size": (32, 16)}), UNET | DECODER),
         ((INT8, {}), (INT8 | {"attention": True}, {}), {"lower-unet", "lower-vae_decoder"}),
-        (
-            (INT8, {}),
-            ({"precision": "int8-dynamic"}, {}),
-            {*RECORDS, *ALL} - {"lower-text_encoder"},
-        ),
+        ((INT8, {}), ({"precision": "int8-dynamic"}, {}), {"lower-unet", "lower-vae_decoder"}),
     ],
 )
 def test_a_changed_option_redoes_what_it_shapes(

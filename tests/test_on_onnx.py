@@ -59,7 +59,7 @@ def test_a_provider_is_asked_for_with_its_options_and_what_takes_the_rest(
     assert asked("auto") == ("cuda", [cuda, cpu]) and asked("cpu") == ("cpu", [cpu])
     trt = ("TensorrtExecutionProvider", both)
     assert asked("tensorrt") == ("tensorrt", [trt, cuda, cpu])
-    assert asked("coreml-ne") == ("coreml", [("CoreMLExecutionProvider", core), cpu])
+    assert asked("coreml-ne") == ("coreml-ne", [("CoreMLExecutionProvider", core), cpu])
     assert Path(kept.format("tensorrt")).is_dir()
     retrained = unet.files[0].model_copy(update={"sha256": "0" * 64})
     unet = unet.model_copy(update={"files": (retrained,), "precision": "int8"})

@@ -222,12 +222,13 @@ def test_genai_s_tokenizer_gives_our_ids(drawn: Exported) -> None:
 
 
 def test_without_its_tokenizers_it_says_what_is_missing(
-    guided_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guided: Exported, guided_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
     for name in ("unet", "text_encoder", "vae_decoder"):
         (tmp_path / name).mkdir()
-    said = shelf.make(Target, "openvino", {}).furnish(Student.open(guided_student), tmp_path)
+    student, components = Student.open(guided_student), guided.bundle.manifest.components
+    said = shelf.make(Target, "openvino", {}).furnish(student, components, tmp_path)
     assert "no openvino_tokenizer.xml" in said and "pip install openvino-tokenizers" in said
     assert "\n" not in said
 

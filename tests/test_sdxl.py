@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from exported import Exported, export
+from exported import QUIET, Exported, export
 from onnxruntime import InferenceSession
 from PIL import Image
 from tiny_sdxl import POOLED, WIDTHS, write_sdxl
@@ -26,6 +26,7 @@ from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import onnx_graph
 from edgeflash.export.line import export_student
+from edgeflash.export_options import ExportOptions
 from edgeflash.noise import randn
 from edgeflash.parity import psnr_db
 from edgeflash.recipe import recipe_of
@@ -95,6 +96,37 @@ def test_pictures_are_those_that_diffusers_draws(
             assert psnr_db(theirs, (image / 2 + 0.5).clip(0, 1), 1.0) >= 80
             assert np.abs(theirs * 255 - drawn.images.transpose(0, 3, 1, 2)).max() < 1
             assert theirs.std() > 0.05, "it is no even grey"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("to", "asked"),
+    [
+        ("openvino", {}),
+        ("openvino", {"precision": "int8-weights"}),
+        ("tensorrt", {"vendor": "tensorrt"}),
+        ("tensorrt", {"vendor": "tensorrt", "precision": "fp16"}),
+    ],
+    ids=str,
+)
+def test_other_targets_pass_the_ladder(
+    to: str, asked: dict[str, Any], folder: Path, onnx: Exported, tmp_path: Path
+) -> None:
+    """Of TensorRT its ONNX files alone, on the stand-in; floors are those of each precision."""
+    if to == "openvino":
+        pytest.importorskip("openvino", reason="pip install 'edgeflash[openvino-export]'")
+    target, guidance = shelf.make(Target, to, asked), Guidance(kind="cfg", scale=4.0)
+    options = ExportOptions(steps=(STEPS,), guidance=guidance, prompts=(PROMPT, "blue ring"))
+    bundle = export_student(Student.open(folder), target, tmp_path / "b", options, console=QUIET)
+    manifest = bundle.manifest
+    proved = {f.component for f in manifest.parity if f.rung == "L1" and f.passed}
+    assert proved == {component.name for component in onnx.bundle.manifest.components}
+    assert bool(manifest.unproven) == (to == "tensorrt")
+    drawn = []
+    for each in (onnx.bundle, bundle) if to == "openvino" else ():
+        with TextToImage(each, runtime_for(each)) as pipeline:
+            drawn.append(pipeline.generate(Request(PROMPT, seed=SEED)).latent)
+    assert not drawn or psnr_db(*drawn) > 25
 
 
 def _drawn(pipeline: Any, scale: float, negative: str | None) -> Any:
