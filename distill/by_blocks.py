@@ -24,6 +24,7 @@ from .draws import rand, randint, randn
 from .encoded import cached_samples
 from .features import Taps
 from .seen import dropped
+from .skipping import SKIP, Skipping
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
 
@@ -36,7 +37,8 @@ class Blocks(Method):
 
     L = |target - S|^2 + |T - S|^2 + sum over blocks of |F_T - F_S|^2, each with its weight, on the
     conditional branch and without guidance. SDXS has no first term: ``denoising_weight = 0``. With
-    ``attribute_weight`` a `Witness` says which objects the student's x_0 shows.
+    ``attribute_weight`` a `Witness` says which objects the student's x_0 shows. With ``skip`` it is
+    trained to lose more blocks, which `edgeflash search` may then choose (`Skipping`).
 
     A step asks teacher and student once each; in memory are both with what their blocks put out,
     and an average of the student where ``ema`` keeps one. 50 K steps of 256 pictures of 512 px, 64
@@ -78,6 +80,7 @@ class Blocks(Method):
     caption_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of empty captions; ours, BK-SDM has none"
     )
+    skip: float = Field(0.0, ge=0, lt=1, description=SKIP)
     attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
 
     def begin(self, shop: Workshop) -> Stage:
@@ -94,6 +97,7 @@ class Blocks(Method):
         process = shop.process()
         batch, nothing = cached_samples(shop)
         pairs = feature_pairs(teacher, student)
+        skipping = Skipping(student, self.skip)
         taught, learnt = Taps([t for t, _ in pairs]), Taps([s for _, s in pairs])
         places = [f"features.{names[ours]}" for _, ours in pairs]
         witness = None
@@ -109,7 +113,8 @@ class Blocks(Method):
             x_t = process.noised(x_0, eps, t)
             with torch.no_grad():
                 wanted = teacher(x_t, t, c).sample.float()
-            output = network(x_t, t, c).sample.float()
+            with skipping(generator):
+                output = network(x_t, t, c).sample.float()
             features = zip(places, learnt.outputs, taught.outputs, strict=True)
             denoising = F.mse_loss(output, process.target(x_0, eps, t))
             terms = {

@@ -26,6 +26,7 @@ from .draws import rand, randn, rows
 from .encoded import cached_samples, mistaken_latents
 from .process import Process
 from .seen import dropped
+from .skipping import SKIP, Skipping
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .witness import WEIGHT, Witness
 
@@ -42,7 +43,8 @@ class Denoising(Method):
     cached. With ``attribute_weight`` a `Witness` says which objects the predicted x_0 shows. With
     ``mistakes`` the noise of some samples holds a part of the scene as it should not be, in the
     manner of arXiv 2301.11706, which adds plain noise: on its own way the network meets its own
-    errors, and must learn to trust the caption more than them. With ``inpaint`` it also sees a
+    errors, and must learn to trust the caption more than them. With ``skip`` it is trained to lose
+    blocks, before `edgeflash search` chooses which (`Skipping`). With ``inpaint`` it also sees a
     mask, and the picture without what the mask covers, with ``enlarge`` the picture as a smaller
     one has it (arXiv 2112.10752, secs. 4.5 and 4.4).
     """
@@ -66,6 +68,7 @@ class Denoising(Method):
     )
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="share of empty captions, for CFG")
     attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
+    skip: float = Field(0.0, ge=0, lt=1, description=SKIP)
     mistakes: float = Field(
         0.0,
         ge=0,
@@ -116,6 +119,7 @@ class Denoising(Method):
         if self.warm:
             self.go_on(unet, shop)
 
+        skipping = Skipping(unet, self.skip)
         witness = None
         if self.attribute_weight:
             witness = Witness.at(shop, "denoising", sample, process)
@@ -132,7 +136,8 @@ class Denoising(Method):
                 part = self.parts(empty, generator).to(x_0.device)
                 eps = eps + part * process.alpha(t) * (batch["mistaken"] - x_0)
             x_t = process.noised(x_0, eps, t)
-            output = network(x_t, t, c).sample.float()
+            with skipping(generator):
+                output = network(x_t, t, c).sample.float()
             terms = {"denoising": F.mse_loss(output, process.target(x_0, eps, t))}
             if witness:
                 doubt = witness.doubt(process.x_0(output, x_t, t), batch["labels"], generator, t)

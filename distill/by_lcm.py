@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .process import Process, noise_like
 from .rollout import renoised
 from .stage import Batch, Player, Stage, Terms, Workshop, average
 from .teacher import guided
+from .w_embedding import KEY, listen, waves
 from .witness import WEIGHT, Witness
 
 LORA_RATE = 1e-4  # of diffusers' train_lcm_distill_lora_sd_wds.py
@@ -31,10 +33,18 @@ LORA_RATE = 1e-4  # of diffusers' train_lcm_distill_lora_sd_wds.py
 class LCM(Method):
     """LCM (arXiv 2310.04378, alg. 1): f(x_t) = f(x_s), x_s one guided teacher DDIM step below x_t.
 
-    The guidance weight w is drawn for each sample and folded in; the student takes no w-embedding
-    and is sampled without guidance. The student keeps an `LCMScheduler`. ``attribute_weight`` adds
-    what a `Witness` says of f(x_t), as a reward (arXiv 2403.11027, sec. 4). ``own_steps`` shows the
-    student what it will meet in use, its own samples noised again (arXiv 2405.05224, sec. 4.1).
+    The guidance weight w is drawn for each sample and folded in. With ``w_embedding`` the student
+    is told it, f(x_t, w, c, t), and is sampled at any guidance scale 1 + w of that range, in one
+    call a step (sec. 4.2). Without, as LCM-LoRA has it, it learns one answer to all of them and is
+    sampled without guidance. The student keeps an `LCMScheduler`.
+
+    "fine-tuning" is LCF (sec. 4.4, alg. 4): an LCM goes on with pictures of one's own, without a
+    teacher. x_s is then alpha_s x_0 + sigma_s eps, of the picture and the noise of x_t, and w is
+    no more than what the student is told. Of a denoiser that is no LCM it is consistency training.
+
+    ``attribute_weight`` adds what a `Witness` says of f(x_t), as a reward (arXiv 2403.11027, sec.
+    4). ``own_steps`` shows the student what it will meet in use, its own samples noised again
+    (arXiv 2405.05224, sec. 4.1).
 
     Of a flow (SD 3) the teacher's step is Euler's, f = x_0 needs no boundary scalings, and the grid
     is shifted as the teacher's; pipelines of diffusers must be told it: `edgeflash/even_steps.py`.
@@ -46,10 +56,12 @@ class LCM(Method):
     2403.16627).
     """
 
-    wants: ClassVar[tuple[str, ...]] = ("teacher",)
     flows: ClassVar[bool] = True
     conditioned: ClassVar[bool] = True
 
+    kind: Literal["distillation", "fine-tuning"] = Field(
+        "distillation", description="from a teacher, or an LCM's own from data alone (LCF)"
+    )
     learning_rate: float = Field(
         8e-6, gt=0, description="peak learning rate of AdamW; with LoRA, 1e-4 where none is named"
     )
@@ -62,6 +74,12 @@ class LCM(Method):
     )
     w_min: float = Field(3.0, ge=0, description="least guidance weight; CFG's scale is 1 + w")
     w_max: float = Field(15.0, ge=0, description="greatest guidance weight")
+    w_embedding: int | None = Field(
+        None,
+        ge=4,
+        description="width of the waves that tell the student's UNet w, usually 256; none: it is "
+        "not told",
+    )
     huber_c: float = Field(1e-3, gt=0, description="width of the pseudo-Huber loss")
     timestep_scaling: float = Field(10.0, gt=0, description="in the boundary scalings")
     attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
@@ -84,20 +102,28 @@ class LCM(Method):
             raise ValueError(f"w_min {self.w_min} is greater than w_max {self.w_max}")
         if self.own_steps > self.ddim_steps:
             raise ValueError(f"own_steps {self.own_steps} is greater than ddim_steps")
+        if self.own_steps and self.kind == "fine-tuning":
+            raise ValueError("own_steps needs a teacher, which fine-tuning does not ask")
         return self
 
     def step_counts(self) -> range:
         return range(1, self.ddim_steps + 1)
 
+    def needs_teacher(self) -> bool:
+        return self.kind == "distillation"
+
+    def told_scales(self) -> tuple[float, float] | None:
+        return (1 + self.w_min, 1 + self.w_max) if self.w_embedding else None
+
     def begin(self, shop: Workshop) -> Stage:
-        assert shop.teacher
-        teacher = shop.frozen(shop.teacher)
-        student = shop.load(shop.student, shop.denoiser).train()
+        source = shop.teacher or shop.student
+        teacher = shop.frozen(source) if self.needs_teacher() else None
+        student = self.listening(shop)
         target = average(student, self.target_ema) if self.target_ema else student
         process = shop.process()
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")
-        scheduler = few_step_scheduler(shop.teacher, self.ddim_steps, self.timestep_scaling)
+        scheduler = few_step_scheduler(source, self.ddim_steps, self.timestep_scaling)
         batch, nothing = cached_samples(shop)
         witness = None
         if self.attribute_weight:
@@ -111,6 +137,30 @@ class LCM(Method):
             averages={shop.denoiser: average(student, self.ema)} if self.ema else {},
             targets=[(target, student)] if target is not student else [],
         )
+
+    def listening(self, shop: Workshop) -> Any:
+        """The student's denoiser, with the input for w where the options say so.
+
+        Raises:
+            EdgeflashError: it has one already, of another width, or cannot have one.
+        """
+        has, wants = shop.config(shop.student).get(KEY), self.w_embedding
+        if has and has != wants:
+            raise EdgeflashError(
+                f"lcm.w_embedding: the student's UNet is told w by {has} waves ({KEY}): set {has}"
+            )
+        if wants and shop.denoiser == "transformer":
+            raise EdgeflashError("lcm.w_embedding: diffusers' UNets alone take w: leave it out")
+        if wants and not has and self.lora_rank:
+            raise EdgeflashError(
+                "lcm.w_embedding: needs an input that LoRA does not train: leave one of them out, "
+                "as LCM-LoRA does (arXiv 2311.05556)"
+            )
+        student = shop.load(shop.student, shop.denoiser).train()
+        if wants and not has:
+            listen(student, wants)
+            student.register_to_config(**{KEY: wants})
+        return student
 
     def times(self, n: Tensor, timesteps: int) -> tuple[Tensor, Tensor]:
         """Levels of t, grid entry n, and of s, one entry below it, which is 0 at the end; int64."""
@@ -140,15 +190,19 @@ class Lesson:
     witness: Witness | None
 
     def loss(self, network: Any, batch: Batch, generator: torch.Generator) -> Terms:
-        x_0, c, process, options = batch["x_0"], batch["c"], self.process, self.options
+        x_0, c, options = batch["x_0"], batch["c"], self.options
         w = options.w_min + (options.w_max - options.w_min) * rand(len(c), generator)
-        x_t, t, s = self.start(network, x_0, c, generator)
-        clean, noise = guided(self.teacher, process, x_t, t, c, self.nothing, w.to(c.device))
-        x_s = process.ddim(clean, noise, s)
+        w = w.to(c.device)
+        x_t, eps, t, s = self.start(network, x_0, c, w, generator)
+        if self.teacher is not None:
+            clean, eps = guided(self.teacher, self.process, x_t, t, c, self.nothing, w)
+            x_s = self.process.ddim(clean, eps, s)
+        else:
+            x_s = self.process.noised(x_0, eps, s)
         with torch.no_grad():
-            wanted = self.consistency(self.target, x_s, s, c)
+            wanted = self.consistency(self.telling(self.target, w), x_s, s, c)
         torch.clear_autocast_cache()  # the target may be the student, whose weights shall learn
-        told = self.consistency(network, x_t, t, c)
+        told = self.consistency(self.telling(network, w), x_t, t, c)
         terms = {"consistency": pseudo_huber(told, wanted, options.huber_c)}
         if self.witness:
             doubt = self.witness.doubt(told, batch["labels"], generator)
@@ -156,9 +210,9 @@ class Lesson:
         return terms
 
     def start(
-        self, network: Any, x_0: Tensor, c: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t [n, c, h, w], t and s [n]: of data, and of own samples in the second half."""
+        self, network: Any, x_0: Tensor, c: Tensor, w: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x_t and eps [n, c, h, w], t and s [n]: of data, and of own samples in the second half."""
         count, half, eps = len(x_0), len(x_0) // 2, noise_like(x_0, generator)
         n = randint(0, self.options.ddim_steps, count, generator)
         if self.ways:
@@ -168,8 +222,9 @@ class Lesson:
         t, s = (self.process.at(level).to(x_0.device) for level in levels)
         x_t = self.process.noised(x_0, eps, t)
         if self.ways:
-            x_t[half:] = self.own(network, eps[half:], way, c[half:], generator)
-        return x_t, t, s
+            telling = self.telling(network, w[half:])
+            x_t[half:] = self.own(telling, eps[half:], way, c[half:], generator)
+        return x_t, eps, t, s
 
     def own(
         self, network: Any, noise: Tensor, way: Tensor, c: Tensor, generator: torch.Generator
@@ -182,6 +237,11 @@ class Lesson:
             return self.consistency(network, x, t, c), x
 
         return renoised(ask, self.process, noise, times, generator)
+
+    def telling(self, unet: Any, w: Tensor) -> Any:
+        """The denoiser, told the weights w [n] of its samples where it takes them."""
+        width = self.options.w_embedding
+        return partial(unet, timestep_cond=waves(w, width)) if width else unet
 
     def consistency(self, unet: Any, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return consistency(unet, self.process, x, t, c, self.options.timestep_scaling)

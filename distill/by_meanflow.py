@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgeflash.errors import EdgeflashError
 from edgeflash.roles import Method
 
+from . import w_embedding
 from .draws import rand, rows
 from .encoded import cached_samples
 from .few_steps import ddim_scheduler, source_of
@@ -216,15 +217,12 @@ def listen(unet: Any) -> None:
     Raises:
         EdgeflashError: something else already has this input.
     """
-    embedding = unet.time_embedding
-    if embedding.cond_proj is not None:
+    if unet.time_embedding.cond_proj is not None:
         raise EdgeflashError(
             "meanflow tells the student a step's length where this one takes guidance "
             "(time_cond_proj_dim): begin with a student that does not"
         )
-    embedding.cond_proj = nn.Linear(WAVES, embedding.linear_1.in_features, bias=False)
-    nn.init.zeros_(embedding.cond_proj.weight)
-    embedding.cond_proj.to(embedding.linear_1.weight.device)
+    w_embedding.listen(unet, WAVES)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgeflash.errors import EdgeflashError
+from edgeflash.lora import Lora, components_of
 from edgeflash.roles import Method
+from edgeflash.shelf import require
 
 from .draws import randint, randn
 from .encoded import cached_conditioning, latent_shape
@@ -51,7 +54,12 @@ class SDXS(Method):
     latent and what the teacher's UNet encoder, one of the paper's examples, makes of it at t = 0,
     with equal w_l. w(t) is DMD's (`losses.matching`): the authors later trained as DMD2 does. The
     online network learns from the first step on, so that it knows the student's samples when it is
-    asked. The paper's LoRA, ControlNet and adversarial finish are not here.
+    asked. The paper's ControlNet and adversarial finish are not here.
+
+    With ``style_lora`` a one-step student, the recipe's base, learns that LoRA's style (the paper's
+    LoRA distillation): it is fused into the teacher whose scores are followed, and not into the
+    online network, which begins as the teacher without it; there is no warm-up. psi has the style
+    where the teacher itself draws it; a straight teacher is as its folder has it.
 
     A step asks the solver's model ``solver_steps`` times, twice as often where it is guided, the
     teacher's encoder twice, the guided teacher once, student and online network twice each. In
@@ -82,6 +90,12 @@ class SDXS(Method):
     online_updates: int = Field(
         1, ge=1, description="steps of the online network for one of the student"
     )
+    style_lora: str | None = Field(
+        None,
+        description="LoRA whose style is learnt, a file or a folder with one; of it the UNet's part"
+        " counts",
+    )
+    style_scale: float = Field(1.0, gt=0, description="how much of it is added")
 
     @model_validator(mode="after")
     def _fits(self) -> SDXS:
@@ -91,6 +105,8 @@ class SDXS(Method):
             raise ValueError(f"feature_weight {self.feature_weight}: it falls, to 0 at the least")
         if self.feature_share and not self.feature_weight[0]:
             raise ValueError("feature_weight 0 leaves the warm-up without a loss: feature_share 0")
+        if self.style_lora and self.feature_share:
+            raise ValueError("style_lora is learnt without the warm-up: set feature_share = 0")
         return self
 
     def step_counts(self) -> range:
@@ -100,7 +116,7 @@ class SDXS(Method):
         assert shop.teacher
         torch.manual_seed(0)
         process = shop.process()
-        teacher = shop.frozen(shop.teacher)
+        teacher = shop.frozen(shop.teacher, self.style())
         conditioning, nothing = cached_conditioning(shop)
         lesson = Lesson(
             options=self,
@@ -130,6 +146,23 @@ class SDXS(Method):
             },
             averages={shop.denoiser: average(lesson.student, self.ema)} if self.ema else {},
         )
+
+    def style(self) -> tuple[Lora, ...]:
+        """The LoRA of the teacher, if any.
+
+        Raises:
+            EdgeflashError: the file is none, or has nothing for a UNet.
+        """
+        if not self.style_lora:
+            return ()
+        require("sdxs.style_lora", ["peft"])
+        lora = Lora(Path(self.style_lora), self.style_scale)
+        if "unet" not in (has := components_of(lora)):
+            raise EdgeflashError(
+                f"sdxs.style_lora: {lora.file} is for the {' and '.join(sorted(has))} alone, where "
+                "the UNet's scores are followed: choose another"
+            )
+        return (lora,)
 
     def solver(self, shop: Workshop, teacher: Any, process: Process, nothing: Tensor) -> Solves:
         """psi, by the straight teacher, or by the guided teacher where there is none.

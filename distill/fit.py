@@ -10,10 +10,12 @@ from edgeflash.control import CALLED
 from edgeflash.errors import EdgeflashError
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
+from edgeflash.schedule import Guidance
 from edgeflash.student import Student
 
 from .loop import parts
 from .process import FLOW, predicts
+from .w_embedding import KEY
 
 
 def check_kind(recipe: Recipe, folders: Sequence[Path]) -> None:
@@ -27,6 +29,7 @@ def check_kind(recipe: Recipe, folders: Sequence[Path]) -> None:
     _check_families(recipe, folders)
     _check_conditions(recipe, folders)
     _check_control(recipe, folders)
+    _check_told(recipe, folders)
 
 
 def _check_order(recipe: Recipe) -> None:
@@ -96,6 +99,18 @@ def _check_control(recipe: Recipe, folders: Sequence[Path]) -> None:
         has = has or method.steers
 
 
+def _check_told(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Refuses methods that would train a denoiser without telling it the guidance it is used to."""
+    told = any(hears(Student.unfinished(folder)) for folder in folders[-1:])  # the base comes last
+    for spec, method in zip(recipe.stage, recipe.methods(), strict=True):
+        if told and method.step_counts() is not None and not method.told_scales():
+            raise EdgeflashError(
+                f"method {spec.by!r}: the denoiser is told its guidance ({KEY}), which lcm with "
+                "w_embedding alone does: let that come last"
+            )
+        told = method.keeps_control and (told or method.told_scales() is not None)
+
+
 def _takers(family: str, flow: bool) -> list[str]:
     """The methods that make parts of a family, and learn its flow if it is one."""
     methods = {name: shelf.find(Method, name, check=False) for name in shelf.names(Method)}
@@ -104,10 +119,63 @@ def _takers(family: str, flow: bool) -> list[str]:
 
 
 def check_wants(name: str, method: Method, recipe: Recipe) -> None:
-    if "teacher" in method.wants and not recipe.teacher:
+    if method.needs_teacher() and not recipe.teacher:
         raise EdgeflashError(f"method {name!r} needs a teacher in the recipe")
     if "shapes" in method.wants and recipe.data.kind != "shapes":
         raise EdgeflashError(f"method {name!r} needs [data] kind = 'shapes'")
+
+
+def check_guidance(recipe: Recipe, base: Path | None) -> None:
+    """Refuses a [sampling] that guides the student otherwise than it is told, if it is told."""
+    said, scales = recipe.sampling, _scales(recipe)
+    if said is None:
+        return
+    kept = all(method.keeps_control for method in recipe.methods())  # the base's UNet
+    if scales is None and not (base and kept and hears(Student.unfinished(base))):
+        if said.guidance == "embedded":
+            raise EdgeflashError(
+                "[sampling] guidance: 'embedded', but no stage tells the student its guidance: "
+                "set lcm.w_embedding, or say 'none' or 'cfg'"
+            )
+        return
+    if said.guidance != "embedded":
+        raise EdgeflashError(
+            f"[sampling] guidance: {said.guidance!r}, but the student is told its guidance: say "
+            "'embedded', and guidance_scale"
+        )
+    if scales and not scales[0] <= said.guidance_scale <= scales[1]:
+        raise EdgeflashError(
+            f"[sampling] guidance_scale: {said.guidance_scale:g}, but w_min and w_max tell the "
+            f"student scales from {scales[0]:g} to {scales[1]:g} (1 + w)"
+        )
+
+
+def told(recipe: Recipe, before: Student, draft: Path) -> Guidance:
+    """How a finished student is guided where the recipe says nothing.
+
+    Args:
+        recipe: which scales it was told.
+        before: who is guided so far, the base or the student itself.
+        draft: the student's folder.
+    """
+    student, guidance = Student.open(draft), before.guidance()
+    if guidance.channels != hears(student):
+        guidance = student.guidance()
+    if guidance.kind == "embedded" and (scales := _scales(recipe)):
+        scale = min(max(guidance.scale, scales[0]), scales[1])
+        guidance = guidance.model_copy(update={"scale": scale})
+    return guidance
+
+
+def _scales(recipe: Recipe) -> tuple[float, float] | None:
+    """The guidance scales that the last stage to tell the student any did tell it."""
+    scales = [method.told_scales() for method in recipe.methods()]
+    return next((each for each in reversed(scales) if each), None)
+
+
+def hears(student: Student) -> int:
+    """The width of the waves that tell its denoiser the guidance; 0 where it is not told."""
+    return int(student.config(student.family.denoiser).get(KEY) or 0)
 
 
 def check_parts(recipe: Recipe, methods: list[Method], processes: int) -> None:

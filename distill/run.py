@@ -79,6 +79,7 @@ def distill(
             require(f"{spec.by}.lora_rank", ["peft"])
     fit.check_kind(recipe, list(filter(None, (teacher, base))))
     _check_steps(recipe)
+    fit.check_guidance(recipe, base)
     accelerator = crew.assemble()
     sharded.heed(accelerator)
     fit.check_parts(recipe, methods, accelerator.num_processes)
@@ -369,14 +370,17 @@ def _sampling(
 
     Where the recipe says nothing: the base's while its sampler stays, else the sampler's own.
     """
-    if said := recipe.sampling:
-        guidance = Guidance(kind=said.guidance, scale=said.guidance_scale)
-        return said.steps, said.default_steps, guidance
     student = Student.open(draft)
+    if said := recipe.sampling:
+        guidance = Guidance(
+            kind=said.guidance, scale=said.guidance_scale, channels=fit.hears(student)
+        )
+        return said.steps, said.default_steps, guidance
     if base and (before := Student.open(base)).config("scheduler") == student.config("scheduler"):
         student = before
     counts, (_, runs) = student.step_counts(), _sampler(recipe)
     if runs:
         counts = tuple(n for n in counts if n in runs) or tuple(runs[:1])
     folded = any(method.folds_guidance() for method in recipe.methods())
-    return counts, student.default_steps(counts), Guidance() if folded else student.guidance()
+    guidance = Guidance() if folded else fit.told(recipe, student, draft)
+    return counts, student.default_steps(counts), guidance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from edgeflash import control
 from edgeflash.bundle import DENOISERS
 from edgeflash.errors import EdgeflashError
+from edgeflash.lora import Lora
 from edgeflash.networks_sd import load_network
 from edgeflash.student import Student
 
 from .data import Store
 from .process import Process, predicts
+from .w_embedding import insist
 
 Batch = dict[str, Tensor]
 CONTEXT = (  # how a denoiser's config calls the width of c
@@ -109,19 +111,25 @@ class Workshop:
         """The component of teacher and student that denoises, as their family calls it."""
         return Student.unfinished(self.student).family.denoiser
 
-    def load(self, folder: Path, component: str) -> Any:
-        """A network of a diffusers folder: float32, evaluating, on the device.
+    def config(self, folder: Path) -> dict[str, Any]:
+        """Of the denoiser in a diffusers folder."""
+        return Student.unfinished(folder).config(self.denoiser)
+
+    def load(self, folder: Path, component: str, loras: Sequence[Lora] = ()) -> Any:
+        """A network of a diffusers folder: float32, evaluating, on the device, LoRAs fused into it.
 
         A denoiser carries the folder's ControlNet or adapter, which learns along with it, or is
         averaged.
         """
         student = Student.unfinished(folder)
+        student.loras = tuple(loras)
         network = load_network(student, component).eval()
         if component == student.family.denoiser:
             network = student.family.listening(student, network)
+            insist(network, folder)
         return network.to(self.device, memory_format=torch.channels_last)
 
-    def frozen(self, folder: Path) -> Any:
+    def frozen(self, folder: Path, loras: Sequence[Lora] = ()) -> Any:
         """A denoiser that learns nothing; in bf16 where the stage is, to be called in `autocast`.
 
         Only the weights of products are: autocast would round the same ones at every call.
@@ -135,7 +143,7 @@ class Workshop:
                 f"{folder}: is of the family {theirs}, the student of {ours}, and they do not hear "
                 "prompts alike: name one of the same family"
             )
-        denoiser = self.load(folder, self.denoiser).requires_grad_(False)
+        denoiser = self.load(folder, self.denoiser, loras).requires_grad_(False)
         for layer in denoiser.modules() if self.half else ():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 layer.to(torch.bfloat16)

@@ -52,6 +52,15 @@ def fuse(network: Any, component: str, lora: Lora) -> None:
         lora_base._remove_text_encoder_monkey_patch(network)
 
 
+def components_of(lora: Lora) -> set[str]:
+    """The components that a LoRA changes, some of `COMPONENTS`.
+
+    Raises:
+        EdgeflashError: no LoRA of this family.
+    """
+    return {key.partition(".")[0] for key in _read(lora)[0]}
+
+
 def _read(lora: Lora) -> tuple[dict[str, Any], Any, Any]:
     """Weights by diffusers' names, with their alphas (kohya) or peft's config (diffusers)."""
     from diffusers import StableDiffusionPipeline as Pipeline

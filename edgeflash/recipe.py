@@ -70,7 +70,9 @@ class Sampling(_Table):
         (1, 2, 4), description="step counts to ship schedules for"
     )
     default_steps: int = 4
-    guidance: Literal["none", "cfg"] = "none"
+    guidance: Literal["none", "cfg", "embedded"] = Field(
+        "none", description="embedded: of students that are told it, as lcm.w_embedding makes them"
+    )
     guidance_scale: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
@@ -78,7 +80,7 @@ class Sampling(_Table):
         if self.default_steps not in self.steps:
             raise ValueError(f"default_steps {self.default_steps} is not one of {self.steps}")
         if self.guidance == "none" and self.guidance_scale != 1:
-            raise ValueError("guidance_scale needs guidance = 'cfg'")
+            raise ValueError("guidance_scale needs guidance = 'cfg' or 'embedded'")
         return self
 
 

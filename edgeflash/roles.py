@@ -106,6 +106,17 @@ class Method(Plugin, ABC):
         """Whether the student is sampled without guidance though its sampler does not tell so."""
         return False
 
+    def needs_teacher(self) -> bool:
+        """Whether the recipe must name one for it to do what these options say."""
+        return "teacher" in self.wants
+
+    def told_scales(self) -> tuple[float, float] | None:
+        """The least and the greatest guidance scale that it trains the denoiser to be told.
+
+        None: it tells the denoiser none.
+        """
+        return None
+
     def shows_more(self) -> bool:
         """Whether it makes a denoiser that sees a picture beside x_t, for later stages to teach."""
         return False
