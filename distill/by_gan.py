@@ -39,7 +39,10 @@ class Diffusion2GAN(Method):
 
     The critic begins as the teacher's encoder too, has heads at every block, and is also shown z,
     through a convolution that begins at zero. Besides (x, z, c) against (G, z, c) it learns that x
-    under another caption is wrong. Every ``r1_every`` steps, R1 on one sample of the batch.
+    under another caption is wrong. Every ``r1_every`` steps, R1 on one sample of the batch. Where
+    R1 is lazy (arXiv 1912.04958, app. B) it counts ``r1_every``-fold, to be as strong as if it came
+    at every step. Here ``r1_weight`` is what counts at its turn: no published weight is there to
+    be kept.
 
     The weights of the adversarial term and of R1, the heads and the rates were not found: these are
     ours. A step asks student and features twice each, the critic four times; pairs cost 2 x

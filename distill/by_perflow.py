@@ -37,6 +37,10 @@ class PeRFlow(Method):
     z_s + (z_e - z_s) (t_s - t) / (t_s - t_e); here it is scaled to the norm that networks of this
     noise know at t, alpha_t x_0 + sigma_t eps. The flow is the same, and a DDIM step is then a step
     along the line: a plain `DDIMScheduler` samples the student, in multiples of ``windows`` steps.
+    The authors' own sampler raises fewer steps to ``windows``, and gives what is over to the
+    noisiest windows (6 of 4: 2, 2, 1, 1). That is left out on purpose, and recipes that ask for
+    such counts are refused: stock pipelines have no such sampler, and their even steps would cross
+    the ends of windows.
 
     Of a flow (SD 3) the line needs no such scaling. Time is real there, 0 to T without a shift, and
     a first-order DPM-Solver++, which on a flow is Euler's, samples the student.

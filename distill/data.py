@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,7 @@ class Store:
         captions: one a sample.
         labels: of the shapes scenes, int64 [n, heads]; None of other data.
         size_px: side of the square pictures.
+        spent: seconds that computing took of each cache asked for, whoever asked first, by key.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,6 +48,7 @@ class Store:
         self.captions: list[str] = told["captions"]
         self.labels = np.array(told["labels"], np.int64) if told["labels"] else None
         self._seed = told["seed"]
+        self.spent: dict[str, float] = {}
         self.size_px: int
         self._pictures: np.ndarray | _Joined
         if "shards" in told:
@@ -85,6 +88,7 @@ class Store:
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
         if crew.told(not path.exists()):
             self._fill(path, compute, f"encoding {key.partition(' ')[0]}")
+        self.spent[key] = _seconds(path)
         return Cached(path)
 
     def _fill(self, path: Path, compute: Callable[[np.ndarray], Tensor], label: str) -> None:
@@ -93,7 +97,7 @@ class Store:
         Always in the same chunks: an encoder's last bits may depend on its batch.
         """
         draft, count = path.with_suffix(".new"), len(self)
-        done = crew.told(_chunks_done(draft, count) if crew.is_main() else set())
+        done = crew.told({*_chunks_done(draft, count)} if crew.is_main() else set())
         left = [chunk for chunk in _chunks(count) if chunk not in done]
         mine = left[crew.rank() :: crew.size()]
 
@@ -102,22 +106,29 @@ class Store:
             made = compute(np.arange(start, stop)).to(torch.float16)
             return np.ascontiguousarray(made.cpu().numpy())
 
+        began = time.monotonic()
         if crew.is_main() and not draft.exists():
             shape = (count, *rows(*mine[0]).shape[1:])  # no chunk is done, so the first is here
             check_space(self.folder, 2 * math.prod(shape))
             np.lib.format.open_memmap(draft, "w+", np.float16, shape).flush()
+        took = time.monotonic() - began
         crew.meet()
         before = sum(stop - start for start, stop in done)
         total = before + sum(stop - start for start, stop in mine)
         with progress(label, total, before) as advance:
+            began = time.monotonic() - took  # the first chunk may be there already
             for start, stop in mine:
                 _write_rows(draft, start, rows(start, stop))
                 rows.cache_clear()
-                _note_chunk(draft, start, stop)
+                ended = time.monotonic()
+                _note_chunk(draft, start, stop, ended - began)
+                began = ended
                 before += stop - start
                 advance(before)
         crew.meet()
         if crew.is_main():
+            spent = sum(_read_notes(_notes(draft)).values()) / crew.size()
+            write_atomic(path.with_suffix(".seconds"), f"{spent:.3f}")
             os.replace(draft, path)
             for note in _notes(draft):
                 note.unlink()
@@ -155,8 +166,10 @@ def _chunks(count: int) -> list[tuple[int, int]]:
     return [(start, min(start + ROWS, count)) for start in range(0, count, ROWS)]
 
 
-def _chunks_done(draft: Path, count: int) -> set[tuple[int, int]]:
+def _chunks_done(draft: Path, count: int) -> dict[tuple[int, int], float]:
     """Chunks of ``count`` rows that an interruption left, however many processes wrote them.
+
+    With the seconds that each took.
 
     None, and neither draft nor notes, where they do not fit. Else their notes become one.
     """
@@ -164,12 +177,11 @@ def _chunks_done(draft: Path, count: int) -> set[tuple[int, int]]:
     try:
         there = np.load(draft, mmap_mode="r")
         if there.dtype == np.float16 and len(there) == count:
-            lines = [line for note in notes for line in note.read_text().split("\n")[:-1]]
-            done = {(int(a), int(b)) for a, b in (line.split() for line in lines)} & known
-            if done:  # the last line of a note may be cut off, and has no end then
-                left = sum(stop - start for start, stop in known - done)
+            done = {chunk: took for chunk, took in _read_notes(notes).items() if chunk in known}
+            if done:
+                left = sum(stop - start for start, stop in known - done.keys())
                 check_space(draft.parent, there[:1].nbytes * left)
-                whole = "".join(f"{start} {stop}\n" for start, stop in sorted(done))
+                whole = "".join(f"{a} {b} {took:.3f}\n" for (a, b), took in sorted(done.items()))
                 write_atomic(_note(draft), whole)
                 for note in notes:
                     if note != _note(draft):
@@ -179,7 +191,16 @@ def _chunks_done(draft: Path, count: int) -> set[tuple[int, int]]:
         pass
     for stale in (*notes, draft):
         stale.unlink(missing_ok=True)
-    return set()
+    return {}
+
+
+def _read_notes(notes: Sequence[Path]) -> dict[tuple[int, int], float]:
+    """Chunks and the seconds that each took; an older version told no seconds.
+
+    The last line of a note may be cut off, and has no end then.
+    """
+    lines = [line.split() for note in notes for line in note.read_text().split("\n")[:-1]]
+    return {(int(a), int(b)): float(took[0]) if took else 0.0 for a, b, *took in lines}
 
 
 def _notes(draft: Path) -> list[Path]:
@@ -202,9 +223,15 @@ def _write_rows(draft: Path, start: int, rows: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def _note_chunk(draft: Path, start: int, stop: int) -> None:
+def _note_chunk(draft: Path, start: int, stop: int, took: float) -> None:
     with _note(draft).open("a") as note:
-        note.write(f"{start} {stop}\n")
+        note.write(f"{start} {stop} {took:.3f}\n")
+
+
+def _seconds(path: Path) -> float:
+    """What computing a cache took, summed over interruptions; 0 where an older version did it."""
+    noted = path.with_suffix(".seconds")
+    return float(noted.read_text()) if noted.exists() else 0.0
 
 
 def _unit(pictures: np.ndarray) -> Tensor:

@@ -151,6 +151,7 @@ def _run_stage(
 ) -> None:
     """Trains one stage and writes its student and `outcome.json`, the mark that it is done."""
     Costs.forget()
+    shop.store.spent.clear()
     stage = method.begin(shop)
     if method.ends:
         ends.join(stage, name, method.ends, shop)
@@ -167,16 +168,19 @@ def _run_stage(
             if method.lora_rank:
                 save_and_fuse(made[stage.denoiser], draft)
             _save_components(made, stage.pipeline, draft)
-        write_atomic(shop.folder / "outcome.json", json.dumps(_told(outcome), indent=1))
+        told = _told(outcome, sum(shop.store.spent.values()))
+        write_atomic(shop.folder / "outcome.json", json.dumps(told, indent=1))
         shutil.rmtree(shop.folder / "checkpoint", ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     accelerator._custom_objects.clear()  # free_memory leaves the averages of this stage registered
 
 
-def _told(outcome: Outcome) -> dict[str, Any]:
+def _told(outcome: Outcome, cached_seconds: float) -> dict[str, Any]:
+    """``cached_seconds``: what its caches took before the first step, whichever run filled them."""
     figures = {k: round(v, 5) for k, v in (outcome.terms | outcome.finished).items()}
-    return {"steps": outcome.steps, "seconds": round(outcome.seconds, 1)} | outcome.costs | figures
+    took = {"seconds": round(outcome.seconds, 1), "cached_seconds": round(cached_seconds, 1)}
+    return {"steps": outcome.steps} | took | outcome.costs | figures
 
 
 def _line(label: str, told: dict[str, Any]) -> str:

@@ -1,12 +1,15 @@
 """Every few-step method for an equal time: same teacher, same start, same judge.
 
 Each method trains in a process of its own, as many steps as fit into the time, so that phases and
-courses of the learning rate come to their end. What is finished is kept, one JSON file a method; a
-later call goes on with the rest. Knows all rooms, as the command line does.
+courses of the learning rate come to their end. What is finished is kept, one JSON file a training,
+beside a note of what it was asked with: a later call goes on with the rest, and refuses a folder
+that was begun with other options, minutes or models. Knows all rooms, as the command line does.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +21,22 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
+from edgeflash.benchmark_table import (
+    COUNTS,
+    SHOWN,
+    TEACHER_STEPS,
+    Drawn,
+    Entry,
+    keep,
+    labelled,
+    result,
+    slug,
+    write_results,
+)
 from edgeflash.bundle import Bundle
-from edgeflash.disk import check_writable, read_json, write_atomic, write_for_people
+from edgeflash.disk import check_writable, read_json, write_atomic
 from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.export_options import ExportOptions
@@ -31,63 +45,33 @@ from edgeflash.png import save_png
 from edgeflash.recipe import Recipe, Sampling, find_recipe, read_recipe, recipe_of
 from edgeflash.roles import Runtime, Target
 from edgeflash.score import draw
-from edgeflash.sheet import contact_sheet
 from edgeflash.shelf import make
-from edgeflash.student import Student
+from edgeflash.student import Student, folder_sha256
 
 JUDGED = 500  # prompts that prompt accuracy and FD are measured on
 CAPTIONS, SEEDS = 25, 8  # pictures that diversity is measured on
-COUNTS = (1, 2, 4)  # network calls a picture
-TEACHER_STEPS = 25
 PROBE_STEPS = 30  # that tell how fast a method trains
-SHOWN = 8  # prompts in the picture
+START = "start, not distilled"
 LOW_FLOORS = {"L3.psnr_db": 40.0, "L4.psnr_db": 40.0}  # a bad student amplifies rounding
-RESULTS, SHEET = "RESULTS.md", "RESULTS.png"
+ASKED = "asked"  # folder of notes: what each training, finished or not, was asked with
 
 
-class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Drawn(_Figures):
-    """How pictures of so many network calls are.
-
-    ``diversity``: mean distance, in the judge's features, of pictures of one caption.
-    """
-
-    prompt_accuracy: float
-    one_object: float
-    two_objects: float
-    fd: float
-    diversity: float
-
-
-class Entry(_Figures):
-    """One row. What was not trained here has no recipe and no costs."""
-
-    name: str
-    drawn: dict[int, Drawn]  # by network calls a picture
-    recipe_sha256: str | None = None
-    options: dict[str, Any] = {}
-    steps: int | None = None
-    seconds: float | None = None
-    samples_per_s: float | None = None
-    peak_rss_mib: float | None = None
-    machine: Machine
-
-
-def benchmark(out: Path, names: Sequence[str] = (), *, minutes: float = 20) -> list[Entry]:
+def benchmark(
+    out: Path, names: Sequence[str] = (), *, minutes: float = 20, seeds: int = 1
+) -> list[Entry]:
     """Trains and judges methods, and writes `RESULTS.md` and a picture of them all.
 
     Args:
-        out: folder; each method's figures are `results/NAME.json` there, its student is below
-            `students`.
+        out: folder; the figures of each training are `results/NAME.json` there, its student is
+            below `students`.
         names: methods, or what `ablations.toml` has of them; none: all that `benchmark.toml` has
             options for.
         minutes: of training, each.
+        seeds: how often each is trained: all of them once, then all again.
 
     Raises:
-        EdgeflashError: a method that the benchmark has no options for, or an interruption.
+        EdgeflashError: a method that the benchmark has no options for, a folder that was begun with
+            other options, minutes or models, or an interruption.
     """
     console = Console(stderr=True, highlight=False)
     methods = _options()
@@ -96,32 +80,88 @@ def benchmark(out: Path, names: Sequence[str] = (), *, minutes: float = 20) -> l
         if name not in options:
             raise unknown("method in the benchmark", name, options)
     check_writable(out)
-    start = out / "students" / "start"
-    _train(_start_recipe(), start, out)
-    references = {
-        "teacher": (embedded("shapes-teacher"), (*COUNTS, TEACHER_STEPS)),
-        "start, not distilled": (start, COUNTS),
-    }
-    for name, (folder, counts) in references.items():
-        if not _result(out, name).exists():
-            console.print(f"[bold]{name}[/bold]")
-            _keep(
-                out,
-                Entry(name=name, drawn=_judge(name, folder, out, counts), machine=Machine.here()),
-            )
+    _check_kept(out, options, minutes)
+    start = _references(out, console)
     failed = []
-    for name in names or methods:
-        if not _result(out, name).exists():
-            console.print(f"[bold]{name}[/bold]")
+    for seed in range(seeds):
+        for name in names or methods:
+            label = labelled(name, seed)
+            if result(out, label).exists():
+                continue
+            console.print(f"[bold]{label}[/bold]")
+            _note(out, label, {"name": name, "seed": seed} | _asked(name, options[name], minutes))
             try:
-                _keep(out, _entry(name, options[name], start, out, minutes))
+                keep(out, _entry(name, options[name], start, out, minutes, seed))
             except EdgeflashError as error:  # the others do not wait for it
-                failed.append(f"{name}: {error}")
+                failed.append(f"{label}: {error}")
                 console.print(failed[-1])
-    entries = write_results(out)
+    entries = write_results(out, _prompts())
     if failed:
         raise EdgeflashError("; ".join(failed))
     return entries
+
+
+def _references(out: Path, console: Console) -> Path:
+    """Judges the teacher, and the student that all begin with, which is trained here -> folder."""
+    start = out / "students" / "start"
+    _note(out, START, {"name": START, "seed": 0} | _models())
+    _train(_start_recipe(), start, out)
+    references = {
+        "teacher": (embedded("shapes-teacher"), (*COUNTS, TEACHER_STEPS)),
+        START: (start, COUNTS),
+    }
+    for name, (folder, counts) in references.items():
+        if not result(out, name).exists():
+            console.print(f"[bold]{name}[/bold]")
+            drawn = _judge(name, folder, out, counts)
+            keep(out, Entry(name=name, drawn=drawn, machine=Machine.here()))
+    return start
+
+
+def _check_kept(out: Path, options: dict[str, dict[str, Any]], minutes: float) -> None:
+    """Refuses a folder in which anything was begun otherwise than it would be now.
+
+    Its table would have unequal things side by side, and nobody would know.
+    """
+    if (out / "results").exists() and not (out / ASKED).exists():
+        raise EdgeflashError(
+            f"{out}: its results do not tell what they were asked with; choose another --out"
+        )
+    for path in sorted((out / ASKED).glob("*.json")):
+        kept = read_json(path)
+        name = kept["name"]
+        asked = _asked(name, options[name], minutes) if name in options else _models()
+        now = asked | {"name": name, "seed": kept["seed"]}
+        if changed := [key for key in kept | now if kept.get(key) != now.get(key)]:
+            raise EdgeflashError(
+                f"{out}: {labelled(name, kept['seed'])} was begun otherwise "
+                f"(changed: {', '.join(changed)}); choose another --out, or delete that folder"
+            )
+
+
+def _note(out: Path, label: str, asked: dict[str, Any]) -> None:
+    path = out / ASKED / f"{slug(label)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(asked, indent=1))
+
+
+def _asked(name: str, options: dict[str, Any], minutes: float) -> dict[str, Any]:
+    """All that a training goes by, every default filled in, but its seed and the code."""
+    recipe = _recipe(name, options, Path("start"), 1).resolved()
+    (stage,) = recipe["stage"]
+    said = {f"{stage['by']}.{key}": value for key, value in stage.items() if key != "steps"}
+    whole = {key: recipe.get(key) for key in ("teacher", "base", "data", "sampling")}
+    return _models() | {"minutes": minutes} | whole | said
+
+
+@cache
+def _models() -> dict[str, Any]:
+    """The teacher, and how the start is made of it."""
+    start = json.dumps(_start_recipe().resolved(), sort_keys=True)
+    return {
+        "the embedded teacher": folder_sha256(embedded("shapes-teacher")),
+        "the start": hashlib.sha256(start.encode()).hexdigest(),
+    }
 
 
 def _options() -> dict[str, dict[str, Any]]:
@@ -159,14 +199,14 @@ def _guided() -> Sampling:
     return Sampling(steps=COUNTS, default_steps=4, guidance="cfg", guidance_scale=guidance)
 
 
-def _recipe(name: str, options: dict[str, Any], start: Path, steps: int) -> Recipe:
+def _recipe(name: str, options: dict[str, Any], start: Path, steps: int, seed: int = 0) -> Recipe:
     """The recipe of a method or an ablation; its teacher and base may be "teacher" and "start"."""
     places = {"teacher": "embedded", "start": str(start)}
     from_whom = {
         key: places[options.get(key, usual)]
         for key, usual in (("teacher", "teacher"), ("base", "start"))
     }
-    plain = {"name": name, "licence": "apache-2.0"} | from_whom
+    plain = {"name": name, "licence": "apache-2.0", "seed": seed} | from_whom
     data = read_recipe(find_recipe("shapes")).data.model_dump(exclude_none=True)
     own = {key: value for key, value in options.items() if key not in from_whom}
     stage = {"by": name} | own | {"steps": steps}
@@ -177,10 +217,14 @@ def _recipe(name: str, options: dict[str, Any], start: Path, steps: int) -> Reci
     return recipe
 
 
-def _entry(name: str, options: dict[str, Any], start: Path, out: Path, minutes: float) -> Entry:
+def _entry(
+    name: str, options: dict[str, Any], start: Path, out: Path, minutes: float, seed: int
+) -> Entry:
     """Trains one method for so long, and judges it."""
     steps = _fitting(name, options, start, out, minutes)
-    recipe, student = _recipe(name, options, start, steps), out / "students" / name
+    label = labelled(name, seed)
+    recipe = _recipe(name, options, start, steps, seed)
+    student = out / "students" / slug(label)
     peak_rss_mib = _train(recipe, student, out)
     manifest = Student.open(student).manifest
     assert manifest is not None and manifest.lineage.seconds
@@ -188,11 +232,13 @@ def _entry(name: str, options: dict[str, Any], start: Path, out: Path, minutes: 
     counts = tuple(n for n in COUNTS if n in manifest.schedules)
     return Entry(
         name=name,
-        drawn=_judge(name, student, out, counts),
+        seed=seed,
+        drawn=_judge(label, student, out, counts),
         recipe_sha256=recipe.sha256,
         options=options,
         steps=steps,
         seconds=manifest.lineage.seconds,
+        cached_seconds=manifest.lineage.stages[-1]["cached_seconds"],
         samples_per_s=round(steps * method.batch_size / manifest.lineage.seconds, 2),
         peak_rss_mib=peak_rss_mib,
         machine=Machine.here(),
@@ -200,7 +246,7 @@ def _entry(name: str, options: dict[str, Any], start: Path, out: Path, minutes: 
 
 
 def _fitting(name: str, options: dict[str, Any], start: Path, out: Path, minutes: float) -> int:
-    """How many steps of a method fit into the time; noted, so that an interrupted run goes on."""
+    """How many steps of a method fit into the time; noted, for later runs and all its seeds."""
     noted = out / "students" / f"{name}.steps"
     if not noted.exists():
         probe = out / "students" / f"{name}.probe"
@@ -234,7 +280,7 @@ def _judge(name: str, folder: Path, out: Path, counts: Sequence[int]) -> dict[in
     from edgeflash.distill.judge import verdict
     from edgeflash.export.line import export_student
 
-    bundle = out / "bundles" / _slug(name)
+    bundle = out / "bundles" / slug(name)
     target, student = make(Target, "onnx", {}), Student.open(folder)
     options = ExportOptions(steps=tuple(counts), prompts=_prompts()[:1], floors=LOW_FLOORS)
     export_student(student, target, bundle, options)
@@ -250,7 +296,7 @@ def _judge(name: str, folder: Path, out: Path, counts: Sequence[int]) -> dict[in
             fd=round(said.fd, 1),
             diversity=round(_diversity(bundle, count), 3),
         )
-        _save(pictures[:SHOWN], out / "pictures" / f"{_slug(name)}-{count}")
+        _save(pictures[:SHOWN], out / "pictures" / f"{slug(name)}-{count}")
     return found
 
 
@@ -282,68 +328,3 @@ def _captions() -> list[Any]:
 
 def _prompts() -> tuple[str, ...]:
     return tuple(caption.text for caption in _captions())
-
-
-def _result(out: Path, name: str) -> Path:
-    return out / "results" / f"{_slug(name)}.json"
-
-
-def _slug(name: str) -> str:
-    return name.replace(",", "").replace(" ", "-")
-
-
-def _keep(out: Path, entry: Entry) -> None:
-    told = entry.model_dump_json(indent=1, exclude_none=True) + "\n"
-    write_for_people(_result(out, entry.name), told)
-
-
-def write_results(out: Path) -> list[Entry]:
-    """Writes table and picture of all results there are; what was not trained here comes first."""
-    found = [Entry.model_validate(read_json(path)) for path in (out / "results").glob("*.json")]
-    entries = sorted(found, key=lambda e: (e.steps is not None, e.name != "teacher", -_best(e)))
-    rows = [_row(f"{e.name}, 25 steps", e, (25,)) for e in entries if 25 in e.drawn]
-    rows += [_row(entry.name, entry, COUNTS) for entry in entries]
-    heads = ["| " + " | ".join(COLUMNS + COSTS) + " |", "|---" + "|--:" * 9 + "|"]
-    write_for_people(out / RESULTS, "\n".join([HEAD, *heads, *rows]) + "\n")
-    shown = {e.name: max(count for count in COUNTS if count in e.drawn) for e in entries}
-    sheet = {
-        f"{name}, {count} step{'s' * (count > 1)}": [
-            out / "pictures" / f"{_slug(name)}-{count}" / f"{i}.png" for i in range(SHOWN)
-        ]
-        for name, count in shown.items()
-    }
-    contact_sheet(sheet, _prompts()[:SHOWN], out / SHEET)
-    return entries
-
-
-def _best(entry: Entry) -> float:
-    return max(entry.drawn[count].prompt_accuracy for count in COUNTS if count in entry.drawn)
-
-
-def _row(name: str, entry: Entry, counts: Sequence[int]) -> str:
-    def each(field: str, scale: float, digits: int) -> str:
-        drawn = [entry.drawn.get(count) for count in counts]
-        told = [f"{getattr(d, field) * scale:.{digits}f}" if d else "-" for d in drawn]
-        return " / ".join(told)
-
-    costs = ["-"] * 4
-    if entry.steps and entry.seconds and entry.samples_per_s and entry.peak_rss_mib:
-        costs = [f"{entry.seconds / 60:.0f}", f"{entry.steps:,}"]
-        costs += [f"{entry.samples_per_s:.1f}", f"{entry.peak_rss_mib:,.0f}"]
-    figures = [each("prompt_accuracy", 100, 1), each("one_object", 100, 0)]
-    figures += [each("two_objects", 100, 0), each("fd", 1, 0), each("diversity", 1, 1)]
-    return "| " + " | ".join([name, *figures, *costs]) + " |"
-
-
-HEAD = """# The methods, side by side
-
-`edgeflash benchmark-methods`: each method begins with the same student (pruned by `blocks`, and
-distilled to draw as its teacher does), and trains as many steps as fit into the same time, with
-the options of `benchmark.toml`, of which `ablations.toml` changes some. Figures are of 1 / 2 / 4
-network calls a picture, where the method's sampler has them: prompt accuracy over 500 held-out
-prompts, all of them and those of one and of two objects; FD against held-out renders; diversity,
-the mean distance of pictures of one caption in the judge's features. The decoder is the teacher's
-own. Teacher and start, above, draw with the teacher's sampler, guided: two calls a step.
-"""
-COLUMNS = "method", "accuracy, %", "one object", "two objects", "FD", "diversity"
-COSTS = "min", "steps", "samples/s", "peak RSS, MiB"

@@ -324,6 +324,9 @@ def benchmark_methods(
     minutes: Annotated[
         float, typer.Option(callback=finite, min=0.01, help="Of training, each.")
     ] = 20,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Trainings of each; the table tells their spread.")
+    ] = 1,
 ) -> None:
     """Train every few-step method for an equal time, and judge them. Run it again to resume."""
     from edgeflash.roles import Method
@@ -332,7 +335,7 @@ def benchmark_methods(
     require("benchmark-methods", Method.needs)
     from edgeflash.benchmark import benchmark
 
-    benchmark(out_dir, tuple(methods or ()), minutes=minutes)
+    benchmark(out_dir, tuple(methods or ()), minutes=minutes, seeds=seeds)
     print(f"wrote {out_dir / 'RESULTS.md'}")
 
 

@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
 from edgeflash.distill.process import Process
+from edgeflash.distill.rollout import Asked
 from edgeflash.schedule import Schedule
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -21,6 +22,12 @@ NOTHING = torch.zeros(1, 1, 1)  # conditioning that no network here listens to
 
 def process(predicts: Any = "sample") -> Process:
     return Process(DDPMScheduler(**BETAS).alphas_cumprod, predicts)
+
+
+def exact_process(predicts: Any = "sample") -> Process:
+    """The same in float64, for equalities."""
+    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+    return Process((1 - roots.square()).cumprod(0), predicts)
 
 
 def teacher_folder(home: Path, **config: Any) -> Path:
@@ -60,6 +67,16 @@ def posterior(it: Process, m: float = M, s: float = S) -> Any:
     return network(it, sees)
 
 
+def unrounded(it: Process, net: Any) -> Asked:
+    """What `edgeflash.distill.teacher.plain` reads from a network, but not in float32."""
+
+    def ask(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        output = net(x, t, NOTHING).sample
+        return it.x_0(output, x, t), it.eps(output, x, t)
+
+    return ask
+
+
 class Shift(nn.Module):
     """A student whose sample is m + s x, with m to learn; notes what it is called with."""
 
@@ -75,11 +92,11 @@ class Shift(nn.Module):
         return SimpleNamespace(sample=self.m + self.s * x)
 
 
-def exact(it: Process) -> Any:
+def exact(it: Process, m: float = M, s: float = S) -> Any:
     """Where the exact ODE ends: f*(x, t) = m + s (x - alpha m) / sqrt(V), the consistency map."""
 
     def sees(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        x_0 = M + S * (x - it.alpha(t) * M) / variance(it, t).sqrt()
+        x_0 = m + s * (x - it.alpha(t) * m) / variance(it, t, s).sqrt()
         return x_0, (x - it.alpha(t) * x_0) / it.sigma(t)
 
     return network(it, sees)

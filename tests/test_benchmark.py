@@ -13,7 +13,8 @@ from PIL import Image
 from test_distill import small_recipe
 
 from edgeflash import benchmark as bench
-from edgeflash.benchmark import Drawn, Entry, benchmark
+from edgeflash.benchmark import benchmark
+from edgeflash.benchmark_table import Drawn, Entry, slug
 from edgeflash.disk import read_json
 from edgeflash.distill.run import _check_steps, distill
 from edgeflash.errors import EdgeflashError
@@ -21,6 +22,14 @@ from edgeflash.machine import Machine
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.shelf import make, names
+
+COSTS: dict[str, Any] = {
+    "steps": 1200,
+    "seconds": 1230.0,
+    "cached_seconds": 90.0,
+    "samples_per_s": 32.0,
+    "peak_rss_mib": 1500.4,
+}
 
 
 def drawn(accuracy: float) -> Drawn:
@@ -35,16 +44,16 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def judge(name: str, folder: Path, out: Path, counts: Sequence[int]) -> dict[int, Drawn]:
         for count in counts:
             pictures = np.zeros((bench.SHOWN, 64, 64, 3), np.uint8)
-            bench._save(pictures, out / "pictures" / f"{bench._slug(name)}-{count}")
+            bench._save(pictures, out / "pictures" / f"{slug(name)}-{count}")
         return {count: drawn(0.25) for count in counts}
 
-    def entry(name: str, options: dict[str, Any], start: Path, out: Path, minutes: float) -> Entry:
-        done.append(name)
+    def entry(name: str, options: Any, start: Path, out: Path, minutes: float, seed: int) -> Entry:
+        done.append(f"{name}{seed or ''}")
         if name == "scm":
             raise EdgeflashError("loss term 'consistency' is nan")
-        costs = {"steps": 1200, "seconds": 1200.0, "samples_per_s": 32.0, "peak_rss_mib": 1500.4}
-        found = judge(name, start, out, (1, 4)) | {4: drawn(0.762)}
-        return Entry(name=name, drawn=found, recipe_sha256="0", machine=Machine.here(), **costs)
+        found = judge(name, start, out, (1, 4)) | {4: drawn(0.762 + seed / 100)}
+        there = {"recipe_sha256": "0", "machine": Machine.here()} | COSTS
+        return Entry(name=name, seed=seed, drawn=found, **there)
 
     monkeypatch.setattr(bench, "_train", lambda recipe, student, out: 0.0)
     monkeypatch.setattr(bench, "_judge", judge)
@@ -66,14 +75,80 @@ def test_what_is_finished_is_kept_and_a_failure_holds_nobody_up(
 def test_the_table_has_a_row_a_method(tmp_path: Path, trained: list[str]) -> None:
     benchmark(tmp_path, ("lcm",))
     *_, heads, line, with_25, _, _, lcm = (tmp_path / "RESULTS.md").read_text().splitlines()
-    assert heads.count("|") == line.count("|") == lcm.count("|") == 11
+    assert heads.count("|") == line.count("|") == lcm.count("|") == 13
     assert with_25.startswith("| teacher, 25 steps | 25.0 | 100 | 0 | 91 | 3.2 | - |")
     assert lcm == (
         "| lcm | 25.0 / - / 76.2 | 100 / - / 100 | 0 / - / 0 | 91 / - / 91 | 3.2 / - / 3.2 "
-        "| 20 | 1,200 | 32.0 | 1,500 |"
+        "| 1 | 20.5 | 1.5 | 1,200 | 32.0 | 1,500 |"
     )
     with Image.open(tmp_path / "RESULTS.png") as sheet:
         assert sheet.height > 3 * 128
+
+
+def test_seeds_come_in_turns_and_the_table_tells_their_spread(
+    tmp_path: Path, trained: list[str]
+) -> None:
+    benchmark(tmp_path, ("lcm",))
+    entries = benchmark(tmp_path, ("lcm", "tcd"), seeds=4)
+    assert trained == ["lcm", "tcd", "lcm1", "tcd1", "lcm2", "tcd2", "lcm3", "tcd3"]
+    assert [e.label for e in entries if e.name == "tcd"][1:] == [
+        f"tcd, seed {s}" for s in (1, 2, 3)
+    ]
+    last = (tmp_path / "RESULTS.md").read_text().splitlines()[-1]
+    assert "| 25.0±0.0 / - / 77.7±1.5 |" in last and "| 4 | 20.5 | 1.5 |" in last
+    assert "seed" not in {path.name for path in tmp_path.iterdir()}
+
+
+def test_what_was_begun_otherwise_is_refused(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what is not asked for now: it would stand in the same table."""
+    with pytest.raises(EdgeflashError):  # nothing of it is finished, and yet it was begun
+        benchmark(tmp_path, ("scm",), minutes=5)
+    benchmark(tmp_path, ("lcm",), minutes=5)
+    with pytest.raises(
+        EdgeflashError, match=r"lcm was begun otherwise \(changed: minutes\); choose"
+    ):
+        benchmark(tmp_path, ("tcd",), minutes=20)
+    options = bench._options()
+    with monkeypatch.context() as patch:
+        changed = options | {"scm": options["scm"] | {"guidance": 3.0}}
+        patch.setattr(bench, "_options", lambda: changed)
+        with pytest.raises(EdgeflashError, match=r"scm was .* \(changed: scm.guidance\)"):
+            benchmark(tmp_path, ("tcd",), minutes=5)
+    with monkeypatch.context() as patch:
+        now = bench._models() | {"the start": "another"}
+        patch.setattr(bench, "_models", lambda: now)
+        with pytest.raises(EdgeflashError, match=r"\(changed: the start\)"):
+            benchmark(tmp_path, ("tcd",), minutes=5)
+    assert trained == ["scm", "lcm"]
+    benchmark(tmp_path, ("tcd",), minutes=5)
+    for note in (tmp_path / "asked").iterdir():
+        note.unlink()
+    (tmp_path / "asked").rmdir()
+    with pytest.raises(EdgeflashError, match=r"results do not tell what they were asked with"):
+        benchmark(tmp_path, ("tcd",), minutes=5)
+
+
+def test_a_seed_is_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are measured once, and every seed has a student of its own."""
+    asked: list[tuple[str, int, int]] = []
+    lineage = SimpleNamespace(seconds=15.0, stages=[{"cached_seconds": 2280.0}])
+    manifest = SimpleNamespace(lineage=lineage, schedules={1: None, 4: None, 8: None})
+
+    def train(recipe: Recipe, student: Path, out: Path) -> float:
+        asked.append((student.name, recipe.seed, recipe.stage[0].options["steps"]))
+        return 1.0
+
+    monkeypatch.setattr(bench, "_train", train)
+    monkeypatch.setattr(
+        bench, "_judge", lambda name, folder, out, counts: dict.fromkeys(counts, drawn(0))
+    )
+    monkeypatch.setattr(bench.Student, "open", lambda _: SimpleNamespace(manifest=manifest))
+    (tmp_path / "students").mkdir()
+    entries = [bench._entry("ladd", {}, tmp_path, tmp_path, 1, seed) for seed in (0, 2)]
+    assert asked == [("ladd.probe", 0, 30), ("ladd", 0, 120), ("ladd-seed-2", 2, 120)]
+    assert [(e.cached_seconds, *e.drawn) for e in entries] == [(2280.0, 1, 4)] * 2
 
 
 def test_every_few_step_method_has_options_that_fit() -> None:

@@ -20,7 +20,6 @@ from gaussian import (
     process,
     says,
     seeded,
-    variance,
 )
 from gaussian import batch as plain_batch
 from test_distill import small_recipe
@@ -29,8 +28,6 @@ from torch import Tensor, nn
 
 from edgeflash.distill.by_consistency import Consistency, Lesson, karras
 from edgeflash.distill.consistency import consistency
-from edgeflash.distill.process import Process
-from edgeflash.distill.rollout import heun
 from edgeflash.distill.run import distill
 from edgeflash.distill.stage import average
 from edgeflash.distill.teacher import asked
@@ -80,22 +77,6 @@ def test_training_refines_its_grid_as_the_code_does(step: int, entries: int, dec
     options = Consistency(kind="training", steps=800_000, scales_max=200)
     assert options.intervals(step) + 1 == entries
     assert options.mu(step) == pytest.approx(decay, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("count", "wanted"), [(10, 0.110), (20, 0.0218), (40, 0.00489), (80, 0.00116)]
-)
-def test_heun_is_of_second_order(count: int, wanted: float) -> None:
-    """Over Karras' grid from 80 to 0.002, on the exact score."""
-    sigmas = karras(count, 0.002, 80)
-    it = Process(1 / (1 + sigmas**2), "sample")
-    times = [torch.tensor([i]) for i in reversed(range(count))]
-    first, last = times[0], times[-1]
-    x = it.alpha(first) * (1 + 80 * torch.ones(1, 1, 1, 1, dtype=torch.float64))
-    found = heun(asked(posterior(it, 1.0), it, NOTHING, NOTHING), it, x, times)
-    growth = (variance(it, last) / variance(it, first)).sqrt()
-    exactly = it.alpha(last) + growth * (x - it.alpha(first))
-    assert float((found - exactly).abs()) == pytest.approx(wanted, rel=0.02)
 
 
 def test_the_exact_map_is_consistent_and_others_are_not() -> None:

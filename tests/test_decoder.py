@@ -126,6 +126,19 @@ def test_its_layers_are_taesds() -> None:
         assert tuple(found) == counts
 
 
+@torch.no_grad()
+def test_latents_are_held_to_three_and_kept_in_bytes_to_a_hundredth() -> None:
+    """3 tanh(z / 3) before its first layer; diffusers' way of latents as pictures, and back."""
+    tiny, seen = Decoder(width=16, blocks=(1, 1, 1)).build(latent_channels=4), []
+    tiny.decoder.layers[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    z = torch.linspace(-20, 20, 256).view(1, 4, 8, 8)
+    tiny.decode(z)
+    assert torch.allclose(seen[0], 3 * torch.tanh(z / 3), atol=1e-6)
+    held = z.clamp(-3, 3)
+    kept = (tiny.scale_latents(z) * 255).round() / 255
+    assert float((tiny.unscale_latents(kept) - held).abs().max()) <= 0.01177
+
+
 def test_the_main_term_sees_cells_of_eight_by_eight() -> None:
     """SDXS, eq. 5: the mean of a cell is held, and its texture is left alone."""
     options = Decoder(target="pictures", pixel_weight=0, encoder_weight=0)

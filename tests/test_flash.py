@@ -96,6 +96,28 @@ def test_the_teacher_walks_to_the_end_of_its_path(first: int, error: float) -> N
         assert float((found - wanted).abs().max()) < error  # of DDIM from pure noise: 0.15
 
 
+def test_the_teacher_walks_once_a_batch() -> None:
+    """However many terms and players there are: one call a step that is left of its path."""
+    calls: list[int] = []
+    answer = posterior(process())
+
+    def teacher(x: Tensor, t: Tensor, c: Tensor) -> Any:
+        calls.append(int(t[0]))
+        return answer(x, t, c)
+
+    critic = lambda x, t, c: 0 * x + 1  # noqa: E731
+    options = Flash(**ONE | UNGUIDED | {"gan_weights": (0.3,)})
+    taught = lesson(options, teacher=teacher, critic=critic)
+    for seed in range(5):
+        _, t, _ = taught.start(batch(2, 1), seeded(seed))
+        calls.clear()
+        assert "adversarial" in taught.student_loss(taught.student, batch(2, 1), seeded(seed))
+        stops = taught.stops.tolist()
+        assert calls == stops[stops.index(int(t[0])) : -1]
+        taught.critic_loss(critic, batch(2, 1), seeded(seed))
+        assert len(calls) == len(stops) - 1 - stops.index(int(t[0]))
+
+
 def test_guidance_is_drawn_between_its_bounds() -> None:
     options = Flash(guidance_min=3, guidance_max=13)
     scales = [options.scale(seeded(seed)) for seed in range(300)]

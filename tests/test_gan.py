@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import log
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from gaussian import Shift, process, seeded
 from test_ladd import unet
 from torch import Tensor
 
+from edgeflash import shapes
 from edgeflash.distill.by_gan import (
     Diffusion2GAN,
     Lesson,
@@ -22,6 +24,9 @@ from edgeflash.distill.by_gan import (
     r1,
     window,
 )
+from edgeflash.distill.encoded import conditioning_of
+from edgeflash.distill.stage import Workshop
+from edgeflash.embedded import embedded
 
 NOTHING = torch.zeros(1, 5, 12)
 
@@ -103,6 +108,27 @@ def test_features_are_compared_by_direction(monkeypatch: pytest.MonkeyPatch) -> 
     assert x.grad is not None and x.grad.abs().mean() > 0
     monkeypatch.setattr(Sight, "__call__", lambda self, x: [x])
     assert float(sight.distance(5 * x.detach(), x)) == pytest.approx(0, abs=1e-6)
+
+
+@torch.no_grad()
+def test_what_is_shifted_by_a_cell_is_nearer_than_squares_say() -> None:
+    """To the embedded teacher's eye, held against how far the next picture is; augmented, more."""
+    folder = embedded("shapes-teacher")
+    pictures, _, _ = shapes.batch(shapes.HELD_OUT_SEED, range(8))
+    shop = Workshop(folder, folder, None, folder, torch.device("cpu"))  # type: ignore[arg-type]
+    seen = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = shop.load(folder, "vae").encode(seen).latent_dist.mean
+    sight = Sight(shop.frozen(folder), conditioning_of(shop, ""))
+
+    def share(distance: Callable[[Tensor, Tensor], Tensor]) -> float:
+        return float(distance(x, x.roll(1, 3)) / distance(x, x.roll(1, 0)))
+
+    def averaged(a: Tensor, b: Tensor) -> Tensor:
+        pairs = [augmented(torch.cat([a, b]), seeded(i)).chunk(2) for i in range(4)]
+        return torch.stack([sight.distance(*pair) for pair in pairs]).mean()
+
+    squares = share(lambda a, b: (a - b).square().mean())
+    assert share(averaged) < 0.9 * share(sight.distance) < 0.9 * 0.75 * squares
 
 
 def test_the_critic_hears_of_the_noise_only_once_it_has_learnt_to() -> None:

@@ -120,6 +120,22 @@ def test_the_student_climbs_what_the_heads_say() -> None:
     assert float(student.m.grad) == pytest.approx(-3 * float(it.alpha(t).mean()), rel=1e-5)
 
 
+def test_a_step_of_four_samples_varies_a_quarter_as_much_as_of_one() -> None:
+    """Each sample has a level and a noise of its own, and the loss is their mean."""
+
+    def variance(count: int) -> float:
+        slopes = []
+        for seed in range(200):
+            student = Shift(M, S)
+            game = duel(process(), Watched(), student)
+            game.student_loss(student, rows(count), seeded(seed))["adversarial"].backward()
+            assert student.m.grad is not None
+            slopes.append(float(student.m.grad))
+        return float(torch.tensor(slopes).var())
+
+    assert variance(1) / variance(4) == pytest.approx(4, rel=0.4)
+
+
 def test_heads_are_told_level_and_caption() -> None:
     c = torch.arange(12.0).view(2, 3, 2)
     at, other = told(torch.tensor([5, 5]), c), told(torch.tensor([5, 900]), c)

@@ -48,7 +48,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
 def left(store: Store) -> list[str]:
     packed = ("samples.json", "pictures.npy")
-    return sorted(p.suffix for p in store.folder.iterdir() if p.name not in packed)
+    found = [p for p in store.folder.iterdir() if p.name not in packed and p.suffix != ".seconds"]
+    return sorted(p.suffix for p in found)
 
 
 def test_a_cache_goes_on_where_it_was_interrupted(store: Store) -> None:
@@ -63,6 +64,29 @@ def test_a_cache_goes_on_where_it_was_interrupted(store: Store) -> None:
     again = Encoder(store)
     store.cached("latents a", again)
     assert not again.asked
+
+
+def test_a_cache_tells_everybody_what_it_took(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over interruptions, and also those who find it there: a clock that a chunk moves by 5 s."""
+    now = 0.0
+
+    class Slow(Encoder):
+        def __call__(self, indices: np.ndarray) -> Tensor:
+            nonlocal now
+            now += 5
+            return super().__call__(indices)
+
+    monkeypatch.setattr("edgeflash.distill.data.time", SimpleNamespace(monotonic=lambda: now))
+    encoder = Slow(store, fail_at=9)
+    with pytest.raises(KeyboardInterrupt):
+        store.cached("latents a", encoder)
+    encoder.fail_at = None
+    now = 1000.0
+    for again in (store, Store(store.folder), Store(store.folder)):
+        again.cached("latents a", encoder)
+        assert again.spent == {"latents a": 15.0}  # three chunks
 
 
 def test_a_draft_that_does_not_fit_is_begun_anew(store: Store) -> None:

@@ -14,7 +14,9 @@ import torch
 from gaussian import (
     NOTHING,
     M,
+    S,
     batch,
+    exact_process,
     network,
     normal,
     posterior,
@@ -22,6 +24,7 @@ from gaussian import (
     sampled,
     seeded,
     teacher_folder,
+    unrounded,
     variance,
 )
 from test_distill import small_recipe
@@ -32,7 +35,9 @@ from edgeflash.distill.by_lcm import LCM
 from edgeflash.distill.by_perflow import PeRFlow, line
 from edgeflash.distill.by_tcd import TCD, trajectory
 from edgeflash.distill.data import open_store
-from edgeflash.distill.process import Process
+from edgeflash.distill.few_steps import trailing
+from edgeflash.distill.process import Flow, Process
+from edgeflash.distill.rollout import ddim
 from edgeflash.distill.stage import Workshop
 from edgeflash.schedule import lower_schedule
 
@@ -123,14 +128,39 @@ def test_without_a_decay_no_copy_is_kept_as_target(tmp_path: Path) -> None:
     assert [len(TCD(target_ema=e).begin(shop).targets) for e in (0, 0.9)] == [0, 1]
 
 
-def test_tcds_tables_stop_on_its_grid_and_have_a_gamma_of_three_tenths(tmp_path: Path) -> None:
-    folder = teacher_folder(tmp_path, prediction_type="v_prediction")
-    schedule = lower_schedule(TCD().scheduler(folder), 4)
-    assert [step.t for step in schedule.steps] == [999, 759, 499, 259]
-    assert schedule.prediction == "v_prediction" and schedule.steps[3].c == 0
-    abar = process().abar.tolist()
-    for step, before, s in zip(schedule.steps, (759, 499, 259), (531, 349, 181), strict=False):
-        assert step.c == pytest.approx(sqrt(1 - abar[before] / abar[s]), rel=1e-4)
+@pytest.mark.parametrize(
+    ("eta", "times", "aims"),
+    [
+        (None, [999, 499], [349, 0]),
+        (None, [999, 759, 499, 259], [531, 349, 181, 0]),
+        (
+            None,
+            [999, 879, 759, 639, 499, 379, 259, 139],
+            [615, 531, 447, 349, 265, 181, 97, 0],
+        ),
+        (0.0, [999, 759, 499, 259], [759, 499, 259, 0]),  # DDIM
+        (1.0, [999, 759, 499, 259], [0, 0, 0, 0]),  # x_0 noised anew, as LCM, but for abar_0
+    ],
+)
+def test_tcds_tables_go_on_to_their_aims_and_back(
+    tmp_path: Path, eta: float | None, times: list[int], aims: list[int]
+) -> None:
+    """gamma is 0.3 where nobody says another. In float64, which diffusers' own tables are not."""
+    it, scheduler = exact_process("epsilon"), TCD().scheduler(teacher_folder(tmp_path))
+    scheduler.alphas_cumprod = it.abar
+    schedule = lower_schedule(scheduler, len(times), eta=eta)
+    assert [step.t for step in schedule.steps] == times and schedule.prediction == "epsilon"
+    every = it.abar.tolist()
+    for step, t, s, after in zip(schedule.steps, times, aims, [*times[1:], 0], strict=True):
+        abar, aimed, next_ = every[t], every[s], every[after]
+        back = next_ / aimed
+        step_to_aim = sqrt(1 - aimed) - sqrt(aimed / abar) * sqrt(1 - abar)
+        assert step.a == pytest.approx(sqrt(next_ / abar), abs=1e-12)
+        assert step.b == pytest.approx(sqrt(back) * step_to_aim, abs=1e-12)
+        assert step.c == pytest.approx(sqrt(1 - back), abs=1e-12)
+        noise = step.a * sqrt(1 - abar) + step.b  # that is left of x_t's, beside the fresh one
+        assert noise**2 + step.c**2 == pytest.approx(1 - next_, abs=1e-12)
+        assert noise**2 == pytest.approx(back * (1 - aimed), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +192,52 @@ def test_the_line_has_the_papers_eps_and_goes_through_both_ends() -> None:
     x_0, eps = line(it, z_s, z_e, start, end)
     assert torch.allclose(it.noised(x_0, eps, start), z_s, atol=1e-5)
     assert torch.allclose(it.noised(x_0, eps, end), z_e, atol=1e-5)
+
+
+def test_the_line_has_the_gammas_of_the_papers_other_loss_and_its_way_to_the_end() -> None:
+    """sqrt(abar_s / abar_e); and z_e of z_t and eps at any t, as the authors' scheduler has it."""
+    it, flow = exact_process(), PeRFlow()
+    start, end = flow.window(torch.tensor([999, 749, 499, 249]), 1000)
+    one, zero = torch.ones(4, 1, 1, 1, dtype=torch.float64), torch.zeros(4, 1, 1, 1).double()
+    (_, of_end), (_, of_start) = line(it, zero, one, start, end), line(it, one, zero, start, end)
+    gamma = [0.28688, 0.45158, 0.64117, 0.82220]
+    assert (-of_end / of_start).flatten().tolist() == pytest.approx(gamma, abs=1e-5)
+    z_s, z_e = normal(4, 1).double(), normal(4, 2).double()
+    _, eps = line(it, z_s, z_e, start, end)
+    lam = it.alpha(end) / it.alpha(start)
+    eta = it.sigma(end) - lam * it.sigma(start)
+    for gone in (0.0, 0.3, 0.9):  # of the window
+        z_t = torch.lerp(z_s, z_e, gone)
+        found = (lam * z_t + eta * (1 - gone) * eps) / (lam * gone + (1 - gone))
+        assert (found - z_e).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("predicts", PREDICTIONS)
+@pytest.mark.parametrize(("windows", "times"), [(4, [999, 749, 499, 249, 0]), (1, [999, 0])])
+def test_a_step_a_window_is_the_exact_ode(windows: int, times: list[int], predicts: str) -> None:
+    """To rounding, where DDIM in four steps leaves 0.5436 of the spread."""
+    it, flow, noise = exact_process(predicts), PeRFlow(windows=windows), normal(50).double()
+    stops = list(torch.tensor(times)[:, None])
+    first, last = stops[0], stops[-1]
+    growth = (variance(it, last) / variance(it, first)).sqrt()
+    wanted = it.alpha(last) * M + growth * (noise - it.alpha(first) * M)
+    found = ddim(unrounded(it, straight(it, flow)), it, noise, stops)
+    assert (found - wanted).abs().max() < 1e-12
+    own = ddim(unrounded(it, posterior(it)), it, noise, list(trailing(1000, 4)[:, None]))
+    spread = S / variance(it, first).sqrt()
+    assert float(own.std() / (spread * noise).std()) == pytest.approx(0.54358, abs=1e-5)
+
+
+def test_reflow_the_wrong_way_round_misses_by_twice_what_lies_between() -> None:
+    """Pairs z_e = m + s z_s are on straight lines already: one step is exact, if not backwards."""
+    it, z_s = Flow.until(1000, torch.device("cpu")), normal(500).double()
+    z_e = M + S * z_s
+    start, end = PeRFlow(windows=1).window(torch.tensor([700.0], dtype=torch.float64), 1000)
+    right, wrong = (
+        z_s - it.target(*line(it, *ends, start, end), start) for ends in ((z_s, z_e), (z_e, z_s))
+    )
+    assert (right - z_e).abs().max() < 1e-10
+    assert float(wrong.mean() - z_s.mean()) == pytest.approx(float(z_s.mean() - z_e.mean()))
 
 
 @pytest.mark.parametrize(("windows", "steps"), [(4, 4), (4, 8), (1, 1)])
