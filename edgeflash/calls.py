@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from edgeflash.bundle import ANSWER, Bundle, Component
+from edgeflash.bundle import ANSWER, PREDICTING, Bundle, Component
 from edgeflash.control import PICTURE, ROLE, added
 from edgeflash.golden import Array, Tensors, heard, left_for, load_tensors, told_by
 from edgeflash.roles import Session
+from edgeflash.schedule import Schedule
 
 
 class Part:
@@ -41,15 +42,49 @@ def feeds(component: Component, by_role: Mapping[str, Array]) -> Tensors:
     return inputs
 
 
-def first_call(bundle: Bundle, component: Component) -> Tensors:
-    """The inputs of the first recorded call of a component."""
-    golden = bundle.manifest.goldens[0]
-    told = load_tensors(bundle.folder / golden.tensors)
-    schedule, space = bundle.manifest.schedules[golden.steps], bundle.manifest.latent
+def recorded_calls(bundle: Bundle, component: Component) -> Iterator[Tensors]:
+    """The inputs of every recorded call of a component, golden by golden."""
+    for golden in bundle.manifest.goldens:
+        told = load_tensors(bundle.folder / golden.tensors)
+        schedule = bundle.manifest.schedules[golden.steps]
+        for row, empty in _of(bundle, component, told, schedule):
+            yield feeds(component, _roles(bundle, component, told, schedule, row, empty=empty))
+
+
+def _of(
+    bundle: Bundle, component: Component, told: Tensors, schedule: Schedule
+) -> Iterator[tuple[int, bool]]:
+    """Row of the schedule, and whether no prompt is heard, of each call that a golden tells of."""
     of_cached = component == bundle.cached
-    row = next(i for i in map(int, told["rows"]) if bool(schedule.steps[i].graph) == of_cached)
-    prompt, _ = heard_by(bundle, told)
-    roles = prompt | (left_for(told, schedule, row) if of_cached else {})
+    rows = [i for i in map(int, told["rows"]) if bool(schedule.steps[i].graph) == of_cached]
+    if component in bundle.text_encoders:
+        yield rows[0], False
+        if told_by(component.name, "ids", empty=True) in told:
+            yield rows[0], True
+    elif component.name not in PREDICTING or bundle.controlnet:  # recorded at the first row alone
+        yield rows[0], False
+    else:
+        for row in rows:
+            yield from ((row, empty) for empty in (False, True) if _output(row, empty) in told)
+
+
+def _output(row: int, empty: bool) -> str:
+    return f"output{'_empty' * empty}.{row}"
+
+
+def _roles(
+    bundle: Bundle,
+    component: Component,
+    told: Tensors,
+    schedule: Schedule,
+    row: int,
+    *,
+    empty: bool,
+) -> Tensors:
+    """What a component takes in a recorded call, by role."""
+    space, roles = bundle.manifest.latent, dict(heard_by(bundle, told)[empty])
+    if component == bundle.cached:
+        roles |= left_for(told, schedule, row, empty=empty)
     roles |= {
         "sample": told[f"input.{row}"],
         "timestep": np.array(schedule.steps[row].t),
@@ -59,10 +94,10 @@ def first_call(bundle: Bundle, component: Component) -> Tensors:
     }
     roles |= {name: array for name, array in told.items() if name.startswith((PICTURE, ROLE))}
     if component in bundle.text_encoders:
-        roles["tokens"] = told[told_by(component.name, "ids")]
+        roles["tokens"] = told[told_by(component.name, "ids", empty=empty)]
     if bundle.manifest.guidance.kind == "embedded":
         roles["guidance"] = bundle.manifest.guidance.embedding()
-    return feeds(component, roles)
+    return roles
 
 
 def heard_by(bundle: Bundle, told: Tensors) -> tuple[Tensors, Tensors]:

@@ -50,7 +50,7 @@ def verify(
     runtime, floors = read_runtime(on, opened, set_), read_floors(floor)
     reference = None
     if bisect:
-        require("--bisect", ["onnx", "onnxruntime"])
+        require("--bisect", ["onnx", "onnxruntime", "onnxscript"])
         from edgeflash.export.bisect import check_pair, told_by_component
 
         reference = Bundle.open(bisect)
@@ -58,7 +58,7 @@ def verify(
     figures = climb(opened, runtime, floors)
     out.print(ladder(figures))
     if reference:
-        for line in told_by_component(opened, reference):
+        for line in told_by_component(opened, reference, figures):
             print(line)
     refuse_below(figures, bundle)
 

@@ -17,14 +17,21 @@ def psnr_db(reference: Array, found: Array, peak: float | None = None) -> float:
     """Peak signal-to-noise ratio, 20 log10(peak / rms error), at most 200 dB; NaN counts as 0.
 
     Args:
-        reference: any shape.
+        reference: any shape; infinities that both have, as of masks, are not looked at.
         found: the same shape.
-        peak: largest possible difference; None: largest - smallest value of the reference.
+        peak: largest possible difference; None: largest - smallest value of the reference, or the
+            size of that value where there is but one.
     """
     assert reference.shape == found.shape, (reference.shape, found.shape)
     a, b = reference.astype(np.float64), found.astype(np.float64)
+    never = np.isinf(a) & (a == b)
+    if never.any():
+        a, b = a[~never], b[~never]
+    if a.size == 0:
+        return BEST_DB
     rms = math.sqrt(float(np.mean((a - b) ** 2)))
-    peak = float(a.max() - a.min()) if peak is None else peak
+    if peak is None:
+        peak = float(a.max() - a.min()) or abs(float(a.flat[0]))
     if not math.isfinite(rms) or peak == 0:
         return BEST_DB if rms == 0 else 0.0
     if rms <= peak * 10 ** (-BEST_DB / 20):

@@ -249,10 +249,13 @@ class Target(Plugin, ABC):
         """
         return None
 
-    def diverged(self, component: str, capture: Callable[[], Captured], out: Path) -> str:
-        """Where a lowered component below ``out`` first goes astray; "" where it cannot say.
+    def diverged(
+        self, component: str, capture: Callable[[], Captured], out: Path, floor_db: float
+    ) -> str:
+        """Where a lowered component below ``out`` first goes astray, and what to do about it.
 
-        ``capture`` makes its program once more, which takes a while: only where it helps.
+        "" where it cannot say, or all reaches ``floor_db``, a PSNR. ``capture`` makes its program
+        once more, which takes a while: only where it helps.
         """
         return ""
 

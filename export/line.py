@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from edgeflash import align_your_steps, control
+from edgeflash.blame import blamed, floor_db
 from edgeflash.bundle import (
     CACHED_VERSION,
     CONDITIONED_VERSION,
@@ -399,10 +400,11 @@ def _refuse(
     try:
         refuse_below(figures, out)
     except EdgeflashError as error:
-        figure = next(f for f in sorted(figures, key=lambda f: f.rung) if not f.passed)
-        family = plan.tape.student.family
-        name = figure.component if figure.component in plan.components else family.denoiser
-        again = partial(captured_again, plan.tape, name, run)
-        astray = plan.tape.target.diverged(name, again, draft)
+        name = blamed(figures, denoiser := plan.tape.student.family.denoiser)
+        astray = ""
+        if name in plan.components:
+            again = partial(captured_again, plan.tape, name, run)
+            least_db = floor_db(figures, name, denoiser)
+            astray = plan.tape.target.diverged(name, again, draft, least_db)
         hint = f"; first astray: {astray}" if astray else ""
         raise EdgeflashError(f"{error}{hint}; {kept}") from None

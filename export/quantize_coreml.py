@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +136,15 @@ def layers(spec: Any) -> Iterator[Layer]:
                     shape=tuple(side.constant.size for side in sides),
                     held_as=maker.type,
                 )
+
+
+def squeezed(folder: Path, packages: Iterable[str]) -> dict[str, str]:
+    """Names of the operators whose weights have fewer bits, by the tensor that they make."""
+    from coremltools.models.utils import load_spec
+
+    specs = [load_spec(str(folder / f"{name}.mlpackage")) for name in packages]
+    found = (layer for spec in specs for layer in layers(spec) if layer.held_as != "const")
+    return {layer.gives: layer.name for layer in found}
 
 
 def _quantize_activations(model: Any, captured: Captured, kept: set[str]) -> Any:

@@ -13,13 +13,13 @@ from pydantic import Field, model_validator
 from edgeflash import control
 from edgeflash.bundle import EACH_STEP, Bundle, Component, Latent, TensorSpec
 from edgeflash.errors import EdgeflashError
-from edgeflash.floors import FLOORS
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Array, Target
 from edgeflash.student import Student, folder_sha256
 
 if TYPE_CHECKING:
-    from .capture import Captured, Network
+    from .capture import Captured, Network, Sample
+    from .divergence import Divergence
 
 MIB = 2**20
 COMPARED = 2**18  # numbers of a tensor, evenly spread: all tensors of a network are in memory
@@ -259,12 +259,14 @@ class CoreMlTarget(Target):
                 raise EdgeflashError(f"join: {folder}: its UNet is in chunks; export it as a whole")
             yield f"size_{height}x{width}", package
 
-    def diverged(self, component: str, capture: Callable[[], Captured], out: Path) -> str:
+    def diverged(
+        self, component: str, capture: Callable[[], Captured], out: Path, floor_db: float
+    ) -> str:
         """Evaluates it once more with sums in float32, and weights not quantized.
 
         Of a quantized one it names a layer, if it can: that ``keep`` can leave alone.
         """
-        from .quantize_coreml import KINDS
+        from .divergence import told
 
         precision = self.precision_of(component)
         if precision == "fp32":
@@ -275,12 +277,13 @@ class CoreMlTarget(Target):
         exact = self.model_copy(update={"precision": "fp16", "chunk_mib": 0, "join": ()})
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp16-") as scratch:
             exact.lower(captured, Path(scratch))
-            floor_db = FLOORS[precision]["psnr_db"]
-            astray = _astray(captured, Path(scratch), out, names, floor_db)
-            kind, first = next(astray, ("", ""))
-            if precision == "fp16" or kind in KINDS:
-                return first
-            return next((told for kind, told in astray if kind in KINDS), first)
+            for sample in _worst_first(captured, out, names, floor_db):
+                astray = _astray(captured, sample, Path(scratch), out, names, floor_db)
+                if first := next(astray, None):
+                    layers = (each for each in (first, *astray) if each.product)
+                    found = first if precision == "fp16" else next(layers, first)
+                    return told(found, self, component, self.keep)
+        return ""
 
     def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:
         """The folder `Resources`, and what still keeps Apple's package from using it."""
@@ -291,24 +294,38 @@ class CoreMlTarget(Target):
         return write_resources(student, out)
 
 
-def _astray(
-    captured: Captured, exact: Path, out: Path, names: list[str], floor_db: float
-) -> Iterator[tuple[str, str]]:
-    """Kinds and figures of the operators whose results miss the floor, in the order they run."""
+def _worst_first(captured: Captured, out: Path, names: list[str], floor_db: float) -> list[Sample]:
     from .coreml_program import evaluated
+    from .divergence import worst_first
 
-    sample, whole = captured.samples[0], [package_of(captured.component, captured.inputs)]
+    def given_db(sample: Sample) -> float:
+        told = evaluated(out, names, captured, sample)
+        found = {name: array[:1] for _, name, array in told if name in sample.outputs}
+        return min(psnr_db(sample.outputs[name], array) for name, array in found.items())
+
+    ranked = ((given_db(sample), sample) for sample in captured.samples)
+    return worst_first(ranked, floor_db)
+
+
+def _astray(
+    captured: Captured, sample: Sample, exact: Path, out: Path, names: list[str], floor_db: float
+) -> Iterator[Divergence]:
+    """The operators whose results miss the floor in a recorded call, in the order they run."""
+    from .coreml_program import evaluated
+    from .divergence import off
+    from .quantize_coreml import squeezed
+
+    whole, layers = [package_of(captured.component, captured.inputs)], squeezed(out, names)
     wanted: dict[str, Array] = {
         name: _some(array)
         for _, name, array in evaluated(exact, whole, captured, sample, halves=False)
     }
     for kind, name, array in evaluated(out, names, captured, sample):
         found = _some(array)
-        if name not in wanted or found.dtype.kind != "f" or wanted[name].shape != found.shape:
+        if name not in wanted or wanted[name].shape != found.shape:
             continue
-        if (db := psnr_db(wanted[name], found)) < floor_db:
-            low, high = wanted[name].min(), wanted[name].max()
-            yield kind, f"{kind} {name} ({db:.1f} dB, values {low:.4g} to {high:.4g})"
+        if (made := off(kind, name, wanted[name], found, floor_db)) is not None:
+            yield replace(made, product=layers.get(name, ""))
 
 
 def package_of(component: str, inputs: Iterable[TensorSpec]) -> str:

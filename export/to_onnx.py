@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from edgeflash.bundle import Bundle, Component
-from edgeflash.floors import FLOORS
 from edgeflash.student import INDEX, Student
 
 from .ecosystem import FOLDED, denoiser_input, write_configs, write_json
@@ -117,20 +116,21 @@ class OnnxTarget(Quantizing):
         external_bytes = int(self.external_mib * MIB)
         return fuse(bundle, self.prover(), self.fused, self.precision, external_bytes)
 
-    def diverged(self, component: str, capture: Callable[[], Captured], out: Path) -> str:
+    def diverged(
+        self, component: str, capture: Callable[[], Captured], out: Path, floor_db: float
+    ) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
         from .bisect import first_divergence
+        from .divergence import told
 
-        precision = self.precision_of(component)
-        if precision == "fp32":
+        if self.precision_of(component) == "fp32":
             return ""
-        captured = capture()
+        captured, found = capture(), out / component / "model.onnx"
+        calls = [sample.inputs for sample in captured.samples]
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
-            whole = self.model_copy(update={"precision": "fp32"}).lower(captured, Path(scratch))
-            found = out / component / "model.onnx"
-            floor_db = FLOORS[precision]["psnr_db"]
-            divergence = first_divergence(whole[0], found, captured.samples[0].inputs, floor_db)
-        return str(divergence or "")
+            whole = self.model_copy(update={"precision": "fp32"}).lower(captured, Path(scratch))[0]
+            divergence = first_divergence(whole, found, component, calls, floor_db)
+        return told(divergence, self, component, self.keep)
 
     def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:
         """Configs, scheduler and index where optimum looks for them."""

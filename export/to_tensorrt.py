@@ -12,7 +12,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from edgeflash.bundle import EACH_STEP, Component, Engine
 from edgeflash.engine import AHEAD, ENGINE, build, capability, load_vendor
 from edgeflash.errors import EdgeflashError
-from edgeflash.floors import FLOORS
 from edgeflash.gpu import find_gpu
 from edgeflash.roles import Runtime
 
@@ -266,21 +265,22 @@ class TensorRtTarget(Quantizing):
             return StandIn(reason=f"{gpu} is none that they are for")
         return super().prover()
 
-    def diverged(self, component: str, capture: Callable[[], Captured], out: Path) -> str:
+    def diverged(
+        self, component: str, capture: Callable[[], Captured], out: Path, floor_db: float
+    ) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
         from .bisect import first_divergence
+        from .divergence import told
 
-        precision = self.precision_of(component)
-        if precision == "fp32" or "bf16" in (precision, self.rest):  # ONNX Runtime has no bf16
+        if self.precision_of(component) == "fp32":
             return ""
-        captured = capture()
+        captured, found = capture(), out / component / "model.onnx"
+        calls = [sample.inputs for sample in captured.samples]
+        plain = self.model_copy(update={"precision": "fp32"})
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
-            plain = self.model_copy(update={"precision": "fp32"})
             whole = plain._write_onnx(captured, Path(scratch) / "model.onnx")[0]
-            found = out / component / "model.onnx"
-            floor_db = FLOORS[precision]["psnr_db"]
-            divergence = first_divergence(whole, found, captured.samples[0].inputs, floor_db)
-        return str(divergence or "")
+            divergence = first_divergence(whole, found, component, calls, floor_db)
+        return told(divergence, self, component, self.keep)
 
 
 def _number(capability: str) -> tuple[int, ...]:

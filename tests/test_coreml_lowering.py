@@ -39,8 +39,9 @@ def test_sums_beyond_half_precision_are_caught(tmp_path: Path) -> None:
     unet = small(target, Small(factor=3e4))
     target.lower(unet, tmp_path)
     assert not evaluated_db(tmp_path / "Unet.mlpackage", unet) > 45
-    found = target.diverged("unet", lambda: unet, tmp_path)
+    found = target.diverged("unet", lambda: unet, tmp_path, 45.0)
     assert found.startswith("add add") and "e+04" in found, "the first sum beyond 65504"
+    assert found.endswith("its values are beyond float16's 65,504: --precision fp32")
     fine = to(precision="fp32")
     fine.lower(small(fine, Small(factor=3e4)), tmp_path / "fp32")
     assert evaluated_db(tmp_path / "fp32/Unet.mlpackage", unet) > 80

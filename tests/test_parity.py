@@ -28,7 +28,18 @@ def test_psnr_at_its_ends() -> None:
     assert parity.psnr_db(A, np.full_like(A, np.nan)) == 0
     assert parity.psnr_db(A, np.full_like(A, np.inf)) == 0
     assert parity.psnr_db(np.ones(3), np.ones(3)) == parity.BEST_DB
-    assert parity.psnr_db(np.ones(3), np.zeros(3)) == 0, "a constant reference has no peak"
+    assert parity.psnr_db(np.ones(3), np.zeros(3)) == 0, "a constant's peak is its size"
+    assert parity.psnr_db(np.zeros(3), np.ones(3)) == 0
+
+
+def test_psnr_of_one_number_and_of_masks() -> None:
+    assert parity.psnr_db(np.array(500.0), np.array(499.95)) == pytest.approx(80, abs=1e-6)
+    mask = np.where(A > 1, -np.inf, A)
+    found = mask + 0.01
+    assert parity.psnr_db(mask, mask) == parity.BEST_DB
+    assert parity.psnr_db(mask, found) == parity.psnr_db(mask[A <= 1], found[A <= 1])
+    assert parity.psnr_db(mask, -mask) == parity.psnr_db(A, mask) == 0
+    assert parity.psnr_db(np.array([-np.inf]), np.array([-np.inf])) == parity.BEST_DB
 
 
 @given(st.floats(0.01, 100), st.floats(0.1, 10))

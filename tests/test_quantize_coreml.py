@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from small_coreml import Small, evaluated_db, kinds, small, to, weight_bytes
 from torch import nn
 
+from edgeflash.arguments import read_options
 from edgeflash.errors import EdgeflashError
+from edgeflash.export.capture import Sample
 from edgeflash.export.quantize_coreml import check_kept
 from edgeflash.floors import PRECISIONS
 
@@ -84,9 +87,35 @@ def test_what_cannot_be_squeezed_is_refused(tmp_path: Path) -> None:
     assert "w8a8" in refused(precision="w8a8", ios=17, chunk_mib=0.001)
 
 
-def test_astray_after_quantization_is_named(tmp_path: Path) -> None:
+def test_astray_after_quantization_is_named_and_mended(tmp_path: Path) -> None:
     target = to(precision="lut1", smallest=0)
     unet = small(target)
     target.lower(unet, tmp_path)
-    assert target.diverged("unet", lambda: unet, tmp_path).startswith("conv ")
+    found = target.diverged("unet", lambda: unet, tmp_path, 25.0)
+    assert found.startswith("conv ") and "leave it alone: --set 'keep=" in found
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Unet.mlpackage"]
+    option = found.partition("--set '")[2].removesuffix("'")
+    again = to(precision="lut1", smallest=0, **read_options([option]))
+    again.lower(unet, tmp_path / "again")
+    check_kept(again.model_dump()["keep"], tmp_path / "again")
+    held = [
+        kinds(folder / "Unet.mlpackage").count("constexpr_lut_to_dense")
+        for folder in (tmp_path, tmp_path / "again")
+    ]
+    assert held == [3, 2]
+    following = again.diverged("unet", lambda: unet, tmp_path / "again", 25.0)
+    assert not following or option.removesuffix("]") + ", " in following, "it stays left alone"
+
+
+def test_the_call_that_went_astray_is_looked_into(tmp_path: Path) -> None:
+    """The mask of minus infinity is the same in all; only the last call leaves float16's range."""
+    target = to(precision="fp16")
+    unet = small(target, Small(factor=30))
+    target.lower(unet, tmp_path)
+    assert target.diverged("unet", lambda: unet, tmp_path, 45.0) == ""
+    given = {name: 1e4 * array for name, array in unet.samples[0].inputs.items()}
+    with torch.no_grad():
+        gives = unet.program.module()(*map(torch.from_numpy, given.values())).numpy()
+    loud = replace(unet, samples=(*unet.samples, Sample(given, {"noise_pred": gives})))
+    found = target.diverged("unet", lambda: loud, tmp_path, 45.0)
+    assert "beyond float16's 65,504" in found
