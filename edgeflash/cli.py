@@ -213,7 +213,8 @@ def plan(
 ) -> None:
     """Search what to quantize, under a budget: student folder -> plan.toml and a report."""
     from edgeflash.export_options import ExportOptions
-    from edgeflash.planning import Budget, Wish, plans_table, search
+    from edgeflash.planning import Budget, Wish, search
+    from edgeflash.planning_report import plans_table
     from edgeflash.roles import Target
     from edgeflash.shelf import find
     from edgeflash.student import Student

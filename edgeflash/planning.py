@@ -18,20 +18,19 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from edgeflash.bundle import Bundle
-from edgeflash.choice import Candidate, Tried, at_precision, job_of, measure_in_turn, try_out
+from edgeflash.choice import Candidate, Tried, at_precision, measure_in_turn, try_out
 from edgeflash.disk import check_writable, write_for_people
 from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.machine import Machine
-from edgeflash.report import IMAGE_DB, REPORT, Predicted, Report, System, told
+from edgeflash.planning_report import figures_of, notes_on, predicted, systems_of
+from edgeflash.report import REPORT, Report, told
 from edgeflash.report_html import write_html
 from edgeflash.roles import Target
 from edgeflash.shelf import find, make
 from edgeflash.student import Student
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from edgeflash.export.front import Point
     from edgeflash.export.plan import Plan, Quantizing
     from edgeflash.export.sensitivity import Sensitivity
@@ -39,13 +38,6 @@ if TYPE_CHECKING:
 MIB = 2**20
 ATTEMPTS = 4  # exports until the bundle is within its budget; the first tells what else it holds
 SPREAD = 4  # plans of a front of time that are exported and measured
-PREDICTED_DB, PREDICTED_MIB = "predicted image dB", "predicted MiB"
-NOTES = (
-    "Predicted: to first order, from one way there and back through the student's own steps, the "
-    "errors of layers taken to be independent; a mean over all prompts.",
-    "image dB: of the exported bundle on its runtime, against the student in torch; the worst "
-    "prompt of the parity ladder, L4.",
-)
 
 
 @dataclass(frozen=True)
@@ -140,7 +132,20 @@ class _Search:
         target = partial(self.target, point, precision)
         return Exported(try_out(name, target, self.lower, folder), point)
 
-    def by_size(self, points: Sequence[Point], found: Sensitivity) -> list[Exported]:
+    def whole(self) -> Exported:
+        """The float one; where it is within the budget, there is nothing to search."""
+        floats = self.target(None, self.words[0]).rest if self.wish.budget.ms is None else "fp32"
+        done = self.export(floats, None, floats)
+        _bytes(done)
+        if self.wish.budget.ms is not None:
+            measure_in_turn([done.tried], self.console)
+        check_needed(done, self.wish.budget)
+        done.tried.measured.clear()  # it is measured again with the plans, in turn
+        return done
+
+    def by_size(
+        self, whole: Exported, points: Sequence[Point], found: Sensitivity
+    ) -> list[Exported]:
         """The float one, and plans until one is within the budget, which is the last.
 
         Raises:
@@ -149,9 +154,8 @@ class _Search:
         from edgeflash.export.front import within
 
         assert self.wish.budget.mib is not None
-        rest = self.target(None, self.words[0]).rest
-        done = [self.export(rest, None, rest)]
-        beside: float = _bytes(done[0]) - sum(found.numbers.values()) * (4 if rest == "fp32" else 2)
+        done, width = [whole], 4 if whole.tried.name == "fp32" else 2
+        beside: float = _bytes(whole) - sum(found.numbers.values()) * width
         for _ in range(ATTEMPTS):
             point = within(points, self.wish.budget.mib * MIB - beside)
             name = f"plan {len(done)}, {told((point.bytes + beside) / MIB)} MiB"
@@ -161,12 +165,11 @@ class _Search:
             beside = taken - point.bytes
         return done
 
-    def by_time(self, points: Sequence[Point]) -> list[Exported]:
+    def by_time(self, whole: Exported, points: Sequence[Point]) -> list[Exported]:
         """The float one, and plans that are spread along the front."""
         from edgeflash.export.front import spread
 
-        done = [self.export("fp32", None, "fp32")]
-        _bytes(done[0])
+        done = [whole]
         for point in spread(points, SPREAD):
             name = f"plan {point.products:.0%} {self.words[0]}"
             done.append(self.export(name, point, self.words[0]))
@@ -238,26 +241,33 @@ def search(
         command: that makes this again, for the record.
 
     Raises:
-        EdgeflashError: no plan is within the budget, or options do not fit the student.
+        EdgeflashError: no plan is within the budget, or none is needed; times are asked for that
+            cannot be measured here; or options do not fit the student.
     """
     from edgeflash.export.front import front
 
     target = quantizing(wish.to, {**wish.options, "precision": "int8"})
     _check_places(out, folder, wish)
+    unproven = target.prover().unproven
+    if unproven and wish.budget.ms is not None:
+        raise EdgeflashError(f"--budget-ms: no time is measured here, leave it out: {unproven}")
     with tempfile.TemporaryDirectory(prefix=".edgeflash-plan.", dir=out.parent) as scratch:
         one = _Search(student, wish, words_for(target, wish), Path(scratch), console)
+        whole = one.whole()
         found = _sensitivity(one)
         points = front(found, one.target(None, one.words[0]), one.words)
-        done = one.by_time(points) if wish.budget.ms is not None else one.by_size(points, found)
-        measure_in_turn([each.tried for each in done], console)
+        by_time = wish.budget.ms is not None
+        done = one.by_time(whole, points) if by_time else one.by_size(whole, points, found)
+        if not unproven:
+            measure_in_turn([each.tried for each in done], console)
         kept = best(done, wish.budget)
         report = Report(
             title=f"plans of {student.folder.resolve().name} for {wish.to}",
             command=command,
             machine=Machine.here(),
-            systems=_systems(done),
-            front=_predicted(points, done),
-            notes=(f"kept: {kept.tried.name}", most_sensitive(found), *NOTES, *_refused(done)),
+            systems=systems_of(done),
+            front=predicted(points, done),
+            notes=notes_on(kept, found, done, unproven),
         )
     write_for_people(out, _header(kept, one) + kept.plan().toml())
     report.save(folder / REPORT)
@@ -292,65 +302,29 @@ def best(done: Sequence[Exported], budget: Budget) -> Exported:
     """The plan whose picture is nearest to the student's, of those within the budget.
 
     Raises:
-        EdgeflashError: none is.
+        EdgeflashError: none is, or the first, which has no plan, is too.
     """
+    check_needed(done[0], budget)
     fits = [each for each in done if each.point and budget.holds(each.candidate)]
     if not fits:
-        lines = "; ".join(
-            f"{c.name}: {c.why or f'{told(c.mib)} MiB, {told(c.latency_ms)} ms'}"
-            for c in (each.candidate for each in done)
-        )
+        found = (each.candidate for each in done)
+        lines = "; ".join(f"{each.name}: {each.why or figures_of(each)}" for each in found)
         raise EdgeflashError(f"no plan is within the budget ({lines}): allow more")
     return max(fits, key=lambda each: each.candidate.image_db or -math.inf)
 
 
-def most_sensitive(found: Sensitivity, count: int = 5) -> str:
-    """The layers that lose most by the coarsest word they can get."""
-    losses = {f"{each.name} ({each.words[-1]}": found.psnr_db(each) for each in found.layers}
-    worst = sorted(losses, key=lambda name: losses[name])[:count]
-    lines = ", ".join(f"{name}: {losses[name]:.1f} dB)" for name in worst)
-    return f"most sensitive, each quantized alone: {lines}"
-
-
-def _systems(done: Sequence[Exported]) -> tuple[System, ...]:
-    return tuple(_system(each) for each in done if each.tried.measured)
-
-
-def _system(exported: Exported) -> System:
-    from edgeflash.runtimes.bench import system_of
-
-    tried, candidate = exported.tried, exported.candidate
-    assert tried.bundle is not None
-    quickest = min(tried.measured, key=lambda each: sorted(each.runs_ms)[len(each.runs_ms) // 2])
-    system = system_of(tried.name, tried.bundle, job_of(tried.bundle), quickest)
-    extra: dict[str, float | str] = {}
-    if candidate.image_db is not None:
-        extra[IMAGE_DB] = round(candidate.image_db, 2)
-    if point := exported.point:
-        extra |= {PREDICTED_DB: round(point.psnr_db, 2), PREDICTED_MIB: round(point.mib, 2)}
-    return system.model_copy(update={"extra": extra})
-
-
-def _predicted(points: Sequence[Point], done: Sequence[Exported]) -> tuple[Predicted, ...]:
-    """The front, in bytes of whole bundles; what they hold beside weights the last one told."""
-    pairs = [(e.tried.bundle.bytes, e.point.bytes) for e in done if e.tried.bundle and e.point]
-    beside = pairs[-1][0] - pairs[-1][1] if pairs else 0.0
-    return tuple(
-        Predicted(size_mib=round((p.bytes + beside) / MIB, 4), psnr_db=round(p.psnr_db, 3))
-        for p in points[1:]
-    )
-
-
-def _refused(done: Sequence[Exported]) -> list[str]:
-    return [f"{each.tried.name}: {each.tried.why}" for each in done if each.tried.why]
+def check_needed(whole: Exported, budget: Budget) -> None:
+    """Raises where the float one is within the budget: no plan's picture is as near."""
+    if budget.holds(found := whole.candidate):
+        figures = figures_of(found)
+        raise EdgeflashError(f"{found.name}: {figures}: within the budget; nothing to quantize")
 
 
 def _header(kept: Exported, one: _Search) -> str:
     """Remarks in front of the plan: what it gave here, and how to export by it."""
-    found, to = kept.candidate, one.wish.to
-    figures = f"{told(found.mib)} MiB, {told(found.latency_ms)} ms, {told(found.image_db)} dB"
+    to = one.wish.to
     return (
-        f"# on {to}: {figures}, where it was searched\n"
+        f"# on {to}: {figures_of(kept.candidate)}, where it was searched\n"
         f"# edgeflash export STUDENT --to {to} --precision {one.words[0]} --set plan=FILE"
         f"{_asked(one.wish)}\n"
     )
@@ -363,21 +337,3 @@ def _asked(wish: Wish) -> str:
     words += [f"--steps {','.join(map(str, steps))}"] if steps else []
     words += [f"--size {size[0]}x{size[1]}"] if size else []
     return "".join(f" {word}" for word in words)
-
-
-def plans_table(report: Report) -> Table:
-    """For the terminal: predicted against real."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    out = Table(title=escape(report.title), title_justify="left", box=None, pad_edge=False)
-    out.add_column("")
-    for heading in ("MiB", "ms", IMAGE_DB, PREDICTED_DB):
-        out.add_column(heading, justify="right")
-    for system in report.systems:
-        extra = [system.extra.get(name) for name in (IMAGE_DB, PREDICTED_DB)]
-        figures = [told(float(v)) if v is not None else "-" for v in extra]
-        out.add_row(
-            escape(system.name), told(system.size_mib), told(system.latency_ms_p50), *figures
-        )
-    return out

@@ -12,6 +12,8 @@ from edgeflash.report_svg import COLOURS, Bar, Dot, Line, Part, bars, lines, sca
 
 def plots(systems: Sequence[System], front: Sequence[Predicted] = ()) -> str:
     """The plots for which there are figures, each in a card of the page's grid."""
+    if not systems:
+        return ""
     cards = [_front(systems, front), _latency(systems), _quality(systems)]
     cards += [_stages(systems), _sizes(systems)]
     cards += [_memory(systems), _sustained(systems)]

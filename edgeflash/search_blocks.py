@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ class Block:
     Attributes:
         built: of what layers, as torch prints it.
         takes: shapes of the tensors it takes, for one picture.
+        roles: of these tensors and of what it gives, as in `TensorSpec`; "" within the UNet. What
+            stands at its ends a quantized UNet leaves alone, and so must a block.
+        joined: whether the first is two put together, as skip connections are.
         module: the layer, on the meta device.
         args: what it was called with there, by position.
         kwargs: and by name.
@@ -31,6 +35,8 @@ class Block:
 
     built: str
     takes: tuple[tuple[int, ...], ...]
+    roles: tuple[str, ...]
+    joined: bool
     module: nn.Module = field(compare=False, repr=False)
     args: tuple[Any, ...] = field(compare=False, repr=False)
     kwargs: dict[str, Any] = field(compare=False, repr=False)
@@ -84,8 +90,10 @@ class Anatomist:
         with torch.device("meta"), torch.no_grad(), quiet():
             try:
                 network: Any = UNet2DConditionModel.from_config(config)
+                paths = {module: path for path, module in network.named_modules()}
+                timed = _hears_time_alone(network.config)
                 for module in list(_layers(network)):
-                    vars(module)["forward"] = self._noting(module, found)
+                    vars(module)["forward"] = self._noting(module, paths[module], timed, found)
                 given = [_empty(spec.shape, spec.dtype) for spec in self._inputs]
                 self.student.family.wrap(network, "unet").eval()(*given)
             except (ValueError, RuntimeError, TypeError) as error:
@@ -93,21 +101,41 @@ class Anatomist:
                 raise EdgeflashError(f"this UNet cannot be built or run: {said}") from None
         return Anatomy(tuple(found), sum(p.numel() for p in network.parameters()))
 
-    def _noting(self, module: nn.Module, found: list[Block]) -> Any:
+    def _noting(self, module: nn.Module, path: str, timed: bool, found: list[Block]) -> Any:
         """The layer's forward, that notes its call."""
         whole, built = module.forward, repr(module)
+        names = list(inspect.signature(whole).parameters)
+        joined = path.startswith("up_blocks.") and ".resnets." in path
+        gives = "prediction" if path == "conv_out" else ""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             takes = tuple(tuple(t.shape) for t in tensors_in(args, kwargs))
-            block = Block(built, takes, module, args, kwargs, None)
+            called = (*zip(names, args, strict=False), *kwargs.items())
+            fed = (_role(path, name, timed) for name, t in called if tensors_in((t,), {}))
+            block = Block(built, takes, (*fed, gives), joined, module, args, kwargs, None)
             if block not in self._met:
                 vars(module).pop("forward", None)
-                block = Block(built, takes, module, args, kwargs, whole(*args, **kwargs))
+                block = replace(block, gives=whole(*args, **kwargs))
                 self._met[block] = block
             found.append(self._met[block])
             return self._met[block].gives
 
         return forward
+
+
+def _hears_time_alone(config: Config) -> bool:
+    """Whether the embedding that all resnets take is of the timestep, and of nothing else."""
+    others = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
+    return all(config.get(name) is None for name in others)
+
+
+def _role(path: str, name: str, timed: bool) -> str:
+    """Of what a layer takes under a name; "" where that comes from other layers."""
+    if path == "time_embedding" or name == "temb":
+        return "timestep" if timed else ""
+    if path == "add_embedding" or name == "encoder_hidden_states":
+        return "conditioning"
+    return "sample" if path == "conv_in" else ""
 
 
 def _empty(shape: tuple[int | str, ...], dtype: str) -> Tensor:

@@ -101,8 +101,8 @@ class MeasuredTimes(Times):
         network = Network(component, module.requires_grad_(False), takes, gives)
         return self._target.adapt(network, family.latent(student))
 
-    def _measured(self, network: Network) -> float:
-        """Lowers and runs it -> ms."""
+    def _captured(self, network: Network) -> Captured:
+        """Of one call, with random numbers."""
         from edgeflash.export.capture import Captured, Eager, to_program
 
         given = {spec.name: _numbers(spec) for spec in network.inputs}
@@ -111,35 +111,53 @@ class MeasuredTimes(Times):
         network = self._target.rewrite(network)
         program = to_program(network.module, network.inputs, eager.samples[0])
         name, takes, gives = network.component, network.inputs, network.outputs
-        captured = Captured(name, program, takes, gives, tuple(eager.samples))
+        return Captured(name, program, takes, gives, tuple(eager.samples))
+
+    def _measured(self, network: Network) -> float:
+        """Lowers and runs it -> ms."""
+        captured = self._captured(network)
+        name = captured.component
         with tempfile.TemporaryDirectory(prefix="edgeflash-block-") as scratch:
             folder = Path(scratch)
-            files = self._lowered(captured, folder)
+            files, precision = self._lowered(captured, folder)
             paths = [path.relative_to(folder).as_posix() for path in files]
             component = Component(
                 name=name,
                 target=self.way.on,
-                precision=self._target.precision_of(name),
+                precision=precision,
                 files=tuple(describe_file(folder, path) for path in paths),
-                inputs=takes,
-                outputs=gives,
+                inputs=captured.inputs,
+                outputs=captured.outputs,
                 engine=self._target.engine_of(name),
             )
             session = self._runtime.open(folder, component)
             try:
-                return _median_ms(session, eager.samples[0].inputs)
+                return _median_ms(session, captured.samples[0].inputs)
             finally:
                 session.close()
 
-    def _lowered(self, captured: Captured, folder: Path) -> list[Path]:
-        """Its files; a block that a precision leaves alone, as it does in a whole student, too."""
+    def _lowered(self, captured: Captured, folder: Path) -> tuple[list[Path], str]:
+        """Its files and precision; a block that the way's leaves alone, as a whole UNet has it."""
+        name = captured.component
         try:
-            return self._target.lower(captured, folder)
+            return self._target.lower(captured, folder), self._target.precision_of(name)
         except EdgeflashError:
-            rest = getattr(self._target, "rest", self.way.precision)
-            if rest == self.way.precision:
+            floats = self._floats(name)
+            if floats == self.way.precision:
                 raise
-            return make(Target, self.way.on, {"precision": rest}).lower(captured, folder)
+            target = make(Target, self.way.on, {"precision": floats})
+            return target.lower(captured, folder), floats
+
+    def _floats(self, component: str) -> str:
+        """The precision of what a quantized component leaves alone: fp32 beside int8 in ONNX."""
+        from edgeflash.export.plan import FLOATS, Quantizing
+
+        target = self._target
+        if target.precision in FLOATS:
+            return target.precision
+        if isinstance(target, Quantizing) and not target.halves(component):
+            return "fp32"
+        return str(getattr(target, "rest", target.precision))
 
 
 def _median_ms(session: Session, given: dict[str, Any]) -> float:
@@ -170,16 +188,19 @@ def alone(block: Block) -> Network:
     generator = torch.Generator().manual_seed(0)
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.normal_(std=0.02, generator=generator)
-    takes = [_spec(f"x{i}", t) for i, t in enumerate(tensors_in(block.args, block.kwargs))]
+    tensors, (*roles, made) = tensors_in(block.args, block.kwargs), block.roles
+    if block.joined:  # where they meet is part of the block: a plan looks for it
+        tensors, roles = [*tensors[0].chunk(2, 1), *tensors[1:]], ["", *roles]
+    ends = enumerate(zip(tensors, roles, strict=True))
+    takes = tuple(_spec(f"x{i}", tensor, role) for i, (tensor, role) in ends)
     gives = block.gives if isinstance(block.gives, torch.Tensor) else block.gives[0]
-    answer = _spec("y", gives).model_copy(update={"role": "prediction"})
-    return Network("unet", _called(block, module), tuple(takes), (answer,))
+    return Network("unet", _called(block, module), takes, (_spec("y", gives, made),))
 
 
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
-    """Of float32, the batch free."""
+def _spec(name: str, tensor: Tensor, role: str) -> TensorSpec:
+    """Of float32, the batch free. What has no role in a UNet has its own."""
     shape = (FREE, *tensor.shape[1:])
-    return TensorSpec(name=name, role=name, shape=shape, dtype="float32")
+    return TensorSpec(name=name, role=role or name, shape=shape, dtype="float32")
 
 
 def _called(block: Block, module: nn.Module) -> nn.Module:
@@ -191,8 +212,11 @@ def _called(block: Block, module: nn.Module) -> nn.Module:
             super().__init__()
             self.layer = module
 
-        def forward(self, x0: Tensor, x1: Tensor | None = None, x2: Any = None) -> Tensor:
-            left = iter((x0, x1, x2))  # by name: a capture takes a list of them for one input
+        def forward(self, x0: Tensor, x1: Any = None, x2: Any = None, x3: Any = None) -> Tensor:
+            given = [x0, x1, x2, x3]  # by name: a capture takes a list of them for one input
+            if block.joined:
+                given[:2] = [torch.cat(given[:2], 1)]
+            left = iter(given)
 
             def put(value: Any) -> Any:
                 return next(left) if isinstance(value, torch.Tensor) else value

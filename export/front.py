@@ -47,7 +47,7 @@ class Point:
         return self.bytes / MIB
 
     def plan(self) -> Plan:
-        """As every target reads it."""
+        """As targets that take one read it."""
         return Plan.model_validate({"default": NONE, "names": dict(sorted(self.words.items()))})
 
 
@@ -115,9 +115,8 @@ def _float_bytes(layer: Layer, target: Quantizing, words: Sequence[str]) -> int:
 
 def _bytes_of(component: str, target: Quantizing, words: Sequence[str]) -> int:
     """Of a number that a component leaves alone, where these are the words in it."""
-    if target.rest == "fp32":
-        return 4
-    return 2 if weights_alone(words) or component.startswith("text_encoder") else 4
+    coarse = next((word for word in words if not weights_alone([word])), words[0])
+    return 2 if target.model_copy(update={"precision": coarse}).halves(component) else 4
 
 
 def within(points: Sequence[Point], budget_bytes: float) -> Point:

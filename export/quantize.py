@@ -33,10 +33,17 @@ METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
 
 
 class Recorded(CalibrationDataReader):  # type: ignore[misc]
-    """Feeds recorded calls to a calibrator, one at a time."""
+    """Feeds recorded calls to a calibrator, one at a time: all, or those of a range."""
 
     def __init__(self, samples: tuple[Sample, ...]) -> None:
+        self._samples = samples
         self._left: Iterator[Sample] = iter(samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._left = iter(self._samples[start_index:end_index])
 
     def get_next(self) -> Tensors | None:
         sample = next(self._left, None)
@@ -126,6 +133,8 @@ def quantize_static(
     """
     kind = ort.QuantType.QInt8 if symmetric else ort.QuantType.QUInt8
     found = path.with_name("int8.onnx")
+    if ranges != "minmax":  # which has two numbers of a tensor; histograms are made of all it holds
+        extra |= {"CalibStridedMinMax": 1}  # recorded calls at a time, for histograms too
     with quiet():
         ort.quantize_static(
             path,

@@ -111,7 +111,7 @@ def _quantized(captured: Captured) -> Any:
 
 
 def _worth_it(graph: Any, captured: Captured) -> set[str]:
-    """Names of the products to quantize: those that `quantize.left_alone` would not leave alone.
+    """Names of the products to quantize: those that `quantize.away` would not leave alone.
 
     Left are what works on the timestep alone, what stands next to latents, images and conditioning,
     and the shortcuts of skip connections. All that XNNPACK can quantize gave 20 dB on the worst of

@@ -154,6 +154,10 @@ class TensorRtTarget(Quantizing):
     def honours(self) -> tuple[str, ...]:
         return (self.precision,)
 
+    def halves(self, component: str) -> bool:
+        beside = self.precision in QUANTIZED and bool(self.words_in(component))
+        return self.rest != "fp32" if beside else super().halves(component)
+
     def can(self, kind: Kind, rank: int) -> frozenset[str]:
         from .quantize import operator_of
 

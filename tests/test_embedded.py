@@ -17,10 +17,12 @@ from edgeflash.embedded import embedded
 from edgeflash.noise import randn
 from edgeflash.roles import Runtime, Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
-from edgeflash.score import draw
+from edgeflash.score import draw, score
 from edgeflash.shelf import make
 from edgeflash.student import Student
 
+SHARES = {"int8": 0.98, "int8-weights": 0.995, "int4-weights": 0.95}  # of fp32's accuracy
+JUDGED = 10_000
 PROMPT = "a large red circle on the left on a white background"
 
 
@@ -84,6 +86,29 @@ def test_diffusers_alone_draws_the_same_picture(tmp_path: Path, name: str, steps
     scale = student.guidance().scale if student.guidance().kind == "cfg" else 0.0
     theirs = diffusers_picture(folder, steps, scale)
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 2
+
+
+@pytest.mark.slow
+def test_quantized_the_student_meets_its_prompts_as_often(tmp_path: Path) -> None:
+    """At its fewest steps, whatever student ships.
+
+    All draw the same prompts from the same seeds, so that what turns right or wrong alone is noise.
+    """
+    from edgeflash.export.line import export_student
+    from edgeflash.export_options import ExportOptions
+
+    student = Student.open(embedded("shapes-student"))
+    steps = min(student.step_counts())
+
+    def accuracy(precision: str) -> float:
+        target, folder = make(Target, "onnx", {"precision": precision}), tmp_path / precision
+        bundle = export_student(student, target, folder, ExportOptions(steps=(steps,)))
+        runtime = make(Runtime, "onnx", {})
+        return score(bundle, runtime, steps=steps, images=JUDGED).prompt_accuracy
+
+    whole = accuracy("fp32")
+    shares = {precision: accuracy(precision) / whole for precision in SHARES}
+    assert all(shares[name] >= least for name, least in SHARES.items()), shares
 
 
 def test_the_judge_reads_every_attribute() -> None:

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from exported import QUIET, Exported
 from onnx import TensorProto
+from small_onnx import network
 
 from edgeflash import shelf
 from edgeflash.arguments import read_options
@@ -247,6 +248,41 @@ def test_a_plan_of_one_target_is_followed_by_the_others(guided: Exported, tmp_pa
         options = {"precision": "int8", "plan": str(tmp_path / FILE)} | later
         shelf.make(Target, name, options).lower(unet, tmp_path / name)
         assert read_plan(tmp_path / name / FILE) == decided
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "percentile", "entropy"])
+def test_ranges_are_of_all_recorded_calls_and_one_is_in_memory(
+    ranges: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxruntime.quantization.calibrate import HistogramCollector
+
+    from edgeflash.export.capture import Captured, Sample
+    from edgeflash.export.quantize import quantize_static
+
+    at_once: list[int] = []
+    real = HistogramCollector.collect
+
+    def collect(collector: Any, values: dict[str, Any]) -> Any:
+        at_once.extend(map(len, values.values()))
+        return real(collector, values)
+
+    monkeypatch.setattr(HistogramCollector, "collect", collect)
+    draws = np.random.default_rng(0)
+    node = onnx.helper.make_node("Conv", ["sample", "w"], ["y"], name="product")
+    weight = draws.standard_normal((8, 4, 3, 3)).astype(np.float32)
+    calls = [draws.standard_normal((1, 4, 4, 4)).astype(np.float32) for _ in range(6)]
+    calls[4] *= 3
+    samples = tuple(Sample({"sample": call}, {}) for call in calls)
+    program: Any = None
+    captured = Captured("unet", program, (), (), samples)
+    path = network(tmp_path / "m.onnx", node, w=weight)
+    graph = onnx.load(quantize_static(path, captured, ["product"], ranges)).graph
+    scales = {w.name: onnx.numpy_helper.to_array(w) for w in graph.initializer}
+    whole = np.ptp(np.stack(calls))
+    assert float(scales["sample_scale"]) * 255 == pytest.approx(
+        whole, rel=0.4 if ranges == "entropy" else 1e-3
+    )
+    assert set(at_once) == (set() if ranges == "minmax" else {1})
 
 
 def test_weights_above_the_limit_lie_in_a_file_of_their_own(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from exported import QUIET
 from onnx import helper
+from rich.console import Console
 from small_onnx import network
 
 from edgeflash import planning, shelf
@@ -27,6 +30,7 @@ from edgeflash.export.quantize_weights import to_int4, to_int8
 from edgeflash.export.sensitivity import Layer, Sensitivity, sensitivity
 from edgeflash.export_options import ExportOptions
 from edgeflash.planning import Budget, Exported, Wish, best, words_for
+from edgeflash.planning_report import plans_table
 from edgeflash.report import IMAGE_DB, read_report
 from edgeflash.roles import Target
 from edgeflash.runtimes.measure import Measured
@@ -202,8 +206,15 @@ def test_a_front_takes_what_costs_least_for_its_bytes() -> None:
     with pytest.raises(EdgeflashError, match=r"^--budget-mib: weights of 0\.00 MiB.* allow more"):
         within(points, 100)
     assert points[2].plan() == Plan(default="none", names=words[2])
-    halves = front(found, onnx_target(rest="fp16"), LIGHT)
-    assert halves[0].bytes == 14000
+    for options, held, floats in (
+        ({}, LIGHT, 2),
+        ({}, ("int8",), 4),
+        ({}, ("int8-weights", "int8"), 4),
+        ({"vendor": "tensorrt"}, ("int8",), 2),
+    ):
+        to = "tensorrt" if options else "onnx"
+        target = planning.quantizing(to, {"precision": held[0], **options})
+        assert front(found, target, held)[0].bytes == 7000 * floats, "beside these words"
 
 
 def test_words_off_the_hull_are_passed_over() -> None:
@@ -244,9 +255,12 @@ def test_the_best_picture_within_the_budget_is_kept() -> None:
     def kept(**budget: float) -> str:
         return best(done, Budget(**budget)).tried.name
 
-    assert kept(mib=7) == "good" and kept(mib=9) == "big"
-    assert kept(ms=5) == "big" and kept(ms=5, mib=7) == "poor"
-    with pytest.raises(EdgeflashError, match=r"big: 8\.00 MiB, 5\.00 ms; .*refused: L4 misses"):
+    assert kept(mib=7) == "good" and kept(mib=8) == "big"
+    assert kept(ms=5) == "big" and kept(ms=5, mib=7) == "poor" and kept(ms=9, mib=8) == "big"
+    for budget in ({"mib": 9}, {"ms": 9}, {"mib": 9, "ms": 9}):
+        with pytest.raises(EdgeflashError, match=r"^fp32: 9\.00 MiB, .* nothing to quantize$"):
+            kept(**budget)
+    with pytest.raises(EdgeflashError, match=r"big: 8\.00 MiB, 5\.00 ms.*; .*refused: L4 misses"):
         kept(mib=4)
     with pytest.raises(EdgeflashError, match="say a budget"):
         Budget()
@@ -275,6 +289,85 @@ def measured(tried: Sequence[Tried], console: Any) -> None:
     told |= {"first_image_ms": 4.0, "runs_ms": (3.0, 2.0, 4.0), "stages_ms": {"unet": (2.0,)}}
     for each in tried:
         each.measured.append(Measured(**told, peak_rss_mib=None, images=()))
+
+
+@pytest.fixture
+def known_plans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Exports that take no time: of 5 MiB in floats, of 4 by a plan. Their names."""
+    names: list[str] = []
+
+    def export(search: Any, name: str, point: Point | None, precision: str) -> Exported:
+        names.append(name)
+        size_mib = 4 if point else 5
+        bundle: Any = SimpleNamespace(
+            bytes=size_mib * planning.MIB, manifest=SimpleNamespace(parity=())
+        )
+        return Exported(Tried(name, bundle), point)
+
+    def sensitive(search: Any) -> Sensitivity:
+        names.append("sensitivity")
+        return searched(known("unet/a", planning.MIB, int8=1.0), unet=planning.MIB)
+
+    monkeypatch.setattr(planning._Search, "export", export)
+    monkeypatch.setattr(planning, "_sensitivity", sensitive)
+    return names
+
+
+def test_a_student_within_the_budget_needs_no_plan(
+    one_step_student: Path, tmp_path: Path, known_plans: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "measure_in_turn", measured)
+    student, out = Student.open(one_step_student), tmp_path / "plan.toml"
+    for budget, name in ((Budget(ms=4), "fp32"), (Budget(mib=5), "fp16")):
+        with pytest.raises(EdgeflashError, match=f"^{name}: 5.* within the budget; nothing to"):
+            planning.search(student, Wish("onnx", {}, budget), out, tmp_path, QUIET)
+        assert known_plans == [name], "said before the work"
+        known_plans.clear()
+    with pytest.raises(
+        EdgeflashError, match=r"^no plan is within the budget \(fp32: 5.*, 3\.00 ms"
+    ):
+        planning.search(student, Wish("onnx", {}, Budget(ms=2)), out, tmp_path, QUIET)
+
+
+def test_where_nothing_runs_plans_are_judged_by_their_size(
+    one_step_student: Path, tmp_path: Path, known_plans: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gpu() -> None:
+        raise EdgeflashError("no GPU here")
+
+    monkeypatch.setattr("edgeflash.export.to_tensorrt.find_gpu", no_gpu)
+    student, out = Student.open(one_step_student), tmp_path / "plan.toml"
+    options = {"vendor": "tensorrt"}
+    with pytest.raises(EdgeflashError, match=r"^--budget-ms: no time is measured here.*: no GPU"):
+        planning.search(student, Wish("tensorrt", options, Budget(ms=9)), out, tmp_path, QUIET)
+    assert not known_plans, "said before the work"
+    wish = Wish("tensorrt", options, Budget(mib=4.2))
+    made = planning.search(student, wish, out, tmp_path, QUIET)
+    assert (
+        read_plan(out).names == {"unet/a": "int8"}
+        and "# on tensorrt: 4.00 MiB, wh" in out.read_text()
+    )
+    assert not read_report(tmp_path).systems and "fp16: 5.00 MiB" in made.notes
+    assert "engines were not run: no GPU here" in made.notes[-1]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(plans_table(made))
+    assert isinstance(console.file, io.StringIO) and "fp16: 5.00" in console.file.getvalue()
+
+
+def test_pages_name_the_targets_that_take_plans() -> None:
+    takes = [
+        n for n in shelf.names(Target) if issubclass(shelf.find(Target, n, check=False), Quantizing)
+    ]
+    told = (Path(__file__).parents[1] / "export/README.md").read_text().replace("\n", " ")
+    one, two, three = takes
+    assert f"is one plan for `{one}`, `{two}` and `{three}`: by default" in told
+    others = [name for name in shelf.names(Target) if name not in takes]
+    assert others == ["coreml", "executorch", "torch"]
+    assert (
+        "`coreml` and `executorch` take no plan: " in told and "`torch` quantizes nothing" in told
+    )
+    with pytest.raises(EdgeflashError, match=f"takes no plan; choose {one}, {two} or {three}$"):
+        planning.quantizing("torch", {})
 
 
 @pytest.mark.usefixtures("replay")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from exported import Exported
 from rich.console import Console
 from test_price import SD21, skeleton
 from tiny_student import write_student
@@ -20,11 +22,14 @@ from edgeflash.blueprints import SD15, UNETS, Blueprint
 from edgeflash.devices import Device
 from edgeflash.distill.by_blocks import Blocks, feature_pairs, prune_to
 from edgeflash.errors import EdgeflashError
+from edgeflash.export.plan import FILE, Quantizing, read_plan
 from edgeflash.price import Way, gflops
+from edgeflash.roles import Target
 from edgeflash.search import SHARE, found_tables, search
-from edgeflash.search_blocks import Anatomist, Block, gflop_of, tensors_in
+from edgeflash.search_blocks import Anatomist, Block, gflop_of
 from edgeflash.search_times import Estimated, MeasuredTimes, Times, alone
 from edgeflash.search_walk import Proposal, Walker, Wish
+from edgeflash.shelf import make
 from edgeflash.student import Student
 
 QUIET = Console(file=io.StringIO())
@@ -100,7 +105,7 @@ def test_a_block_runs_alone_as_it_does_in_the_unet(guided_student: Path) -> None
     student = Student.open(guided_student)
     for block in Anatomist(student, (16, 16)).apart(spelled(student.config("unet"))).blocks:
         network = alone(block)
-        given = [torch.randn(t.shape) for t in tensors_in(block.args, block.kwargs)]
+        given = [torch.randn(1, *map(int, spec.shape[1:])) for spec in network.inputs]
         made = network.module(*given)
         assert made.isfinite().all() and made.std() > 0
         assert list(made.shape)[1:] == list(network.outputs[0].shape)[1:]
@@ -115,6 +120,46 @@ def test_blocks_are_measured_once(guided_student: Path, precision: str) -> None:
     assert embedding.name.startswith("TimestepEmbedding")  # which int8 leaves alone
     taken = [times.block_ms(block) for block in (embedding, conv, embedding, conv)]
     assert taken[:2] == taken[2:] and times.blocks == 2 and min(taken) > 0
+
+
+def test_int8_takes_of_blocks_what_it_takes_of_the_whole_unet(
+    one_step: Exported, one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends, the timestep's path, conditioning and the shortcuts of skips stay float in both."""
+    monkeypatch.setattr("edgeflash.export.quantize.quantize", lambda path, *_, **__: path)
+    times, whole = (
+        MeasuredTimes(Way("onnx", "int8"), QUIET),
+        read_plan(one_step.bundle.folder / FILE),
+    )
+    student = Student.open(one_step_student)
+    blocks = Anatomist(student, (16, 16)).apart(spelled(student.config("unet"))).blocks
+
+    def lowered(block: Block) -> tuple[set[str], str]:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        precision = times._lowered(times._captured(alone(block)), folder)[1]
+        names = read_plan(folder / FILE).names if (folder / FILE).is_file() else {}
+        return {name.removeprefix("unet/layer.") for name in names}, precision
+
+    for kind, joined, place in (
+        ("Downsample2D", False, ".downsamplers.0."),
+        ("Transformer2DModel", False, ".attentions.0."),
+        ("ResnetBlock2D", True, "up_blocks.0.resnets.0."),
+    ):
+        block = next(b for b in blocks if b.built.startswith(kind) and b.joined == joined)
+        path = next(n.partition(place)[0] + place for n in whole.names if place in n)
+        wanted = {n.removeprefix(path) for n in whole.names if n.startswith(path)}
+        assert lowered(block) == (wanted, "int8"), kind
+    assert lowered(blocks[-1]) == (set(), "fp32"), "the last convolution"
+    assert [block.roles for block in blocks[:2]] == [("timestep", ""), ("sample", "")]
+
+
+def test_what_a_precision_leaves_alone_is_as_in_a_whole_unet() -> None:
+    for precision, floats in (("int8", "fp32"), ("int8-weights", "fp16"), ("fp16", "fp16")):
+        assert MeasuredTimes(Way("onnx", precision), QUIET)._floats("unet") == floats
+    for rest in ("fp32", "bf16"):
+        options = {"vendor": "tensorrt", "precision": "int8", "rest": rest}
+        target = make(Target, "tensorrt", options)
+        assert isinstance(target, Quantizing) and target.halves("unet") == (rest == "bf16")
 
 
 class ByWork(Times):
