@@ -55,7 +55,9 @@ class Decoder(Method):
     )
     width: int = Field(64, ge=8, description="channels of every layer of the decoder")
     blocks: tuple[int, ...] = Field(
-        (3, 3, 3, 1), description="decoder blocks per resolution, smallest first"
+        (3, 3, 3, 1),
+        description="decoder blocks per resolution, smallest first; the lite decoder that "
+        "edgeflash price knows has a width of 32 and 4, 4, 1, 0",
     )
     encoder_width: int | None = Field(
         None, ge=8, description="channels of the encoder; none: as many as the decoder's"

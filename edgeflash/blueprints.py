@@ -102,7 +102,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "sample_size": 512,
     },
     "tiny": {},  # TAESD's
-    "lite": {  # half of its width, and no block at full size
+    "lite": {  # half of its width, and no block at full size; runtimes/README.md: how to train it
         "encoder_block_out_channels": (32,) * 4,
         "decoder_block_out_channels": (32,) * 4,
         "num_encoder_blocks": (0, 1, 4, 4),

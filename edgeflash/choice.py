@@ -17,25 +17,34 @@ from typing import TYPE_CHECKING, Any, get_args
 from rich.console import Console
 
 from edgeflash import shelf
-from edgeflash.bundle import Bundle, Part, describe_file
+from edgeflash.bundle import Bundle, Figure, Part, describe_file
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError, Stopped, unknown
+from edgeflash.floors import FLOORS
 from edgeflash.machine import Machine
 from edgeflash.report import told
-from edgeflash.roles import Target
+from edgeflash.roles import Runtime, Target
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from edgeflash.elsewhere import Elsewhere
     from edgeflash.runtimes.measure import Job, Measured
 
 FILE = "choice.json"  # in the bundle: what was tried, and why it was not kept
 ROUNDS = 2  # candidates are measured in turn, so that a busy spell does not fall on one alone
 RUNS = 10  # counted ones, of each round
 MARGIN = {"speed": 0.05, "size": 0.0}  # less faster than that, and medians may say the contrary
+ROUNDED = {  # floors where a runtime's options may round sums, of precisions that do not
+    f"{name}.{metric}": value
+    for name in ("fp32", "fp16")
+    for metric, value in FLOORS["bf16"].items()
+}
 UNIT = {"speed": "ms", "size": "MiB"}
 NOTHING = {"speed": "nothing else is faster by 5 %", "size": "nothing else is smaller"}
 Lower = Callable[[Target, Path], Bundle]
+Options = Mapping[str, Any]
+USUAL: Options = {}
 
 
 class Candidate(Part):
@@ -60,6 +69,7 @@ class Choice(Part):
     runtime: str
     steps: int
     machine: dict[str, Any]
+    options: Mapping[str, Any] = {}  # of the runtime, where they are not the usual ones
     candidates: tuple[Candidate, ...]
 
 
@@ -71,22 +81,24 @@ class Tried:
     bundle: Bundle | None
     why: str = ""
     measured: list[Measured] = field(default_factory=list)
+    told_ms: float | None = None  # where a report of another device tells it
+    again: tuple[Figure, ...] = ()  # of the ladder, on the runtime as it is timed
 
     def candidate(self) -> Candidate:
         if self.bundle is None:
             return Candidate(name=self.name, why=self.why)
         mib = round(self.bundle.bytes / 2**20, 3)
-        found = figure(self.bundle, "L4", "psnr_db")
-        if self.why or not self.measured:
+        found = figure(self.again or self.bundle.manifest.parity, "L4", "psnr_db")
+        medians = [statistics.median(each.runs_ms) for each in self.measured]
+        ms = min(medians, default=self.told_ms)
+        if self.why or ms is None:
             return Candidate(name=self.name, mib=mib, image_db=found, why=self.why)
-        ms = min(statistics.median(each.runs_ms) for each in self.measured)
         return Candidate(name=self.name, mib=mib, latency_ms=round(ms, 3), image_db=found)
 
 
-def figure(bundle: Bundle, rung: str, metric: str) -> float | None:
-    """A figure of the whole pipeline, from the ladder that a bundle has climbed."""
-    found = (f.value for f in bundle.manifest.parity if (f.rung, f.metric) == (rung, metric))
-    return next(found, None)
+def figure(ladder: Sequence[Figure], rung: str, metric: str) -> float | None:
+    """A figure of the whole pipeline, from a ladder that was climbed."""
+    return next((f.value for f in ladder if (f.rung, f.metric) == (rung, metric)), None)
 
 
 def try_out(name: str, target: Callable[[], Target], lower: Lower, folder: Path) -> Tried:
@@ -99,7 +111,24 @@ def try_out(name: str, target: Callable[[], Target], lower: Lower, folder: Path)
         return Tried(name, None, str(error).replace(f"{folder}: ", ""))
 
 
-def measure_in_turn(candidates: Sequence[Tried], console: Console, runs: int = RUNS) -> None:
+def climb_again(tried: Tried, options: Options, floors: Mapping[str, float]) -> None:
+    """Proves a candidate on the runtime as it is timed: its options may round what is summed."""
+    from edgeflash.verify import refuse_below, runtime_for, verify
+
+    if tried.bundle is None or not options:
+        return
+    usual = runtime_for(tried.bundle)
+    runtime = shelf.validated(type(usual), dict(options), "--timed-with")
+    try:
+        tried.again = verify(tried.bundle, runtime, floors, usual=ROUNDED)
+        refuse_below(tried.again, ", ".join(f"{name}={value}" for name, value in options.items()))
+    except EdgeflashError as error:
+        tried.why = str(error)
+
+
+def measure_in_turn(
+    candidates: Sequence[Tried], console: Console, runs: int = RUNS, options: Options = USUAL
+) -> None:
     """Benches those that have a bundle, in processes of their own, one after the other."""
     from edgeflash.runtimes.bench import run_apart
 
@@ -107,14 +136,15 @@ def measure_in_turn(candidates: Sequence[Tried], console: Console, runs: int = R
         for each in candidates:
             if each.bundle is None or each.why:
                 continue
+            job = job_of(each.bundle, runs, options)
             with console.status(f"measuring {each.name}"):
                 try:
-                    each.measured.append(run_apart(job_of(each.bundle, runs), lambda *_: None))
+                    each.measured.append(run_apart(job, lambda *_: None))
                 except EdgeflashError as error:
                     each.why = f"does not run here: {error}"
 
 
-def job_of(bundle: Bundle, runs: int = RUNS) -> Job:
+def job_of(bundle: Bundle, runs: int = RUNS, options: Options = USUAL) -> Job:
     """A picture at a time, in the bundle's default steps, on the runtime it is for."""
     from edgeflash.runtimes.bench import default_prompts
     from edgeflash.runtimes.measure import Job
@@ -122,6 +152,7 @@ def job_of(bundle: Bundle, runs: int = RUNS) -> Job:
     return Job(
         bundle=str(bundle.folder),
         runtime=shelf.opener(bundle.manifest.components[0].target),
+        options=dict(options),
         prompts=default_prompts(bundle)[:1],
         runs=runs,
     )
@@ -166,6 +197,9 @@ def export_best(
     prefer: str,
     console: Console,
     *sources: Path,
+    timed_with: Options = USUAL,
+    floors: Mapping[str, float] = USUAL,
+    report: Elsewhere | None = None,
 ) -> Choice:
     """Exports every precision of a target, measures them, and puts the one that is kept to ``out``.
 
@@ -177,32 +211,39 @@ def export_best(
         prefer: what the float one has to be beaten in.
         console: where progress is told.
         sources: folders that are read, which ``out`` must not replace.
+        timed_with: options of the runtime; with any, the ladder is climbed once more on it.
+        floors: of that ladder, by name, where they are not the usual ones.
+        report: times of a device, instead of measuring here; what is not in it is not tried.
 
     Raises:
         EdgeflashError: ``options`` name a precision, the float one is refused or does not run
-            here, or ``out`` cannot be made.
+            here, or as fast as no device does, the report is of something else, or ``out`` cannot
+            be made.
     """
     if prefer not in UNIT:
         raise unknown("--prefer", prefer, UNIT)
     if "precision" in options:
         raise EdgeflashError("--precision auto: tries every precision: leave --set precision out")
+    untimed = shelf.make(Runtime, shelf.opener(to), dict(timed_with), check=False).untimed
+    if untimed and prefer == "speed" and not report:
+        raise EdgeflashError(f"--precision auto: {untimed}, give --report, or choose --prefer size")
     check_replaceable(out, *sources, kind="bundle")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.auto.", dir=out.parent) as scratch:
         tried: list[Tried] = []
         for name in precisions(to):
-            console.print(f"trying {name}", highlight=False)
-            target = partial(shelf.make, Target, to, at_precision(to, name, options))
-            tried.append(try_out(name, target, lower, Path(scratch) / name))
+            tried.append(_exported(name, to, options, lower, Path(scratch), console, report))
             if (first := tried[0].bundle) is None:
                 raise EdgeflashError(f"--precision auto: {name}: {tried[0].why}")
-            if why := first.manifest.unproven:
+            if (why := first.manifest.unproven) and not report:
                 raise EdgeflashError(f"--precision auto: nothing to measure it on here: {why}")
-        measure_in_turn(tried, console)
+            climb_again(tried[-1], timed_with, floors)
+        if not untimed and not report:
+            measure_in_turn(tried, console, options=timed_with)
         candidates = judged([each.candidate() for each in tried], prefer)
         kept = next(t for t, c in zip(tried, candidates, strict=True) if c.kept).bundle
         assert kept is not None
-        choice = _choice(kept, candidates, prefer)
+        choice = _choice(kept, candidates, prefer, timed_with, report)
         _place(kept, choice, out)
     return choice
 
@@ -213,20 +254,48 @@ def at_precision(to: str, precision: str, options: Mapping[str, Any]) -> dict[st
     return {k: v for k, v in options.items() if k not in idle} | {"precision": precision}
 
 
+def _exported(
+    name: str,
+    to: str,
+    options: dict[str, Any],
+    lower: Lower,
+    scratch: Path,
+    console: Console,
+    report: Elsewhere | None,
+) -> Tried:
+    """A candidate, with the time that a report tells of it."""
+    if report and name not in report:
+        return Tried(name, None, "the report has no time of it")
+    console.print(f"trying {name}", highlight=False)
+    target = partial(shelf.make, Target, to, at_precision(to, name, options))
+    tried = try_out(name, target, lower, scratch / name)
+    if report and tried.bundle:
+        tried.told_ms = report.latency_ms(name, tried.bundle)
+    return tried
+
+
 def precisions(to: str) -> tuple[str, ...]:
     """Those that a target takes, the plain float one first."""
     target = shelf.find(Target, to)
     return tuple(map(str, get_args(target.model_fields["precision"].annotation)))
 
 
-def _choice(kept: Bundle, candidates: tuple[Candidate, ...], prefer: str) -> Choice:
-    machine = Machine.here()
+def _choice(
+    kept: Bundle,
+    candidates: tuple[Candidate, ...],
+    prefer: str,
+    options: Options,
+    report: Elsewhere | None,
+) -> Choice:
+    machine = report.machine if report else Machine.here()
+    own = shelf.opener(kept.manifest.components[0].target)
     return Choice(
         prefer=prefer,
-        runtime=shelf.opener(kept.manifest.components[0].target),
+        runtime=report.runtime if report else own,
         steps=kept.manifest.default_steps,
         machine={name: getattr(machine, name) for name in ("cpu", "cores", "gpu", "load_1min")},
         candidates=candidates,
+        options=report.options if report else dict(options),
     )
 
 

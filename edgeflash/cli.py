@@ -99,6 +99,14 @@ def export(
     prefer: Annotated[
         str | None, typer.Option(help="What auto is to gain: speed, as by default, or size.")
     ] = None,
+    timed_with: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of auto: an option of the runtime it times."),
+    ] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(help="Of auto: what edgeflash bench wrote on the device; may be repeated."),
+    ] = None,
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
     timesteps: Annotated[
         str | None, typer.Option(metavar="align-your-steps", help="Fitted ones; 10 steps.")
@@ -142,6 +150,7 @@ def export(
     """Lower a student to a target and prove it: student folder -> bundle folder."""
     from edgeflash.devices import Device
     from edgeflash.disk import check_replaceable
+    from edgeflash.elsewhere import Elsewhere
     from edgeflash.export import nursery
     from edgeflash.export_options import ExportOptions
     from edgeflash.roles import Target
@@ -149,13 +158,18 @@ def export(
     from edgeflash.student import Student
 
     auto, options = precision == "auto", read_options(set_)
-    if prefer and not auto:
-        raise EdgeflashError("--prefer: goes with --precision auto alone")
+    for flag, value in {"--prefer": prefer, "--timed-with": timed_with, "--report": report}.items():
+        if value and not auto:
+            raise EdgeflashError(f"{flag}: goes with --precision auto alone")
+    if report and (timed_with or prefer == "size"):
+        raise EdgeflashError("--report: goes with neither --timed-with nor --prefer size")
+    timed = read_options(timed_with, "--timed-with")
     if precision:
         options = with_precision(to, precision, options)
     if device:
         options = Device.of(device).suited(to) | options
     target = make(Target, to, options)
+    elsewhere = Elsewhere.read(report, to) if report else None
     counts, pixels, floors = read_counts(steps), read_size(size), read_floors(floor)
     check_replaceable(out_dir, kind="bundle")
     opened = Student.open(student, read_loras(lora))
@@ -181,8 +195,8 @@ def export(
         if auto:
             from edgeflash.choice import choice_table, export_best
 
-            wanted = prefer or "speed"
-            made = export_best(to, options, lower, out_dir, wanted, err, opened.folder)
+            given = (to, options, lower, out_dir, prefer or "speed", err, opened.folder)
+            made = export_best(*given, timed_with=timed, floors=floors, report=elsewhere)
             out.print(choice_table(made))
         else:
             lower(target, out_dir)

@@ -177,14 +177,15 @@ def price(
     device: Annotated[list[str] | None, typer.Option(help="Estimate it there.")] = None,
     runs: Annotated[int, typer.Option(min=1, help="Counted runs.")] = 5,
     out_dir: Annotated[Path, typer.Option("--out", help="Report folder.")] = Path("price"),
+    set_: Set = None,
 ) -> None:
     """Tell what a student will cost before it is trained: random weights, real export, real run."""
     from edgeflash.devices import Device
     from edgeflash.price import Way, asked_for, price_tables
     from edgeflash.price import price as ask
 
-    asked = asked_for(student, decoder)
-    ways = [Way(name, kind) for name in on.split(",") for kind in precision.split(",")]
+    asked, options = asked_for(student, decoder), read_options(set_)  # of the runtimes
+    ways = [Way(name, kind, options) for name in on.split(",") for kind in precision.split(",")]
     counts, devices = read_counts(steps) or (), [Device.timed(name) for name in device or ()]
     report = ask(
         asked,

@@ -7,25 +7,25 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-PACKAGES = (  # distributions whose version can move a figure
-    "edgeflash",
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "coremltools",
-    "tensorrt",
-    "tensorrt-rtx",
-    "executorch",
-    "torch",
-)
+PACKAGES: dict[str, tuple[str, ...]] = {  # distribution -> runtimes whose figures it can move
+    "edgeflash": (),
+    "numpy": ("coreml",),  # whose evaluator it is; of others, 0.1 % of a picture's time
+    "onnxruntime": ("onnx",),
+    "onnxruntime-gpu": ("onnx",),
+    "openvino": ("openvino",),
+    "coremltools": ("coreml",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt",),
+    "executorch": ("executorch",),
+    "torch": ("torch", "executorch"),
+}
 
 
 class Machine(BaseModel):
@@ -61,6 +61,14 @@ class Machine(BaseModel):
     def busy(self) -> bool:
         """Whether other work took more than a quarter of the cores just before."""
         return self.load_1min is not None and self.load_1min > self.cores / 4
+
+    def moving(self, runtimes: Collection[str]) -> dict[str, object]:
+        """What can move the times of some runtimes, beside the load; None: not there."""
+        fields = ("cpu", "cores", "gpu", "governor", "os")
+        python = ".".join(self.python.split(".")[:2])  # patches of it move nothing
+        theirs = [name for name, moved in PACKAGES.items() if set(moved) & set(runtimes)]
+        told = {field: getattr(self, field) for field in fields} | {"python": python}
+        return told | {name: self.packages.get(name) for name in theirs}
 
 
 def _read(path: str) -> str | None:

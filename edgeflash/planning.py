@@ -288,12 +288,14 @@ def _check_places(out: Path, folder: Path, wish: Wish) -> None:
 
 
 def _sensitivity(one: _Search) -> Sensitivity:
+    from edgeflash.export import memory
     from edgeflash.export.line import rehearsal
     from edgeflash.export.sensitivity import sensitivity
 
     target = one.target(None, one.words[0])
     tape = rehearsal(one.student, target, one.wish.asked)
     components = one.student.family.components()
+    memory.check_taught(one.student, components, tape.size, one.console)
     with one.console.status("measuring sensitivities") as status:
         return sensitivity(tape, target, components, one.words, tell=status.update)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 
 from edgeflash.blueprints import UNETS, UNIT, Blueprint, scheduler
@@ -22,7 +19,8 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.export_options import ExportOptions
 from edgeflash.floors import METRICS
 from edgeflash.machine import Machine
-from edgeflash.report import REPORT, Report, System, told
+from edgeflash.peaks import peaks, sums_of
+from edgeflash.report import PRECISION, REPORT, Report, System, told
 from edgeflash.report_html import write_html
 from edgeflash.roles import Target
 from edgeflash.schedule import lower_schedule
@@ -33,20 +31,35 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+WITH, MOVED, OF_ROOF = "with", "MiB moved", "share of roof"  # among extra; with: which options
+SUMMED = "inference_precision"  # the option that OpenVINO has for it
 NO_FLOORS = {name: -1e9 for metrics in METRICS.values() for name in metrics}
 NOTES = (
     "Random weights: the pictures are noise; latency, memory and bytes are those of a trained one.",
     "GFLOP: two for every multiplication and addition of convolutions, products and attention, as "
-    "torch counts them, for one picture; peak: a large float32 matrix product on this machine.",
+    "torch counts them, for one picture.",
+    "Share of roof: the time a picture takes at least, by this machine's best, of what it took: "
+    "each network at its large products (float32, bfloat16 or int8, as its sums are), or as its "
+    "memory feeds it, by a large copy. MiB moved: its weights, and every result written and read "
+    "once. Above 100 %: more stayed in caches, or was fused.",
 )
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run the student, on the runtime that a target of the same name is for."""
+    """One way to run the student, on the runtime that a target of the same name is for.
+
+    ``options``: of the runtime.
+    """
 
     on: str
     precision: str
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def told(self) -> str:
+        """What is not as usual on the runtime."""
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
 def asked_for(student: str, decoder: str | None) -> Student | Blueprint:
@@ -89,15 +102,18 @@ def price(
         console: where progress is told; None: the terminal's standard error.
 
     Raises:
-        EdgeflashError: ``out`` is a file, a way is not on the shelf, or options do not fit the
-            student.
+        EdgeflashError: ``out`` is a file, a way is not on the shelf or takes no device's time, or
+            options do not fit the student.
     """
+    from edgeflash.work import gflops
+
     console = console or Console(stderr=True, highlight=False)
     check_writable(out)
     targets = [make(Target, way.on, {"precision": way.precision}) for way in ways]
+    check_ways(ways)
     check_asked(student, steps, size)
     machine = Machine.here()
-    peak = peak_gflops()
+    top = peaks({"fp32", *(sums_of(w.precision, w.options.get(SUMMED)) for w in ways)})
     systems: list[System] = []
     with tempfile.TemporaryDirectory(prefix="edgeflash-price-") as scratch:
         folder, name = _folder(student, Path(scratch), console)
@@ -109,7 +125,7 @@ def price(
             bundle = _export(opened, target, Path(scratch) / "bundle", steps, size, console)
             for count in steps:
                 found = _bench(bundle, way, name, count, runs, console)
-                systems.append(_with_work(found, way, work, peak, devices))
+                systems.append(_with_work(found, bundle, way, work, top, devices))
     report = Report(
         title=f"the price of {name}",
         command=command,
@@ -120,6 +136,14 @@ def price(
     report.save(out / REPORT)
     write_html(report, out / "report.html")
     return report
+
+
+def check_ways(ways: Sequence[Way]) -> None:
+    """Raises where the times of a way would be those of no device."""
+    from edgeflash.runtimes.bench import timed_on
+
+    for way in ways:
+        timed_on(way.on, dict(way.options))
 
 
 def check_asked(
@@ -182,75 +206,56 @@ def _bench(bundle: Bundle, way: Way, name: str, steps: int, runs: int, console: 
     job = Job(
         bundle=str(bundle.folder),
         runtime=way.on,
+        options=dict(way.options),
         prompts=default_prompts(bundle)[:1],
         steps=steps,
         warmup_runs=1,
         runs=runs,
     )
     label = f"{name} {way.precision}, {steps} step{'s' * (steps != 1)} on {way.on}"
+    label += f" with {way.told}" * bool(way.options)
     console.print(f"measuring {label}")
     return system_of(label, bundle, job, run_apart(job, lambda done, of: None))
 
 
-def gflops(
-    student: Student, size: tuple[int, int] | None = None, components: Sequence[str] = ()
-) -> dict[str, float]:
-    """GFLOP of one call of each component, for one picture; no weights are read.
-
-    Args:
-        student: whose configs say how the networks are built.
-        size: (height, width) in px; None: what the UNet was made for.
-        components: which; none named: all.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from edgeflash.networks_sd import quiet, without_weights
-
-    found, pixels = {}, size or student.family.size(student)
-    for component in components or student.family.components():
-        inputs, _ = student.family.signature(student, component, pixels)
-        with torch.device("meta"), torch.no_grad(), quiet():
-            network = student.family.wrap(without_weights(student, component), component).eval()
-            given = [
-                torch.zeros(
-                    [1 if isinstance(side, str) else side for side in spec.shape],
-                    dtype=getattr(torch, spec.dtype),
-                )
-                for spec in inputs
-            ]
-            with FlopCounterMode(display=False) as counter:
-                network(*given)
-        found[component] = counter.get_total_flops() / 1e9
-    return found
-
-
-def peak_gflops() -> float:
-    """GFLOP/s of a large float32 matrix product on all cores of this machine, best of five."""
-    side = 2048
-    a = np.ones((side, side), np.float32)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    del a
-    gc.collect()
-    return 2 * side**3 / best / 1e9
-
-
 def _with_work(
-    system: System, way: Way, work: dict[str, float], peak: float, devices: Sequence[Device]
+    system: System,
+    bundle: Bundle,
+    way: Way,
+    work: Mapping[str, float],
+    top: Mapping[str, float],
+    devices: Sequence[Device],
 ) -> System:
-    """The system with its GFLOP, the share of the machine's peak that it reached, and estimates."""
-    whole = sum(work[name] * (system.steps if name in EACH_STEP else 1) for name in work)
-    share = whole / (system.latency_ms_p50 / 1000) / peak
+    """The system with its GFLOP, the MiB it moves, how near it is to the roof, and estimates.
+
+    ``work``: GFLOP of a call; ``top``: see `edgeflash.peaks`.
+    """
+    from edgeflash.runtimes.moved import moved_mib
+
+    calls = {name: system.steps if name in EACH_STEP else 1 for name in work}
+    whole, moved = sum(work[name] * calls[name] for name in work), moved_mib(bundle)
+    least_s = sum(
+        calls[name] * _least_s(work[name], moved.get(name, 0), top, _sums(bundle, name, way))
+        for name in work
+    )
     extra: dict[str, float | str] = {f"GFLOP of {name}": round(work[name], 3) for name in work}
-    extra |= {"GFLOP": round(whole, 3), "share of fp32 peak": round(share, 4)}
-    extra["precision"] = way.precision
+    extra["GFLOP"] = round(whole, 3)
+    if moved.keys() >= work.keys():
+        extra[MOVED] = round(sum(moved[name] * calls[name] for name in work), 3)
+    extra[OF_ROOF] = round(least_s * 1000 / system.latency_ms_p50, 4)
+    extra |= {PRECISION: way.precision} | ({WITH: way.told} if way.options else {})
     for device in devices:
         extra[_estimate(device.name)] = round(device.image_ms(work, system.steps), 1)
     return system.model_copy(update={"extra": extra})
+
+
+def _sums(bundle: Bundle, component: str, way: Way) -> str:
+    return sums_of(bundle.component(component).precision, way.options.get(SUMMED))
+
+
+def _least_s(gflop: float, mib: float, top: Mapping[str, float], sums: str) -> float:
+    """Seconds that a call takes under the roof: what limits it is its sums or its memory."""
+    return max(gflop / top[sums], mib * 2**20 / 1e9 / top["GB/s"])
 
 
 def _estimate(device: str) -> str:
@@ -268,7 +273,8 @@ def price_tables(report: Report, devices: Sequence[Device] = ()) -> Group:
 def price_table(report: Report) -> Table:
     """Where the time, the work and the bytes go."""
     out = _table(report.title)
-    headings = ("steps", "image ms", "text", "step", "decode", "GFLOP", "of peak", "MiB", "RSS MiB")
+    headings = ("steps", "image ms", "text", "step", "decode", "GFLOP", "moved", "of roof")
+    headings += ("MiB", "RSS MiB")
     for heading in ("on", *headings):
         out.add_column(heading, justify="left" if heading == "on" else "right")
     for system in report.systems:
@@ -277,11 +283,12 @@ def price_table(report: Report) -> Table:
         step = sum(spent.get(name, 0) for name in DENOISERS)
         stages = (text, step, spent["vae_decoder"])
         out.add_row(
-            f"{system.conditions.runtime} {system.extra['precision']}",
+            f"{system.conditions.runtime} {system.extra[PRECISION]} {system.extra.get(WITH, '')}",
             str(system.steps),
             *map(told, (system.latency_ms_p50, *stages)),
             told(float(system.extra["GFLOP"])),
-            f"{told(float(system.extra['share of fp32 peak']), '%')} %",
+            told(float(system.extra[MOVED])) if MOVED in system.extra else "-",
+            f"{told(float(system.extra[OF_ROOF]), '%')} %",
             *map(told, (system.size_mib, system.peak_rss_mib)),
         )
     return out

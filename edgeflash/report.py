@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.json"
 FORMAT_VERSION = 1
+PRECISION = "precision"  # among extra: what the denoiser was lowered to
 IMAGE_DB = "image dB"  # among extra: PSNR of the picture, against the student in torch
 
 
@@ -192,6 +193,7 @@ FIGURES = (
     ("peak_rss_mib", "peak RSS", "MiB"),
 )
 MORE_IS_BETTER = {"prompt_accuracy", "images_per_s"}
+FEW_SAMPLES = {"first_image_ms", "cold_load_ms", "warm_load_ms"}  # one, or three: no spread to tell
 
 
 def told(value: float | None, unit: str = "") -> str:
@@ -279,11 +281,15 @@ class Comparison(_Figures):
 def compare(a: Report, b: Report) -> Comparison:
     """System by system, paired by name, or whatever their names if each report has just one.
 
+    Conditions are what `Conditions` and `Machine.moving` hold, the steps, and whether the machine
+    was busy.
+
     Raises:
         EdgeflashError: no system is in both.
     """
     pairs = _pairs(a, b)
-    differences = [*_machine_differences(a.machine, b.machine)]
+    runtimes = {system.conditions.runtime for pair in pairs for system in pair}
+    differences = _machine_differences(a.machine, b.machine, runtimes)
     for first, second in pairs:
         differences += _differences(first, second)
     distinct = tuple(dict.fromkeys(differences))
@@ -302,13 +308,12 @@ def _pairs(a: Report, b: Report) -> list[tuple[System, System]]:
     return pairs
 
 
-def _machine_differences(a: Machine, b: Machine) -> list[str]:
-    fields = ("cpu", "cores", "gpu", "governor")
-    return [
-        f"machine {field}: {getattr(a, field)} against {getattr(b, field)}"
-        for field in fields
-        if getattr(a, field) != getattr(b, field)
-    ]
+def _machine_differences(a: Machine, b: Machine, runtimes: set[str]) -> list[str]:
+    other = b.moving(runtimes)
+    pairs = [(name, value, other[name]) for name, value in a.moving(runtimes).items()]
+    if a.busy != b.busy:
+        pairs.append(("load", a.load_1min, b.load_1min))
+    return [f"machine {name}: {one} against {two}" for name, one, two in pairs if one != two]
 
 
 def _differences(a: System, b: System) -> list[str]:
@@ -344,12 +349,16 @@ def _rows(a: System, b: System, *, ranked: bool) -> list[Row]:
 
 
 def _same(field: str, a: System, b: System) -> bool:
-    """Whether two figures are equal, for latencies as far as their own spread can tell."""
+    """Whether two figures are equal, for times as far as their own spread can tell."""
+    if field == "images_per_s":  # one over the median
+        field = "latency_ms_p50"
     one, other = getattr(a, field), getattr(b, field)
-    if field == "latency_ms_p50":
-        spread = max(s.latency_ms_p90 - s.latency_ms_p50 for s in (a, b))
-        return bool(abs(one - other) <= spread)
-    return bool(abs(one - other) <= 0.01 * max(abs(one), abs(other)))
+    spread = 0.01 * max(abs(one), abs(other))
+    if field in ("latency_ms_p50", "latency_ms_p90"):
+        if min(a.conditions.runs, b.conditions.runs) < 3:
+            return True
+        spread = max(spread, *(s.latency_ms_p90 - s.latency_ms_p50 for s in (a, b)))
+    return field in FEW_SAMPLES or bool(abs(one - other) <= spread)
 
 
 def comparison_table(comparison: Comparison, a: str = "", b: str = "") -> Table:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgeflash.student import Student
 
 Array = NDArray[Any]
+NO_DEVICE = "numpy"  # as the device of a session whose times are those of none
 
 
 class Plugin(BaseModel):
@@ -273,6 +274,11 @@ class Runtime(Plugin, ABC):
     def exact(self) -> Runtime:
         """Itself as the ladder climbs on it: computing in the types of a file, however slowly."""
         return self
+
+    @property
+    def untimed(self) -> str:
+        """Why its times are those of no device, and what to do; "" where they are one's."""
+        return ""
 
     @abstractmethod
     def open(self, folder: Path, component: Component) -> Session:

@@ -165,7 +165,7 @@ def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 @cache
 def gflop_of(block: Block) -> float:
-    """GFLOP of one call, as torch counts them; see `edgeflash.price.gflops`."""
+    """GFLOP of one call, as torch counts them; see `edgeflash.work.gflops`."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 

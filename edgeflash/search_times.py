@@ -20,8 +20,8 @@ from rich.console import Console
 from edgeflash.bundle import Component, TensorSpec, describe_file
 from edgeflash.devices import Device
 from edgeflash.errors import EdgeflashError
-from edgeflash.price import Way, gflops
-from edgeflash.roles import Runtime, Session, Target
+from edgeflash.price import Way
+from edgeflash.roles import Session, Target
 from edgeflash.search_blocks import Block, gflop_of, tensors_in
 from edgeflash.shelf import make
 
@@ -61,6 +61,8 @@ class Estimated(Times):
         return self.device.estimate_ms("unet", gflop_of(block))
 
     def part_ms(self, student: Student, component: str, size: tuple[int, int]) -> float:
+        from edgeflash.work import gflops
+
         return self.device.estimate_ms(component, gflops(student, size, [component])[component])
 
 
@@ -70,10 +72,12 @@ class MeasuredTimes(Times):
     told = "measured by block"
 
     def __init__(self, way: Way, console: Console) -> None:
+        from edgeflash.runtimes.bench import timed_on
+
         self.way, self._console = way, console
         self._target = make(Target, way.on, {"precision": way.precision})
         self._target.check()
-        self._runtime = make(Runtime, self._target.runtime, {})
+        self._runtime = timed_on(self._target.runtime, {})
         self.blocks = 0  # measured so far
         self._ms: dict[Block, float] = {}
 

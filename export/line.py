@@ -47,7 +47,7 @@ from edgeflash.tokenizer import read_tokenizer, unread
 from edgeflash.verify import refuse_below, verify
 
 from . import hashing, memory, pack
-from .apart import request_of
+from .apart import memory_named, request_of
 from .caching import Way, check_rows, rows_of
 from .capture import Tape
 from .components import make_all, unfinished
@@ -121,6 +121,8 @@ def export_student(
         at_once = memory.check(student, target, left, console)
         if "vae_decoder" in left:
             memory.check_size(student, plan.tape.size)
+        if left:
+            memory.check_running(student, target, plan.components, plan.tape.size, console)
         work = (plan.tape, plan.components, run, request, large, at_once, stages, nursery)
         lowered = make_all(*work)
         _tell_losses(plan.tape, console)
@@ -130,7 +132,7 @@ def export_student(
                 pack.gather(made, lowered, draft, lasting=lasting)
                 manifest = _pack(plan, target, lowered, run, draft, console)
             on = "a stand-in" if unproven else target.runtime
-            with stages.told(f"verify on {on}"):
+            with stages.told(f"verify on {on}"), memory_named("the ladder", memory.LESS_PX):
                 figures = _proved(Bundle(draft, manifest), prover, plan, options, run)
             proof = {"parity": figures, "unproven": unproven}
             pack.write_manifest(manifest.model_copy(update=proof), draft)

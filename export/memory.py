@@ -5,6 +5,10 @@ for each of its numbers, by what is made of them. The factors are estimates: the
 from SDXS-512 (2.2 GiB for 340 million numbers of its text encoder, `export_full_size.py`), the
 others from what each way keeps at once; `export_full_size.py` tells by how much they are off. So
 they refuse only what is beyond all of the machine, and warn of what is beyond the free part.
+
+What results take while a network runs is told from its layers (`edgeflash/work.py`). How much more
+a runtime holds than that, `ARENA`, is one measurement: the whole exports of BK-SDM-Tiny and Stable
+Diffusion 1.5 in export/README.md, which end at what their ladders take in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from edgeflash.machine import available_bytes, installed_bytes
 from edgeflash.roles import Target
 from edgeflash.shelf import target_name
 from edgeflash.student import Student
+from edgeflash.work import alive_bytes, taught_bytes
 
 from .hashing import home_of
 
@@ -37,7 +42,12 @@ BYTES = {  # of a number, the float32 that torch holds included
     "int8-dynamic": 9.0,
 }
 HELD_TWICE = 13.0  # others: the vendor's quantizer holds the model, and a copy that it calibrates
+RUN = {"fp32": 4.0, "fp16": 5.5, "bf16": 5.5}  # bytes of a number in a loaded session
+RUN_ELSE = 5.0  # one, and in float32 what of it is not multiplied as it is
+ARENA = 2.65  # bytes that a session takes of every byte of results alive at once
+SMALL_PX = 2**16  # of pictures, up to which what small networks make is nothing to count
 MORE = {"onnx": 0.0, "tensorrt": 0.0}  # bytes of a number that converters hold besides
+LESS_PX = "choose a smaller --size, or a machine with more memory"
 CONVERTED = 2.0  # others: not measured; a copy in halves
 
 
@@ -85,6 +95,69 @@ def check_size(student: Student, size: tuple[int, int]) -> None:
             f"{size[0]}x{size[1]} px (an estimate), {most / GIB:.1f} GiB is all there is: choose a "
             "smaller --size"
         )
+
+
+def check_running(
+    student: Student,
+    target: Target,
+    components: Sequence[str],
+    size: tuple[int, int],
+    console: Console,
+) -> None:
+    """Whether there is room to draw with every component, as the ladder does in this process.
+
+    ``components``: of the bundle; ``size``: of its pictures, (height, width) in px.
+
+    Raises:
+        EdgeflashError: this machine has not that much; warns where it is not free now.
+    """
+    wanted = {}
+    for name in _large_ones(student, components, size):
+        weights = numbers_of(student, name) * RUN.get(target.precision_of(name), RUN_ELSE)
+        wanted[name] = BASE_BYTES + weights + ARENA * alive_bytes(student, name, size)
+    _hold(student, wanted, size, "to run", console)
+
+
+def check_taught(
+    student: Student, components: Sequence[str], size: tuple[int, int], console: Console
+) -> None:
+    """Whether there is room to backpropagate through denoiser and decoder, one picture at a time.
+
+    Raises:
+        EdgeflashError: this machine has not that much; warns where it is not free now.
+    """
+    wanted = {
+        name: BASE_BYTES + 4.0 * numbers_of(student, name) + taught_bytes(student, name, size)
+        for name in _large_ones(student, components, size)
+        if name not in student.family.text_encoders
+    }
+    _hold(student, wanted, size, "to backpropagate through", console)
+
+
+def _large_ones(student: Student, components: Sequence[str], size: tuple[int, int]) -> list[str]:
+    """Those of the family's whose results are worth counting."""
+    whole = student.family.components(encoder=True)
+    every = math.prod(size) > SMALL_PX
+    return [n for n in whole if n in components and (every or large(student, [n]))]
+
+
+def _hold(
+    student: Student, wanted: dict[str, float], size: tuple[int, int], what: str, console: Console
+) -> None:
+    """Holds the largest of some estimates against what there is."""
+    have, most = available_bytes(), installed_bytes()
+    if have is None or most is None or not wanted:
+        return
+    name = max(wanted, key=lambda name: wanted[name])
+    said = (
+        f"{student.folder}: {name} would take some {wanted[name] / GIB:.1f} GiB of memory {what} "
+        f"at {size[0]}x{size[1]} px (an estimate), "
+    )
+    if wanted[name] > most:
+        raise EdgeflashError(f"{said}{most / GIB:.1f} GiB is all there is: {LESS_PX}")
+    if wanted[name] > have:
+        told = f"{said}{have / GIB:.1f} GiB are free: {LESS_PX}"
+        console.print(told, markup=False, highlight=False)
 
 
 def check(student: Student, target: Target, components: Sequence[str], console: Console) -> int:

@@ -28,8 +28,10 @@ from edgeflash.noise import randn
 from edgeflash.parity import BEST_DB
 from edgeflash.schedule import advance
 
+from .apart import memory_named
 from .capture import Network, Tape, as_one_row
 from .fake import Range, change
+from .memory import LESS_PX
 from .plan import Kind, Quantizing, layer_of
 
 PEAK = 2.0  # of pictures, from -1 to 1
@@ -114,6 +116,9 @@ def sensitivity(
         words: of plans, among `edgeflash.export.fake.WORDS`.
         rounds: draws of each prompt.
         tell: called with what is being done.
+
+    Raises:
+        EdgeflashError: memory does not suffice, or text encoders that are heard below each other.
     """
     layers: dict[str, dict[str, Layer]] = {}
     numbers: dict[str, int] = {}
@@ -124,11 +129,13 @@ def sensitivity(
             layers[name] = _watched(network, target, words)
             numbers[name] = sum(p.numel() for p in network.module.parameters())
 
-        tape.record(name, see)
+        with memory_named(name, LESS_PX):
+            tape.record(name, see)
     back = _Back(tape, rounds)
     for name in reversed([*components]):
         tell(f"back through {name}")
-        getattr(back, kind_of(name))(_Drawing(tape.load(name), layers[name]))
+        with memory_named(name, LESS_PX):
+            getattr(back, kind_of(name))(_Drawing(tape.load(name), layers[name]))
     found = tuple(each for several in layers.values() for each in several.values() if each.words)
     return Sensitivity(found, numbers, int(tape.goldens[0]["image"].size))
 

@@ -155,6 +155,7 @@ class TensorRtTarget(Quantizing):
         return (self.precision,)
 
     def halves(self, component: str) -> bool:
+        """Also of what int8 and fp8 leave alone in a component that they apply to."""
         beside = self.precision in QUANTIZED and bool(self.words_in(component))
         return self.rest != "fp32" if beside else super().halves(component)
 
@@ -162,11 +163,6 @@ class TensorRtTarget(Quantizing):
         from .quantize import operator_of
 
         return frozenset() if operator_of(kind, rank) in self._unfit else super().can(kind, rank)
-
-    def halves(self, component: str) -> bool:
-        """Also of what int8 and fp8 leave alone in a component that they apply to."""
-        beside = self.rest == "fp16" and bool(self.words_in(component))
-        return beside or super().halves(component)
 
     def usual(self) -> tuple[str, ...]:
         return EACH_STEP if self._only_products else super().usual()

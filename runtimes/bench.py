@@ -28,7 +28,15 @@ from edgeflash.bundle import Bundle
 from edgeflash.disk import MANIFEST, check_writable, sha256_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
-from edgeflash.report import REPORT, Conditions, Percentiles, Report, Sustained, System
+from edgeflash.report import (
+    PRECISION,
+    REPORT,
+    Conditions,
+    Percentiles,
+    Report,
+    Sustained,
+    System,
+)
 from edgeflash.report_html import write_html
 from edgeflash.roles import Runtime
 from edgeflash.runtimes.measure import Job, Measured, request_of
@@ -69,7 +77,7 @@ def bench(
         machine=machine,
         prompts=job.prompts,
         systems=tuple(systems),
-        notes=_notes(bundle, machine, cut),
+        notes=_notes(bundle, shelf.make(Runtime, job.runtime, job.options), machine, cut),
     )
     report.save(out / REPORT)
     write_html(report, out / PAGE)
@@ -178,6 +186,7 @@ def system_of(
         manifest_sha256=sha256_of(bundle.folder / MANIFEST),
         conditions=_conditions(job, found),
         images=images,
+        extra={PRECISION: bundle.denoiser.precision},
     )
 
 
@@ -203,11 +212,27 @@ def _conditions(job: Job, found: Measured) -> Conditions:
     )
 
 
-def _notes(bundle: Bundle, machine: Machine, cut: Sequence[str]) -> tuple[str, ...]:
+def timed_on(name: str, options: dict[str, Any]) -> Runtime:
+    """A runtime whose times are those of a device.
+
+    Raises:
+        EdgeflashError: they are not, or options that it has not.
+    """
+    runtime = shelf.make(Runtime, name, options)
+    if runtime.untimed:
+        raise EdgeflashError(f"--on {name}: {runtime.untimed}, or leave it out")
+    return runtime
+
+
+def _notes(
+    bundle: Bundle, runtime: Runtime, machine: Machine, cut: Sequence[str]
+) -> tuple[str, ...]:
     notes = [
         "Cold load: a fresh process with the page cache as it was; files read lately come from it.",
         "Peak RSS: of the measured process, interpreter included; not the memory of a GPU.",
     ]
+    if runtime.untimed:
+        notes.append(f"Times: {runtime.untimed}.")
     if machine.busy:
         notes.append(
             f"The machine was busy: load {machine.load_1min:g} on {machine.cores} cores before the "

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from edgeflash.bundle import Component
 from edgeflash.errors import EdgeflashError
-from edgeflash.roles import Array, Runtime, Session
+from edgeflash.roles import NO_DEVICE, Array, Runtime, Session
 
 from .mil_program import Program
 
@@ -39,6 +39,19 @@ class CoreMlRuntime(Runtime):
         True, description="evaluator: round to float16 where the program does; else all is float32"
     )
 
+    @property
+    def untimed(self) -> str:
+        if not self._evaluates:
+            return ""
+        return (
+            "Core ML's programs are run by an evaluator in numpy here, whose times are those of no "
+            "device: measure on a Mac"
+        )
+
+    @property
+    def _evaluates(self) -> bool:
+        return self.units == "evaluator" or (self.units == "auto" and sys.platform != "darwin")
+
     def open(self, folder: Path, component: Component) -> Session:
         """Loads the component's packages.
 
@@ -46,11 +59,10 @@ class CoreMlRuntime(Runtime):
             EdgeflashError: Apple's framework is asked for elsewhere, or a package does not load.
         """
         quieten()
-        mac = sys.platform == "darwin"
         packages = packages_of(folder, component)
-        if self.units == "evaluator" or (self.units == "auto" and not mac):
+        if self._evaluates:
             return Evaluated([Program(path, halves=self.halves) for path in packages], component)
-        if not mac:
+        if sys.platform != "darwin":
             raise EdgeflashError(f"units {self.units}: need a Mac; use units=evaluator here")
         return OnDevice(packages, component, UNITS.get(self.units, "ALL"))
 
@@ -82,7 +94,7 @@ def quieten() -> None:
 class Evaluated(Session):
     """One package, or two of which the second goes on with what the first gives."""
 
-    device = "numpy"
+    device = NO_DEVICE
 
     def __init__(self, programs: list[Program], component: Component) -> None:
         given = {name for program in programs for name in (*program.inputs, *program.outputs)}

@@ -30,12 +30,12 @@ from edgeflash.golden import load_tensors, save_tensors
 from edgeflash.networks_control import adapter_beside, apart
 from edgeflash.networks_sd import load_network
 from edgeflash.noise import randn
-from edgeflash.price import gflops
 from edgeflash.recipe import changed, find_recipe, read_recipe
 from edgeflash.roles import Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.student import INDEX, Student
 from edgeflash.verify import runtime_for, verify
+from edgeflash.work import gflops
 
 CROSSED, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("torch", "openvino")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from tiny_bundle import tiny
 from edgeflash.bundle import Bundle
 from edgeflash.disk import MANIFEST
 from edgeflash.errors import EdgeflashError
+from edgeflash.machine import Machine
 from edgeflash.report import Conditions, read_report
 from edgeflash.runtimes import bench
 from edgeflash.runtimes.measure import Job, measure
+from edgeflash.runtimes.on_coreml import CoreMlRuntime
 from edgeflash.runtimes.on_onnx import OnnxRuntime
 from edgeflash.runtimes.pipeline import Request, TextToImage
 
@@ -36,6 +39,7 @@ def test_bench_writes_figures_pictures_and_a_page(tmp_path: Path) -> None:
     assert read_report(out) == made and told == [(i, 7) for i in range(1, 8)]
     (found,) = made.systems
     assert found.name == "tiny fp32, 3 steps on onnx" and found.steps == 3
+    assert found.extra == {"precision": "fp32"}
     assert list(found.stages) == ["text_encoder", "unet", "vae_decoder"]
     assert found.conditions == Conditions(
         runtime="onnx",
@@ -154,6 +158,16 @@ def test_what_can_be_refused_is_refused_before_anything_is_measured(
     assert not told and not out.exists()
     out.write_text("a person's own")
     assert "out: is a file; choose another --out" in refusal()
+
+
+def test_times_of_an_evaluator_are_told_to_be_no_device_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    bundle, here = Bundle.open(tiny(tmp_path / "b")), Machine.here()
+    for units, told in (("auto", True), ("evaluator", True), ("cpu", False)):
+        notes = bench._notes(bundle, CoreMlRuntime(units=units), here, ())
+        assert any("times are those of no device" in note for note in notes) is told
 
 
 def test_the_report_tells_of_prompts_that_were_cut(tmp_path: Path) -> None:

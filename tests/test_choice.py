@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,18 @@ from rich.console import Console
 from tiny_bundle import tiny
 
 from edgeflash import choice
-from edgeflash.bundle import Bundle
+from edgeflash.bundle import Bundle, Figure, describe_file
 from edgeflash.choice import Candidate, choice_table, export_best, judged, precisions
+from edgeflash.elsewhere import Elsewhere
 from edgeflash.errors import EdgeflashError, Stopped
 from edgeflash.export.line import export_student
 from edgeflash.export.pack import write_manifest
 from edgeflash.export_options import ExportOptions
+from edgeflash.floors import floor_of
+from edgeflash.machine import Machine
+from edgeflash.report import Report, System
 from edgeflash.roles import Target
+from edgeflash.runtimes import bench
 from edgeflash.student import Student
 
 WHOLE = Candidate(name="fp32", mib=20.0, latency_ms=20.0, image_db=99.0)
@@ -148,6 +154,141 @@ def test_an_interruption_is_no_refusal(tmp_path: Path) -> None:
     with pytest.raises(Stopped, match="interrupted"):
         export_best("onnx", {}, cut_off, tmp_path / "b", "speed", QUIET)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("timed")
+def test_what_is_timed_with_options_climbs_the_ladder_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As float ones of OpenVINO do in bfloat16 sums, whose floor is theirs then."""
+    found_db, jobs, run = {"fp32": 40.0, "int8": 12.0}, list[Any](), bench.run_apart
+
+    def noted(job: Any, tell: Any) -> Any:
+        jobs.append(job)
+        return run(job, tell)
+
+    def climb(bundle: Bundle, runtime: Any, floors: Any, *, usual: Any) -> tuple[Figure, ...]:
+        assert runtime.inference_precision == "bf16" and runtime.threads == 2
+        precision = bundle.component("unet").precision
+        floor = floor_of(floors, precision, "L4", "psnr_db")
+        floor = floor or floor_of(usual, precision, "L4", "psnr_db") or 25
+        told = {"rung": "L4", "component": "pipeline", "metric": "psnr_db", "floor": floor}
+        return (Figure.model_validate(told | {"value": found_db[precision]}),)
+
+    monkeypatch.setattr(bench, "run_apart", noted)
+    monkeypatch.setattr("edgeflash.verify.verify", climb)
+    monkeypatch.setattr("edgeflash.shelf.opener", lambda target: "openvino")
+    monkeypatch.setattr(choice, "precisions", lambda to: tuple(found_db))
+    options = {"inference_precision": "bf16", "threads": 2}
+    best = partial(export_best, "onnx", {}, lower, tmp_path / "b", "speed", QUIET)
+    made = best(timed_with=options)
+    assert made.options == options and all(job.options == options for job in jobs) and jobs
+    assert [(each.kept, each.image_db) for each in made.candidates] == [(True, 40), (False, 12)]
+    assert made.candidates[1].why.startswith("inference_precision=bf16, threads=2: rung L4")
+    with pytest.raises(EdgeflashError, match=r"fp32: .* psnr_db 40 misses its floor 41"):
+        best(timed_with=options, floors={"psnr_db": 41.0})
+    with pytest.raises(EdgeflashError, match="did you mean 'threads'"):
+        best(timed_with={"thread": 2})
+
+
+def test_an_evaluator_s_speed_earns_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Core ML off a Mac; its sizes are real all the same."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(choice, "precisions", lambda to: ("fp32", "int8"))
+    lowered: list[str] = []
+
+    def smaller(target: Target, folder: Path) -> Bundle:
+        lowered.append(target.precision)
+        bundle = lower(target, folder)
+        if target.precision == "int8":
+            return bundle
+        (folder / "more.bin").write_bytes(bytes(2**20))
+        files = (*bundle.manifest.files, describe_file(folder, "more.bin"))
+        write_manifest(bundle.manifest.model_copy(update={"files": files}), folder)
+        return Bundle.open(folder)
+
+    with pytest.raises(EdgeflashError, match=r"evaluator in numpy.* or choose --prefer size"):
+        export_best("coreml", {}, smaller, tmp_path / "b", "speed", QUIET)
+    assert not lowered, "told before the work"
+    made = export_best("coreml", {}, smaller, tmp_path / "b", "size", QUIET)
+    assert [each.kept for each in made.candidates] == [False, True]
+    assert all(each.latency_ms is None for each in made.candidates)
+
+
+def benched(folder: Path, precision: str, ms: float, **changes: Any) -> Path:
+    """A report of a device, as bench writes one there of `lower`'s bundle."""
+    unet = Bundle.open(tiny(folder / "bundle")).component("unet")
+    mib = sum(file.bytes for file in unet.files) / 2**20
+    conditions = {"runtime": "onnx", "device": "cpu", "height": 8, "width": 8, "runs": 10}
+    found = {
+        "name": f"tiny {precision}",
+        "steps": 3,
+        "latency_ms_p50": ms,
+        "latency_ms_p90": ms,
+        "size_mib": 1.0,
+        "sizes_mib": {"unet": changes.pop("mib", mib)},
+        "conditions": conditions | changes.pop("conditions", {}),
+        "extra": {"precision": precision},
+    }
+    device = changes.pop("machine", PHONE)
+    system = System.model_validate(found | changes)
+    Report(title="there", machine=device, systems=(system,)).save(folder / "report.json")
+    return folder
+
+
+PHONE = Machine(cpu="of a phone", cores=8, ram_mib=4096, os="Android", python="3.11")
+
+
+def test_times_of_a_device_decide_where_its_report_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(bench, "run_apart", never)
+    monkeypatch.setattr(choice, "precisions", lambda to: tuple(TIMES))
+    options = {"options": {"threads": 4}}
+    times = {"fp32": 20.0, "int8": 30.0, "int8-weights": 11.0}
+    paths = [benched(tmp_path / n, n, ms, conditions=options) for n, ms in times.items()]
+    report = Elsewhere.read(paths, "onnx")
+    made = export_best("onnx", {}, lower, tmp_path / "b", "speed", QUIET, report=report)
+    assert [each.latency_ms for each in made.candidates] == [20, 30, 11, None]
+    assert [each.kept for each in made.candidates] == [False, False, True, False]
+    assert made.candidates[3].why == "the report has no time of it"
+    assert made.machine["cpu"] == "of a phone" and made.options == {"threads": 4}
+    assert Bundle.open(tmp_path / "b").component("unet").precision == "int8-weights"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 4}, r"int8 has 0 figures of 3 steps \(there are: 4\)"),
+        ({"machine": PHONE.model_copy(update={"cores": 2})}, "machine cores: 8 against 2"),
+        ({"conditions": {"device": "gpu"}}, "not measured as fp32 was .device: cpu against gpu"),
+        ({"mib": 9.0}, r"tiny int8 is something else \(unet of 9.00 MiB, here 0.00\)"),
+    ],
+)
+def test_a_report_of_something_else_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(choice, "precisions", lambda to: ("fp32", "int8"))
+    paths = [benched(tmp_path / "a", "fp32", 20), benched(tmp_path / "i", "int8", 9, **changes)]
+    report = Elsewhere.read(paths, "onnx")
+    with pytest.raises(EdgeflashError, match=said):
+        export_best("onnx", {}, lower, tmp_path / "b", "speed", QUIET, report=report)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_report_of_no_device_is_refused(tmp_path: Path) -> None:
+    evaluated = {"runtime": "coreml", "device": "numpy"}
+    path = benched(tmp_path / "a", "fp32", 20, conditions=evaluated)
+    for to in ("coreml", "onnx"):
+        with pytest.raises(EdgeflashError, match=f"no --to {to} was measured there on a device"):
+            Elsewhere.read([path], to)
+    mac = benched(tmp_path / "m", "fp32", 20, conditions=evaluated | {"device": "Core ML ALL"})
+    assert "fp32" in Elsewhere.read([mac], "coreml")
 
 
 def test_a_float_bundle_that_does_not_run_here_ends_it(

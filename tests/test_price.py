@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from exported import QUIET
+from tiny_bundle import tiny
+from typer.testing import CliRunner
 
+from edgeflash.arguments import read_options
 from edgeflash.blueprints import DECODERS, SD15, UNETS, Blueprint
+from edgeflash.bundle import Bundle
+from edgeflash.cli import app
 from edgeflash.devices import DEVICES, Device
+from edgeflash.distill.by_decoder import Decoder
 from edgeflash.errors import EdgeflashError
+from edgeflash.peaks import peaks, sums_of
 from edgeflash.price import (
     Way,
+    _bench,
+    _with_work,
     asked_for,
+    check_ways,
     estimates_table,
-    gflops,
     price,
     price_table,
     price_tables,
 )
-from edgeflash.report import read_report
+from edgeflash.recipe import changed, find_recipe, read_recipe
+from edgeflash.report import System, read_report
+from edgeflash.runtimes import bench
+from edgeflash.runtimes.graph import Graph, Operator, Tensor
+from edgeflash.runtimes.measure import Job, measure
+from edgeflash.runtimes.moved import moved_mib, results_bytes
+from edgeflash.search_times import MeasuredTimes
 from edgeflash.student import Student
+from edgeflash.work import gflops
 
 STAGES = ("text_encoder", "unet", "vae_decoder")
 PARAMETERS = {  # arXiv 2305.15798, tab. 1, and 2403.16627, to the last one
@@ -105,7 +127,13 @@ def test_estimates_scale_published_figures_and_tell_how_far_they_are_off() -> No
         Device.timed("web")
 
 
-def test_every_way_is_run_and_priced(one_step_student: Path, tmp_path: Path) -> None:
+def test_every_way_is_run_and_priced(
+    one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured in this process: that it is a fresh one is `bench`'s, and tested there."""
+    monkeypatch.setattr(bench, "run_apart", measure)
+    monkeypatch.setattr("edgeflash.peaks.SIDE", 256)
+    monkeypatch.setattr("edgeflash.peaks.BLOCK", 2**20)
     ways = [Way("onnx", "fp32"), Way("onnx", "int8")]
     opened = Student.open(one_step_student)
     device = Device.of("iphone-14")
@@ -124,7 +152,8 @@ def test_every_way_is_run_and_priced(one_step_student: Path, tmp_path: Path) -> 
     )
     more = float(four["GFLOP"]) - work["GFLOP"]
     assert more == pytest.approx(3 * work["GFLOP of unet"], abs=5e-3)
-    assert 0 < work["share of fp32 peak"] < 1
+    assert 0 < work["share of roof"] < 1
+    assert 0 < work["MiB moved"] < float(four["MiB moved"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "report.html",
         "report.json",
@@ -140,6 +169,111 @@ def test_guided_students_cost_two_calls_a_step(guided_student: Path, tmp_path: P
     made = price(opened, [Way("onnx", "fp32")], tmp_path / "out", steps=(2,), runs=1)
     (extra,) = (system.extra for system in made.systems)
     assert extra["GFLOP of unet"] == pytest.approx(2 * gflops(opened)["unet"], abs=1e-3)
+
+
+def test_options_of_a_runtime_are_priced_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Job] = []
+
+    def run(job: Job, tell: Any) -> Any:
+        seen.append(job)
+        raise EdgeflashError("enough")
+
+    monkeypatch.setattr(bench, "run_apart", run)
+    asked = SimpleNamespace(call=None)
+    monkeypatch.setattr("edgeflash.price.price", lambda *args, **_: setattr(asked, "call", args))
+    monkeypatch.setattr("edgeflash.price.price_tables", lambda *_: "")
+    words = "price --student sdxs-512 --on openvino --precision fp32,int8"
+    told = ["--set", "inference_precision=bf16", "--set", "threads=1"]
+    assert CliRunner().invoke(app, [*words.split(), *told]).exit_code == 0
+    _, ways, _ = asked.call
+    assert [way.precision for way in ways] == ["fp32", "int8"]
+    check_ways(ways)
+    with pytest.raises(EdgeflashError, match="enough"):
+        _bench(Bundle.open(tiny(tmp_path / "b")), ways[0], "it", 1, 1, QUIET)
+    assert seen[0].options == {"inference_precision": "bf16", "threads": 1}
+    assert ways[0].told == "inference_precision=bf16, threads=1"
+    with pytest.raises(EdgeflashError, match="did you mean 'inference_precision'"):
+        check_ways([Way("openvino", "fp32", {"inference_precisio": "bf16"})])
+
+
+def test_an_evaluator_is_neither_priced_nor_searched_on(
+    one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    way, opened = Way("coreml", "fp16"), Student.open(one_step_student)
+    with pytest.raises(EdgeflashError, match=r"--on coreml: .*evaluator in numpy.* on a Mac"):
+        price(opened, [Way("onnx", "fp32"), way], tmp_path / "out", steps=(1,), runs=1)
+    with pytest.raises(EdgeflashError, match=r"--on coreml: .*evaluator in numpy"):
+        MeasuredTimes(way, QUIET)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    check_ways([way])
+
+
+def test_the_roof_is_the_lower_one_of_sums_and_memory(tmp_path: Path) -> None:
+    """Closed form, of a decoder that the memory limits and a UNet that its int8 sums do."""
+    bundle = Bundle.open(tiny(tmp_path / "b"))
+    parts = tuple(
+        c.model_copy(update={"precision": "int8" if c.name == "unet" else "fp16"})
+        for c in bundle.manifest.components
+    )
+    bundle = Bundle(bundle.folder, bundle.manifest.model_copy(update={"components": parts}))
+    # Three indices and four factors, and what Slice and Resize make: written once, read once.
+    decoder_mib = (3 * 8 + 4 * 4 + 2 * 4 * (3 * 4 * 4 + 3 * 8 * 8)) / 2**20
+    assert moved_mib(bundle)["vae_decoder"] == pytest.approx(decoder_mib)
+    more_mib = 2 * 4 * (3 * 4 * 4 + 3 * 8 * 8) / 2**20
+    assert moved_mib(bundle, 2)["vae_decoder"] == pytest.approx(decoder_mib + more_mib)
+    system = System.model_validate(
+        {
+            "name": "tiny",
+            "steps": 3,
+            "latency_ms_p50": 1000,
+            "latency_ms_p90": 1000,
+            "size_mib": 1,
+            "conditions": {"runtime": "onnx", "height": 8, "width": 8},
+        }
+    )
+    work = {"text_encoder": 0.0, "unet": 4.0, "vae_decoder": 2.0}
+    slow = decoder_mib * 2**20 / 1e9 / 0.5  # GB/s for which it takes half a second
+    top = {"fp32": 10.0, "int8": 80.0, "GB/s": slow}
+    extra = _with_work(system, bundle, Way("onnx", "int8"), work, top, ()).extra
+    text_s, unet_s = (moved_mib(bundle)[n] * 2**20 / 1e9 / slow for n in ("text_encoder", "unet"))
+    assert extra["GFLOP"] == 14
+    assert extra["share of roof"] == pytest.approx(text_s + 3 * max(unet_s, 4 / 80) + 0.5, abs=1e-4)
+    fast = top | {"GB/s": 1e9}
+    extra = _with_work(system, bundle, Way("onnx", "int8"), work, fast, ()).extra
+    assert extra["share of roof"] == pytest.approx(3 * 4 / 80 + 2 / 10)
+    in_bf16 = Way("openvino", "fp16", {"inference_precision": "bf16"})
+    extra = _with_work(system, bundle, in_bf16, work, fast | {"bf16": 40.0}, ()).extra
+    assert extra["share of roof"] == pytest.approx(3 * 4 / 80 + 2 / 40)
+
+
+def test_quantization_moves_no_bytes_of_its_own() -> None:
+    """Conv -> QuantizeLinear -> DequantizeLinear -> Conv: a byte a number between, four after."""
+    wide = {name: Tensor(name, (100,), "float32", 32) for name in ("x", "a", "c", "y")}
+    narrow = {"b": Tensor("b", (100,), "uint8", 8)}
+    chain = (
+        Operator("Conv", "", ("x",), ("a",)),
+        Operator("QuantizeLinear", "", ("a", "scale"), ("b",)),
+        Operator("DequantizeLinear", "", ("b", "scale"), ("c",)),
+        Operator("Conv", "", ("c",), ("y",)),
+    )
+    weights = {"scale": Tensor("scale", (), "float32", 32)}
+    graph = Graph(chain, weights, wide | narrow, ("x",), ("y",))
+    assert results_bytes(graph) == 100 + 400
+    skip = Operator("Add", "", ("a", "c"), ("d",))  # which wants the wide one too
+    assert results_bytes(replace(graph, operators=(*chain, skip))) == 400 + 100 + 400
+
+
+def test_peaks_are_told_of_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeflash.peaks.SIDE", 64)
+    monkeypatch.setattr("edgeflash.peaks.BLOCK", 2**16)
+    monkeypatch.setattr("edgeflash.peaks.TRIES", 1)
+    assert all(peaks().values()) and list(peaks()) == ["fp32", "bf16", "int8", "GB/s"]
+    assert list(peaks({"int8"})) == ["int8", "GB/s"]
+    assert [sums_of(p) for p in ("fp16", "int8", "int8-weights")] == ["fp32", "int8", "fp32"]
+    assert sums_of("fp32", "bf16") == "bf16" and sums_of("int8", "bf16") == "int8"
 
 
 def test_a_unet_of_ones_own_is_priced_from_its_config(tmp_path: Path) -> None:
@@ -176,6 +310,23 @@ def test_a_folder_has_its_decoder(one_step_student: Path) -> None:
 def test_what_is_no_blueprint(args: Any, message: str) -> None:
     with pytest.raises(EdgeflashError, match=message):
         Blueprint.of(*args)
+
+
+def test_what_is_priced_as_lite_is_what_the_page_says_to_train() -> None:
+    page = (Path(__file__).parents[1] / "runtimes/README.md").read_text("utf-8")
+    (told,) = re.findall(r"`edgeflash distill (tiny-decoder .*) --out student`", page)
+    name, *words = shlex.split(told)
+    assert words[::2] == ["--set", "--set"]
+    recipe = changed(read_recipe(find_recipe(name)), read_options(words[1::2]))
+    (method,) = recipe.methods()
+    assert isinstance(method, Decoder)
+    with torch.device("meta"):
+        built, priced = method.build(4), AutoencoderTiny(**DECODERS["lite"])
+    shapes, wanted = (
+        {name: weight.shape for name, weight in network.state_dict().items()}
+        for network in (built, priced)
+    )
+    assert shapes == wanted and str(built) == str(priced)
 
 
 def test_the_lite_decoder_is_as_small_as_its_name_says() -> None:

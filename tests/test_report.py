@@ -18,13 +18,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from edgeflash import machine, report, report_svg
+from edgeflash import machine, report, report_svg, shelf
 from edgeflash.errors import EdgeflashError
 from edgeflash.inspect import verdicts
-from edgeflash.machine import Machine
+from edgeflash.machine import PACKAGES, Machine
 from edgeflash.report import Percentiles, Report, Sustained, System, compare, read_report
 from edgeflash.report_html import Cell, Grid, write_html
 from edgeflash.report_svg import Bar, Dot, Line, Part, bars, lines, scatter
+from edgeflash.roles import Runtime
 from edgeflash.sheet import GAP, HEADER, MARGIN, SIDE, contact_sheet
 
 MACHINE = Machine(cpu="Imaginary 9", cores=4, ram_mib=8192, os="Linux", python="3.11")
@@ -32,6 +33,7 @@ MACHINE = Machine(cpu="Imaginary 9", cores=4, ram_mib=8192, os="Linux", python="
 
 def system(name: str = "student", **changes: Any) -> System:
     conditions = {"runtime": "onnx", "height": 64, "width": 64, "options": {"threads": 2}}
+    conditions |= {"runs": 10}
     fields: dict[str, Any] = {
         "steps": 4,
         "latency_ms_p50": 60.0,
@@ -179,6 +181,20 @@ def test_latencies_within_their_own_spread_are_equal() -> None:
     assert compare(a, c).rows[0].better == "b"
 
 
+def test_what_follows_from_equal_latencies_is_equal_too() -> None:
+    """And a load or a first image was taken once: it names no winner."""
+    once = {"first_image_ms": 900.0, "cold_load_ms": 900.0, "warm_load_ms": 90.0}
+    slow = system(latency_ms_p50=100.0, latency_ms_p90=110.0, images_per_s=10, **once)
+    near = {"latency_ms_p50": 103.0, "latency_ms_p90": 118.0, "images_per_s": 1000 / 103}
+    found = compare(report_of(slow), report_of(system(**near, **dict.fromkeys(once, 300.0))))
+    assert len(found.rows) == 7 and all(row.better is None for row in found.rows)
+    fast = {"latency_ms_p50": 50.0, "latency_ms_p90": 51.0, "images_per_s": 20}
+    ranked = compare(report_of(slow), report_of(system(**fast))).rows
+    assert [row.better for row in ranked] == ["b", "b", "b", None]
+    alone = report_of(system(**fast, conditions={"runs": 1}))
+    assert not any(row.better for row in compare(report_of(slow.model_copy()), alone).rows)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -199,9 +215,34 @@ def test_nothing_is_ranked_under_other_conditions(changes: dict[str, Any], said:
 
 
 def test_another_machine_is_another_condition() -> None:
-    other = MACHINE.model_copy(update={"cpu": "Imaginary 10", "load_1min": 3.0})
-    found = compare(report_of(system()), report_of(system(), machine=other))
-    assert found.differences == ("machine cpu: Imaginary 9 against Imaginary 10",)
+    assert differences({"cpu": "Imaginary 10"}) == ("cpu: Imaginary 9 against Imaginary 10",)
+    assert differences({"os": "Darwin"}) == ("os: Linux against Darwin",)
+    assert differences({"python": "3.12.1"}) == ("python: 3.11 against 3.12",)
+    assert not differences({"python": "3.11.9", "ram_mib": 1})
+    idle = {"load_1min": 0.1}
+    assert differences({"load_1min": 2.5}, idle) == ("load: 0.1 against 2.5",)
+    assert not differences({"load_1min": 0.9}, idle)
+
+
+def test_versions_of_the_runtime_that_ran_are_conditions() -> None:
+    old, new = ({"packages": {"onnxruntime": v, "torch": v}} for v in ("1.20", "1.31"))
+    assert differences(new, old) == ("onnxruntime: 1.20 against 1.31",)
+    assert differences(new, old, runtime="torch") == ("torch: 1.20 against 1.31",)
+    gone = {"packages": {"onnxruntime-gpu": "1.20"}}
+    assert "onnxruntime: 1.20 against None" in differences(gone, old)
+    assert set(shelf.names(Runtime)) == {name for moved in PACKAGES.values() for name in moved}
+
+
+def differences(
+    there: dict[str, Any], here: dict[str, Any] | None = None, runtime: str = "onnx"
+) -> tuple[str, ...]:
+    """What is told of two machines, and whether it keeps the figures from being ranked."""
+    machines = [MACHINE.model_copy(update=changes) for changes in (here or {}, there)]
+    slow, fast = (system(size_mib=mib, conditions={"runtime": runtime}) for mib in (9, 3))
+    a, b = (report_of(s, machine=m) for s, m in zip((slow, fast), machines, strict=True))
+    found = compare(a, b)
+    assert any(row.better for row in found.rows) is not bool(found.differences)
+    return tuple(line.removeprefix("machine ") for line in found.differences)
 
 
 def test_systems_are_paired_by_name() -> None:

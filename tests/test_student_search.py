@@ -23,7 +23,7 @@ from edgeflash.devices import Device
 from edgeflash.distill.by_blocks import Blocks, feature_pairs, prune_to
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.plan import FILE, Quantizing, read_plan
-from edgeflash.price import Way, gflops
+from edgeflash.price import Way
 from edgeflash.roles import Target
 from edgeflash.search import SHARE, found_tables, search
 from edgeflash.search_blocks import Anatomist, Block, gflop_of
@@ -31,6 +31,7 @@ from edgeflash.search_times import Estimated, MeasuredTimes, Times, alone
 from edgeflash.search_walk import Proposal, Walker, Wish
 from edgeflash.shelf import make
 from edgeflash.student import Student
+from edgeflash.work import gflops
 
 QUIET = Console(file=io.StringIO())
 DOWN, PAIRS = "DownBlock2D", [f"a pair of stage {i}" for i in (1, 2, 3, 4)]

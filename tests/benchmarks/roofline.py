@@ -5,9 +5,9 @@
 
 The student is a published UNet's name with random weights, as `edgeflash price` takes it. Every
 size is exported and run; batches and steps at 512 px alone. A stage's roof is the smaller of the
-machine's peak and what its memory feeds: GFLOP of the stage over the bytes that have to move,
-weights once and every result once out and once in, as if nothing stayed in a cache. Peaks and
-bandwidth are measured in the same run. Writes `roofline.json` and `roofline.html`.
+machine's peak and what its memory feeds: GFLOP of the stage over the bytes that have to move (see
+`runtimes/moved.py`). Peaks and bandwidth are measured in the same run. Writes `roofline.json` and
+`roofline.html`.
 Written, and not run to its end yet.
 """
 
@@ -16,33 +16,27 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-import onnxruntime
-import torch
-from onnx import TensorProto, helper
 from rich.console import Console
 
 from edgeflash.blueprints import UNETS, Blueprint
-from edgeflash.bundle import Bundle
-from edgeflash.price import _export, gflops, peak_gflops
+from edgeflash.peaks import peaks, sums_of
+from edgeflash.price import _export
 from edgeflash.report_html import STYLE
 from edgeflash.report_svg import Dot, Line, lines, scatter
 from edgeflash.roles import Target
 from edgeflash.runtimes.bench import PROMPT, run_apart
-from edgeflash.runtimes.graph import at_work
-from edgeflash.runtimes.lint import look
 from edgeflash.runtimes.measure import Job
+from edgeflash.runtimes.moved import moved_mib
 from edgeflash.shelf import make
 from edgeflash.student import Student
+from edgeflash.work import gflops
 
 BASE = 512  # px, for batches and steps
-SIDE = 2048  # of the matrices that tell the peaks
 CONSOLE = Console(stderr=True, highlight=False)
 
 
@@ -66,58 +60,6 @@ class Row:
     @property
     def attained(self) -> float:
         return self.gflop / self.ms * 1e3
-
-
-def best(call: Callable[[], object], work: float) -> float:
-    """``work`` a second, the best of seven calls after one that warms up."""
-    call()
-    spent = []
-    for _ in range(7):
-        start = time.perf_counter()
-        call()
-        spent.append(time.perf_counter() - start)
-    return work / min(spent)
-
-
-def peaks() -> dict[str, float]:
-    """GFLOP/s of large matrix products by type, and GB/s of a large copy."""
-    bf16 = torch.ones(SIDE, SIDE, dtype=torch.bfloat16)
-    block = torch.ones(2**27)  # 512 MiB
-    other = torch.empty_like(block)
-    work = 2 * SIDE**3 / 1e9
-    return {
-        "fp32": peak_gflops(),
-        "bf16": best(lambda: bf16 @ bf16, work),
-        "int8": best(_int8_product(), work),
-        "GB/s": best(lambda: other.copy_(block), 2 * block.nbytes / 1e9),
-    }
-
-
-def _int8_product() -> Callable[[], object]:
-    """A product of uint8 and int8 as ONNX Runtime does it, which is what int8 graphs run."""
-    a = helper.make_tensor_value_info("a", TensorProto.UINT8, [SIDE, SIDE])
-    b = helper.make_tensor_value_info("b", TensorProto.INT32, [SIDE, SIDE])
-    weight = helper.make_tensor(
-        "w", TensorProto.INT8, [SIDE, SIDE], np.ones((SIDE, SIDE), np.int8).tobytes(), raw=True
-    )
-    node = helper.make_node("MatMulInteger", ["a", "w"], ["b"])
-    graph = helper.make_graph([node], "product", [a], [b], [weight])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    given = {"a": np.ones((SIDE, SIDE), np.uint8)}
-    return lambda: session.run(None, given)
-
-
-def moved_mib(bundle: Bundle, batch: int) -> dict[str, float]:
-    """By component: weights, and every result of an operator written and read once."""
-    found = {}
-    for part in look(bundle):
-        results = [name for op in at_work(part.graph) for name in op.gives]
-        sizes = [part.graph.tensors[name].bytes for name in results if name in part.graph.tensors]
-        found[part.component.name] = (part.weight_bytes + 2 * batch * sum(sizes)) / 2**20
-    return found
 
 
 def rows(given: argparse.Namespace, scratch: Path) -> Iterator[Row]:
@@ -155,7 +97,7 @@ def rows(given: argparse.Namespace, scratch: Path) -> Iterator[Row]:
 
 def page(found: list[Row], top: dict[str, float], precision: str) -> str:
     """Two plots: the stages under the roof, and the time of a picture by its pixels."""
-    peak = top["int8" if precision.startswith("int8") else "fp32"]
+    peak = top[sums_of(precision)]
     stages = [row for row in found if row.stage != "image" and row.batch == 1]
     stages = [row for row in stages if row.steps == min(r.steps for r in stages)]
     dots = [
@@ -198,7 +140,7 @@ def main() -> None:
     print("| size | batch | steps | stage | ms | GFLOP | MiB moved | GFLOP/s | of the roof |")
     print("|--:|--:|--:|---|--:|--:|--:|--:|--:|")
     found = []
-    peak = top["int8" if given.precision.startswith("int8") else "fp32"]
+    peak = top[sums_of(given.precision)]
     with tempfile.TemporaryDirectory() as scratch:
         for row in rows(given, Path(scratch)):
             found.append(row)
