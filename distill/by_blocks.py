@@ -42,9 +42,9 @@ class Blocks(Method):
 
     A step asks teacher and student once each; in memory are both with what their blocks put out,
     and an average of the student where ``ema`` keeps one, as BK-SDM does. 50 K steps of 256
-    pictures of 512 px, 64 at once, took 300 hours of an A100 and 53 GB for base. Published for SD 1.4 at 25 steps, COCO
-    2014, 30 k: FID 13.1, pruned 15.8 (base), 17.0 (small), 17.1 (tiny); of SDXS's pruning alone
-    nothing was found.
+    pictures of 512 px, 64 at once, took 300 hours of an A100 and 53 GB for base. Published for SD
+    1.4 at 25 steps, COCO 2014, 30 k: FID 13.1, pruned 15.8 (base), 17.0 (small), 17.1 (tiny); of
+    SDXS's pruning alone nothing was found.
     """
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)

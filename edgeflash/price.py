@@ -274,8 +274,7 @@ def price_table(report: Report) -> Table:
     """Where the time, the work and the bytes go."""
     out = _table(report.title)
     headings = ("steps", "image ms", "text", "step", "decode", "GFLOP", "moved", "of roof")
-    headings += ("MiB", "RSS MiB")
-    for heading in ("on", *headings):
+    for heading in ("on", *headings, "MiB", "RSS MiB"):
         out.add_column(heading, justify="left" if heading == "on" else "right")
     for system in report.systems:
         spent = {name: stage.p50_ms for name, stage in system.stages.items()}

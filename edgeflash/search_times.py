@@ -154,7 +154,8 @@ class MeasuredTimes(Times):
 
     def _floats(self, component: str) -> str:
         """The precision of what a quantized component leaves alone: fp32 beside int8 in ONNX."""
-        from edgeflash.export.plan import FLOATS, Quantizing
+        from edgeflash.export.plan import Quantizing
+        from edgeflash.export.which import FLOATS
 
         target = self._target
         if target.precision in FLOATS:

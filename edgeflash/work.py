@@ -93,11 +93,11 @@ def _hollow(student: Student, component: str, size: tuple[int, int]) -> tuple[An
     return network, given
 
 
-class _Alive(TorchDispatchMode):
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of results from when they are made until nothing holds them any more."""
 
     def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         held = (*network.parameters(), *network.buffers())
         self._known = {tensor.untyped_storage()._cdata for tensor in held}
         self._now = self.most = 0

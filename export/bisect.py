@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 
 from edgeflash.blame import floor_db
@@ -20,9 +17,9 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.floors import PRECISIONS
 from edgeflash.golden import Array, Tensors
 from edgeflash.parity import psnr_db
+from edgeflash.rounding import FOLDER, WIDE, rounded
 
 from .divergence import Divergence, off, worst_first
-from .stand_in import NARROW, round_results
 from .wide import LAYER
 
 TAPS = 48  # tensors held at a time
@@ -64,20 +61,18 @@ def first_divergence(
         EdgeflashError: they are not the same graph.
     """
     whole, other = _Graph.of(reference), _Graph.of(suspect)
-    with tempfile.TemporaryDirectory(dir=suspect.parent, prefix=".bisect-") as scratch:
-        typed = _as_typed(suspect, Path(scratch))
-        for inputs in _worst_first(reference, typed, list(calls), floor_db):
-            names = [name for name in other.makers if name in whole.makers]
-            for name, expected, got in _both(reference, typed, names, inputs):
-                node = whole.makers[name]
-                if expected.shape != got.shape:
-                    raise EdgeflashError(
-                        f"{suspect}: {node.name} gives {[*got.shape]}, and {[*expected.shape]} in "
-                        f"{reference}: they are no two precisions of one network"
-                    )
-                if found := off(node.op_type, node.name, expected, got, floor_db):
-                    product = _named(component, _product(name, whole, other))
-                    return replace(found, product=product)
+    names = [name for name in other.makers if name in whole.makers]
+    for inputs in _worst_first(reference, suspect, list(calls), floor_db):
+        for name, expected, got in _both(reference, suspect, names, inputs):
+            node = whole.makers[name]
+            if expected.shape != got.shape:
+                raise EdgeflashError(
+                    f"{suspect}: {node.name} gives {[*got.shape]}, and {[*expected.shape]} in "
+                    f"{reference}: they are no two precisions of one network"
+                )
+            if found := off(node.op_type, node.name, expected, got, floor_db):
+                product = _named(component, _product(name, whole, other))
+                return replace(found, product=product)
     return None
 
 
@@ -96,7 +91,7 @@ def _worst_first(
 ) -> list[Tensors]:
     if len(calls) < 2:
         return [*calls]
-    sessions = [_opened(path) for path in (reference, suspect)]
+    sessions = [_opened(_as_typed(path), path.parent) for path in (reference, suspect)]
     ranked = []
     for inputs in calls:
         wanted, found = (session.run(None, inputs) for session in sessions)
@@ -238,42 +233,27 @@ def told_by_component(
         yield f"{component.name}: {told}"
 
 
-def _as_typed(path: Path, scratch: Path) -> Path:
-    """A model whose tensors hold what their types can.
-
-    ONNX Runtime's sums on the CPU are wider than float16, as if nothing overflowed, and it has none
-    of bfloat16: those become float32, rounded. Other models are left as they are.
-    """
-    model = ir.load(path)
-    narrow = [v for node in model.graph for v in node.outputs if v.dtype in NARROW]
-    if not narrow:
-        return path
-    round_results(model)
-    for value in narrow:
-        (cast,) = (use.node for use in value.uses())
-        (wide,) = (use.node for use in cast.outputs[0].uses())
-        value.name, wide.outputs[0].name = f"{value.name}.unrounded", value.name
-    found = scratch / "rounded.onnx"
-    ir.save(model, found, external_data="rounded.onnx_data")
-    return found
-
-
-def _opened(path: Path) -> ort.InferenceSession:
+def _opened(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
     """Unoptimized, so that every tensor exists; with pairs of fp8, which ONNX Runtime breaks on."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(FOLDER, str(folder))
+    told = model.SerializeToString()
+    return ort.InferenceSession(told, options, providers=["CPUExecutionProvider"])
+
+
+def _as_typed(path: Path) -> onnx.ModelProto:
+    """The model, its weights left beside it, rounding as it is typed."""
+    return onnx.load_from_string(rounded(path.read_bytes()))
 
 
 def _tapped(path: Path, names: Sequence[str], inputs: Tensors) -> Iterator[Array]:
     """Runs a model for some of its inner tensors."""
-    model = onnx.load(str(path), load_external_data=False)
+    model = _as_typed(path)
+    there = {name for node in model.graph.node for name in node.output}
+    taps = [f"{name}{WIDE}" if f"{name}{WIDE}" in there else name for name in names]
     del model.graph.output[:]
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
-        onnx.save(model, file.name)
-        answers = _opened(Path(file.name)).run(names, inputs)
-    for answer in answers:
-        yield answer.astype(np.float32) if answer.dtype == np.float16 else answer
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in taps)
+    yield from _opened(model, path.parent).run(taps, inputs)

@@ -13,7 +13,7 @@ from edgeflash.parity import BEST_DB, psnr_db
 from edgeflash.roles import Array, Target
 from edgeflash.shelf import target_name
 
-from .plan import FLOATS
+from .which import FLOATS
 
 LARGEST_HALF = 65504.0
 NEVER = 1e30

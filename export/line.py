@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from edgeflash import align_your_steps, control
+from edgeflash import control
 from edgeflash.blame import blamed, floor_db
 from edgeflash.bundle import (
     CACHED_VERSION,
@@ -42,8 +42,7 @@ from edgeflash.networks_sd import quiet, without_weights
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
 from edgeflash.shelf import target_name
-from edgeflash.student import INSTEAD, Student, sha256_of_all
-from edgeflash.tokenizer import read_tokenizer, unread
+from edgeflash.student import Student, sha256_of_all
 from edgeflash.verify import refuse_below, verify
 
 from . import hashing, memory, pack
@@ -56,6 +55,7 @@ from .journal import DRAFT, Outcome, Stage, drop_others, run_folder
 from .merging import MOST
 from .nursery import Nursery
 from .progress import Rates, Stages
+from .remarks import tell_changed, tell_losses
 from .stages import Run, captured_again, component_of
 from .ways import way_of
 
@@ -103,7 +103,7 @@ def export_student(
     check_replaceable(out, student.folder, kind="bundle")
     plan = _upcast(planned(student, target, options), console)
     target = plan.tape.target
-    _tell_changed(student, options, console)
+    tell_changed(student, options, console)
     if any(map(target.calibrates, plan.components)) and not plan.tape.held_out:
         console.print("one prompt: proved on what it is calibrated on; --prompt takes more")
     stages = Stages(console, _rates(plan, target))
@@ -125,7 +125,7 @@ def export_student(
             memory.check_running(student, target, plan.components, plan.tape.size, console)
         work = (plan.tape, plan.components, run, request, large, at_once, stages, nursery)
         lowered = make_all(*work)
-        _tell_losses(plan.tape, console)
+        tell_losses(plan.tape, console)
         made = [folder / f"lower-{name}" for name in plan.components]
         with fresh_folder(out, folder / DRAFT) as draft, pack.lent(made, lowered, draft):
             with stages.told("pack"):
@@ -301,36 +301,6 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
     )
     climbed = len(prompts) if small else goldens
     return _Plan(student, components, schedules, default_steps, tape, goldens, climbed)
-
-
-def _tell_changed(student: Student, options: ExportOptions, console: Console) -> None:
-    """Says what becomes of the sampler and of prompts that no table or text encoder can hold."""
-    _tell_sampler(student, options.timesteps, console)
-    family, folder = student.family, student.folder
-    specs = [family.tokenizer(student, name) for name in family.text_encoders]
-    tokenizers = [read_tokenizer(folder, spec) for spec in specs]
-    for prompt in options.prompts:
-        if cut := unread(tokenizers, prompt):
-            console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
-
-
-def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> None:
-    """Says where another sampler than the folder's stands in."""
-    name = student.class_of("scheduler")[1]
-    if timesteps and (other := align_your_steps.sampler(name)) != name:
-        console.print(f"{name} is not for {timesteps}: sampled by {other} instead")
-    elif not timesteps and name in INSTEAD and not student.manifest:
-        console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
-
-
-def _tell_losses(tape: Tape, console: Console) -> None:
-    """Says what the merging of tokens costs, and what caching does."""
-    told = {"merging": f"merging {tape.merge:.0%} of the tokens"}
-    if tape.way:
-        told["caching"] = tape.way.flag.removeprefix("--")
-    for what, found_db in tape.loss_db.items():
-        line = f"{told[what]}: the pictures are {min(found_db):.1f} dB from the student's own"
-        console.print(line, highlight=False)
 
 
 def _pack(

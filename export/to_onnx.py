@@ -13,7 +13,8 @@ from edgeflash.bundle import Bundle, Component
 from edgeflash.student import INDEX, Student
 
 from .ecosystem import FOLDED, denoiser_input, write_configs, write_json
-from .plan import FLOATS, Kind, Quantizing, Ranges
+from .plan import Kind, Quantizing, Ranges
+from .which import FLOATS
 
 if TYPE_CHECKING:
     from .capture import Captured

@@ -15,7 +15,8 @@ from edgeflash.shelf import absent
 from edgeflash.student import INDEX, Student
 
 from .ecosystem import FOLDED, denoiser_input, write_configs, write_json
-from .plan import FLOATS, Quantizing
+from .plan import Quantizing
+from .which import FLOATS
 
 if TYPE_CHECKING:
     from .capture import Captured

@@ -1,0 +1,42 @@
+"""What an export says of what becomes of a student's sampler, prompts and pictures."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from edgeflash import align_your_steps
+from edgeflash.export_options import ExportOptions
+from edgeflash.student import INSTEAD, Student
+from edgeflash.tokenizer import read_tokenizer, unread
+
+from .capture import Tape
+
+
+def tell_changed(student: Student, options: ExportOptions, console: Console) -> None:
+    """Says what becomes of the sampler and of prompts that no table or text encoder can hold."""
+    _tell_sampler(student, options.timesteps, console)
+    family, folder = student.family, student.folder
+    specs = [family.tokenizer(student, name) for name in family.text_encoders]
+    tokenizers = [read_tokenizer(folder, spec) for spec in specs]
+    for prompt in options.prompts:
+        if cut := unread(tokenizers, prompt):
+            console.print(f"a prompt is too long: not seen was {cut!r}", markup=False)
+
+
+def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> None:
+    """Says where another sampler than the folder's stands in."""
+    name = student.class_of("scheduler")[1]
+    if timesteps and (other := align_your_steps.sampler(name)) != name:
+        console.print(f"{name} is not for {timesteps}: sampled by {other} instead")
+    elif not timesteps and name in INSTEAD and not student.manifest:
+        console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
+
+
+def tell_losses(tape: Tape, console: Console) -> None:
+    """Says what the merging of tokens costs, and what caching does."""
+    told = {"merging": f"merging {tape.merge:.0%} of the tokens"}
+    if tape.way:
+        told["caching"] = tape.way.flag.removeprefix("--")
+    for what, found_db in tape.loss_db.items():
+        line = f"{told[what]}: the pictures are {min(found_db):.1f} dB from the student's own"
+        console.print(line, highlight=False)
