@@ -24,6 +24,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.export import line, ranges
 from edgeflash.export.line import export_student, planned
 from edgeflash.export.onnx_graph import layers, load
+from edgeflash.export_options import AS_USUAL
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
 from edgeflash.rounding import FOLDER, rounded
@@ -326,7 +327,7 @@ def test_what_a_pipeline_upcasts_stays_in_float32(
             "config",
             lambda self, name: real(self, name) | (config if name == "vae" else {}),
         )
-        plan = line._upcast(planned(student, to(target, **options), line.AS_USUAL), console)
+        plan = line._upcast(planned(student, to(target, **options), AS_USUAL), console)
     assert plan.tape.target.precision_of("vae_decoder") == decoder
     assert plan.tape.target.precision_of("unet") == options.get("precision", "fp16")
     told = ["the VAE says force_upcast: it stays in fp32, as in diffusers' pipeline"]
@@ -340,5 +341,5 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_stable_diffusion_decodes_in_halves(guided_student: Path) -> None:
     """As its pipeline does, whatever diffusers writes down by default."""
-    plan = planned(Student.open(guided_student), to(), line.AS_USUAL)
+    plan = planned(Student.open(guided_student), to(), AS_USUAL)
     assert line._upcast(plan, QUIET).tape.target.precision_of("vae_decoder") == "fp16"
