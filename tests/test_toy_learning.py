@@ -17,7 +17,7 @@ from gaussian import NOTHING, M, S, network, posterior, process, seeded, varianc
 from gaussian import exact as exact_map
 from torch import Tensor, nn
 
-from edgeflash.distill import by_add, by_consistency, by_dmd, by_imagine, by_ufogen
+from edgeflash.distill import by_add, by_consistency, by_dmd, by_imagine
 from edgeflash.distill.consistency import consistency
 from edgeflash.distill.few_steps import ladder, trailing
 from edgeflash.distill.process import Process
@@ -122,7 +122,7 @@ def one_step(it: Process, student: Any, count: int = 8192) -> Tensor:
 
 
 def test_consistency_distillation_learns_the_exact_map() -> None:
-    """Of G1 in one dimension: from 80 % of variance unexplained to a mean square below 1e-3."""
+    """From noise alone, in one dimension: after 6000 steps it is off by less than 0.03."""
     torch.manual_seed(0)
     it, student = process(), Plane(64, size=1)
     target = average(student, 0.95)
@@ -167,24 +167,6 @@ def test_a_fake_score_fits_what_the_student_makes() -> None:
     assert float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()) < 0.05
 
 
-def dmd(updates: int, steps: int) -> tuple[float, float, int]:
-    torch.manual_seed(0)
-    it = process("v_prediction")
-    options = by_dmd.DMD(denoising_steps=1, real_guidance=1, fake_updates=updates)
-    fake, student = Plane(), Plane()
-    game = by_dmd.Duel(options, RING.teacher(it), fake, student, it, NOTHING)
-    turns = [Turn(fake, game.fake_loss, 1e-3), Turn(student, game.student_loss, 2e-4, updates)]
-    learn(turns, steps * updates, lambda generator: RING.points(512, generator))
-    return RING.told(one_step(it, student))
-
-
-def test_a_fake_score_that_learns_faster_keeps_samples_at_their_modes() -> None:
-    """DMD in one step on the ring: the two time scales of DMD2 (arXiv 2405.14867, sec. 4.2)."""
-    even, faster = dmd(1, 2000), dmd(5, 2000)
-    assert faster[2] == 8 and faster[1] > 0.8
-    assert faster[0] > even[0]
-
-
 def add(**options: Any) -> tuple[float, float, int]:
     torch.manual_seed(0)
     it = process("v_prediction")
@@ -219,25 +201,6 @@ def test_a_critic_keeps_add_from_its_mean() -> None:
     assert both[2] == 8 and both[0] > 0.3
 
 
-def test_ufogen_finds_all_modes() -> None:
-    torch.manual_seed(0)
-    it, student, critic = process("v_prediction"), Plane(), Plane(out=1)
-
-    def judged(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return critic(x, t, c).sample.flatten(1)
-
-    options = by_ufogen.UFOGen()
-    game = by_ufogen.Duel(options, student, judged, it)
-
-    def critic_loss(_: Any, batch: dict[str, Tensor], generator: torch.Generator) -> Terms:
-        return game.critic_loss(judged, batch, generator)
-
-    turns = [Turn(critic, critic_loss, 4e-4, options.critic_every, betas=(0.0, 0.999))]
-    turns += [Turn(student, game.student_loss, 2e-4)]
-    learn(turns, 4000, lambda generator: RING.points(512, generator))
-    assert RING.told(one_step(it, student))[1:] == (pytest.approx(1, abs=0.1), 8)
-
-
 def imagine(start: Any, *, backward: bool) -> float:
     """Share within 4 deviations after three steps of the student's own."""
     it, student = process("v_prediction"), Plane(32)
@@ -253,9 +216,9 @@ def imagine(start: Any, *, backward: bool) -> float:
     return GRID.told(x)[1]
 
 
-def test_starts_of_ones_own_teach_more_than_noised_data() -> None:
-    """Backward distillation (arXiv 2405.05224, sec. 4.1), of a student too small for the grid."""
-    torch.manual_seed(0)
+def denoiser(seed: int) -> Plane:
+    """A small student that has learnt to denoise the grid: where it begins."""
+    torch.manual_seed(seed)
     it, start = process("v_prediction"), Plane(32)
     teacher = GRID.teacher(it)
 
@@ -267,4 +230,11 @@ def test_starts_of_ones_own_teach_more_than_noised_data() -> None:
         return {"denoising": gap.square().mean()}
 
     learn([Turn(start, loss, 2e-3)], 1500, lambda generator: GRID.points(512, generator))
-    assert imagine(start, backward=True) > imagine(start, backward=False)
+    return start
+
+
+def test_starts_of_ones_own_teach_more_than_noised_data() -> None:
+    """Backward distillation (arXiv 2405.05224, sec. 4.1), of students too small for the grid."""
+    starts = [denoiser(seed) for seed in range(3)]
+    own, data = (sum(imagine(s, backward=backward) for s in starts) for backward in (True, False))
+    assert own > data
