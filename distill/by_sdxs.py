@@ -116,7 +116,7 @@ class SDXS(Method):
         assert shop.teacher
         torch.manual_seed(0)
         process = shop.process()
-        teacher = shop.frozen(shop.teacher, self.style())
+        teacher = shop.frozen(shop.teacher, *self.style())
         conditioning, nothing = cached_conditioning(shop)
         lesson = Lesson(
             options=self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,21 +115,21 @@ class Workshop:
         """Of the denoiser in a diffusers folder."""
         return Student.unfinished(folder).config(self.denoiser)
 
-    def load(self, folder: Path, component: str, loras: Sequence[Lora] = ()) -> Any:
+    def load(self, folder: Path, component: str, *loras: Lora) -> Any:
         """A network of a diffusers folder: float32, evaluating, on the device, LoRAs fused into it.
 
         A denoiser carries the folder's ControlNet or adapter, which learns along with it, or is
         averaged.
         """
         student = Student.unfinished(folder)
-        student.loras = tuple(loras)
+        student.loras = loras
         network = load_network(student, component).eval()
         if component == student.family.denoiser:
             network = student.family.listening(student, network)
             insist(network, folder)
         return network.to(self.device, memory_format=torch.channels_last)
 
-    def frozen(self, folder: Path, loras: Sequence[Lora] = ()) -> Any:
+    def frozen(self, folder: Path, *loras: Lora) -> Any:
         """A denoiser that learns nothing; in bf16 where the stage is, to be called in `autocast`.
 
         Only the weights of products are: autocast would round the same ones at every call.
@@ -143,7 +143,7 @@ class Workshop:
                 f"{folder}: is of the family {theirs}, the student of {ours}, and they do not hear "
                 "prompts alike: name one of the same family"
             )
-        denoiser = self.load(folder, self.denoiser, loras).requires_grad_(False)
+        denoiser = self.load(folder, self.denoiser, *loras).requires_grad_(False)
         for layer in denoiser.modules() if self.half else ():
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 layer.to(torch.bfloat16)
