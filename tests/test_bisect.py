@@ -23,7 +23,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.export.bisect import bisect_bundles, check_pair, first_divergence
 from edgeflash.export.divergence import Divergence, off, told
 from edgeflash.export.line import _refuse
-from edgeflash.export.onnx_graph import load, save, to_half
+from edgeflash.export.onnx_graph import BF16, HALF, load, save, to_half
 from edgeflash.export.quantize import TAKES, decide, quantize_dynamic
 from edgeflash.export.quantize_weights import to_int4, to_int8
 from edgeflash.roles import Target
@@ -94,9 +94,9 @@ def test_plain_products_behind_a_quantized_one_are_not_to_blame(tmp_path: Path) 
 # --- halves ---------------------------------------------------------------------------------------
 
 
-def halved(path: Path) -> Path:
+def halved(path: Path, kind: Any = HALF) -> Path:
     model = load(path)
-    to_half(model)
+    to_half(model, kind)
     return save(model, path.with_name("half.onnx"), 2**20)[0]
 
 
@@ -108,8 +108,10 @@ def test_an_overflow_of_halves_is_found_though_sums_are_wider_here(tmp_path: Pat
     products = {"c1": weight(4, 4, 1, 1, factor=3e4), "c2": weight(4, 4, 1, 1, factor=3e-4)}
     told_sides = [("a", ["n", 4, 4, 4])]
     whole = network(tmp_path / "whole.onnx", *nodes, recorded=told_sides, **products)
-    found = first_divergence(whole, halved(whole), "unet", [CALL], 45.0)
+    faint = {"sample": 1e-5 * CALL["sample"]}
+    found = first_divergence(whole, halved(whole), "unet", [faint, CALL], 45.0)
     assert found and found.operator == "conv_1" and found.overflows
+    assert first_divergence(whole, halved(whole, BF16), "unet", [faint, CALL], 35.0) is None
     beyond = "its values are beyond float16's 65,504: "
     assert found.remedy("fp16", "fp16", "onnx") == beyond + "--precision fp32"
     assert found.remedy("fp16", "int8", "onnx") == beyond + "--set rest=fp32"
