@@ -77,7 +77,8 @@ def lower_stage(tape: Tape, name: str, run: Run, calls: Outcome | None) -> Stage
         asked = _made_from(tape, name, run) | {"target": _asked_of(tape.target, name)}
         if _needs_calls(tape.target, name):
             assert calls is not None, name
-            asked |= {"calls": calls.sha256, "held_out": tape.held_out}
+            held_out = tape.held_out if tape.target.calibrates(name) else 0
+            asked |= {"calls": calls.sha256, "held_out": held_out}
         return asked
 
     return Stage(run.folder, f"lower-{name}", inputs)

@@ -20,7 +20,7 @@ from tiny_sdxl import write_sdxl
 
 from edgeflash import align_your_steps as ays
 from edgeflash.errors import EdgeflashError
-from edgeflash.export.line import _tell_sampler
+from edgeflash.export.remarks import _tell_sampler
 from edgeflash.student import Student, StudentLineage, write_manifest
 
 # diffusers hands torch tensors to numpy.array

@@ -206,9 +206,9 @@ def test_a_later_stage_halves_what_the_one_before_made(
 
     load, loaded = Workshop.load, []
 
-    def noted(shop: Workshop, folder: Path, component: str) -> Any:
+    def noted(shop: Workshop, folder: Path, component: str, *loras: Path) -> Any:
         loaded.append(f"{folder.parent.name}/{component}")
-        return load(shop, folder, component)
+        return load(shop, folder, component, *loras)
 
     monkeypatch.setattr(Workshop, "load", noted)
     every = {"by": "progressive", "steps": 2, "batch_size": 2}
