@@ -205,7 +205,7 @@ def test_what_follows_from_equal_latencies_is_equal_too() -> None:
     ],
 )
 def test_nothing_is_ranked_under_other_conditions(changes: dict[str, Any], said: str) -> None:
-    slower = {"latency_ms_p50": 600.0, "latency_ms_p90": 601.0}
+    slower: dict[str, Any] = {"latency_ms_p50": 600.0, "latency_ms_p90": 601.0}
     found = compare(report_of(system()), report_of(system(**slower, **changes)))
     assert len(found.differences) == 1 and re.search(said, found.differences[0])
     assert all(row.better is None for row in found.rows)
