@@ -71,7 +71,10 @@ class DMD(Method):
     t_min: float = Field(0.02, ge=0, lt=1, description="least noise to compare at, as share of T")
     t_max: float = Field(0.98, ge=0, lt=1, description="greatest noise to compare at")
     gan_weight: float = Field(
-        0.0, ge=0, description="of the adversarial term, 1e-3 in the paper; 0: no critic"
+        0.0,
+        ge=0,
+        description="of the adversarial term, 1e-3 in the paper, more for small latents, over whose "
+        "numbers the matching term is a mean; 0: no critic",
     )
     critic_weight: float = Field(1e-2, ge=0, description="of the critic's term in the fake's loss")
     attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)
