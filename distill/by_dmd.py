@@ -73,8 +73,8 @@ class DMD(Method):
     gan_weight: float = Field(
         0.0,
         ge=0,
-        description="of the adversarial term, 1e-3 in the paper, more for small latents, over whose "
-        "numbers the matching term is a mean; 0: no critic",
+        description="of the adversarial term: 1e-3 in the paper, more for small latents, over "
+        "whose numbers the matching term is a mean; 0: no critic",
     )
     critic_weight: float = Field(1e-2, ge=0, description="of the critic's term in the fake's loss")
     attribute_weight: float = Field(0.0, ge=0, description=WEIGHT)

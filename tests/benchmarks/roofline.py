@@ -84,13 +84,15 @@ def rows(given: argparse.Namespace, scratch: Path) -> Iterator[Row]:
                 warmup_runs=1,
                 runs=3,
             )
-            measured, mib = run_apart(job, lambda done, of: None), moved_mib(bundle, batch)
+            measured = run_apart(job, lambda done, of: None)
+            at_once = {name: 1 if name.startswith("text") else batch for name in work}  # one prompt
+            mib = {name: moved_mib(bundle, many)[name] for name, many in at_once.items()}
             for stage, spent in measured.stages_ms.items():
-                whole = work[stage] * batch
+                whole = work[stage] * at_once[stage]
                 yield Row(stage, size, batch, steps, median(spent), whole, mib[stage])
             image = median(measured.runs_ms)
             parts = {name: steps if name == bundle.denoiser.name else 1 for name in work}
-            whole = sum(work[name] * batch * parts[name] for name in work)
+            whole = sum(work[name] * at_once[name] * parts[name] for name in work)
             moved = sum(mib[name] * parts[name] for name in work)
             yield Row("image", size, batch, steps, image, whole, moved)
 
@@ -132,7 +134,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=numbers, default=[256, 512, 768, 1024])
     parser.add_argument("--batches", type=numbers, default=[1, 2, 4])
     parser.add_argument("--steps", type=numbers, default=[1, 2, 4, 8])
-    parser.add_argument("--on", default="onnx")
+    parser.add_argument("--on", choices=("onnx",), default="onnx", help="whose graphs are read")
     parser.add_argument("--precision", default="fp32")
     given = parser.parse_args()
     top = peaks()
@@ -151,6 +153,11 @@ def main() -> None:
                 f"| {row.attained / roof:.0%} |",
                 flush=True,
             )
+            keep(given, top, found)
+
+
+def keep(given: argparse.Namespace, top: dict[str, float], found: list[Row]) -> None:
+    """Writes what there is so far."""
     given.out.mkdir(parents=True, exist_ok=True)
     told = {"peaks": top, "precision": given.precision, "rows": [asdict(row) for row in found]}
     (given.out / "roofline.json").write_text(json.dumps(told, indent=1))
