@@ -385,3 +385,9 @@ def test_other_weights_go_into_engines_made_for_it(
 def test_gpus_are_numbered(guided: Exported, plain: TensorRt) -> None:
     with pytest.raises(EdgeflashError, match="no GPU 1 here: they are numbered 0 to 0"):
         on(gpu=1).open(guided.bundle.folder, typed(guided))
+
+
+def test_the_runtime_is_the_bundle_s_own() -> None:
+    assert shelf.opener("tensorrt") == "tensorrt"
+    assert shelf.opener("onnx") == "onnx", "ONNX Runtime stays the first choice"
+    assert shelf.make(Runtime, "tensorrt", {}).opens == ("tensorrt", "onnx")

@@ -22,7 +22,7 @@ from edgeflash.export.line import export_student
 from edgeflash.export.quantize_symmetric import keep_positive
 from edgeflash.export.stand_in import StandIn
 from edgeflash.gpu import NO_GPU
-from edgeflash.roles import Runtime, Target
+from edgeflash.roles import Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
 from edgeflash.student import Student
 from edgeflash.verify import runtime_for, verify
@@ -393,9 +393,3 @@ def test_the_doctor_tells_the_same(no_gpu: Cuda) -> None:
     no_gpu.driver = 12020
     assert "the CUDA driver takes CUDA 12.2" in inspect._asked("tensorrt_rtx")
     assert "'cuda-python<13'" in inspect._asked("tensorrt_rtx")
-
-
-def test_the_runtime_is_the_bundle_s_own() -> None:
-    assert shelf.opener("tensorrt") == "tensorrt"
-    assert shelf.opener("onnx") == "onnx", "ONNX Runtime stays the first choice"
-    assert shelf.make(Runtime, "tensorrt", {}).opens == ("tensorrt", "onnx")
