@@ -27,7 +27,6 @@ from edgeflash.machine import available_bytes, installed_bytes
 from edgeflash.roles import Target
 from edgeflash.shelf import target_name
 from edgeflash.student import Student
-from edgeflash.work import alive_bytes, taught_bytes
 
 from .hashing import home_of
 
@@ -112,6 +111,8 @@ def check_running(
     Raises:
         EdgeflashError: this machine has not that much; warns where it is not free now.
     """
+    from edgeflash.work import alive_bytes  # torch, which a refused command need not have
+
     wanted = {}
     for name in _large_ones(student, components, size):
         weights = numbers_of(student, name) * RUN.get(target.precision_of(name), RUN_ELSE)
@@ -129,6 +130,8 @@ def check_taught(
     Raises:
         EdgeflashError: this machine has not that much; warns where it is not free now.
     """
+    from edgeflash.work import taught_bytes
+
     wanted = {
         name: BASE_BYTES + 4.0 * numbers_of(student, name) + taught_bytes(student, name, size)
         for name in _large_ones(student, components, size)

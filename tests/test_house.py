@@ -82,6 +82,12 @@ def test_the_light_half_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent, env=_quiet())
 
 
+def test_an_export_is_refused_without_torch() -> None:
+    """It begins a nursery before it knows what is missing, which then is told in one line."""
+    code = "import sys; sys.modules['torch'] = None\nimport edgeflash.export.nursery"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_help_imports_neither_torch_nor_a_room() -> None:
     code = "import sys; sys.argv = ['edgeflash', '--help']\nfrom edgeflash.cli import main\n"
     code += "try: main()\nexcept SystemExit: pass\n"
