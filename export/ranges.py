@@ -14,14 +14,13 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.rounding import MOVES
 
 from .capture import Captured
+from .divergence import LARGEST_HALF, NEVER
 from .memory import APART_NUMBERS
 from .onnx_graph import HALF, to_half
 from .plan import Operator
 from .wide import LAYER
 
-LARGEST = 65504.0  # that float16 holds
 MARGIN = 2.0  # what other prompts may bring
-NEVER = 1e30  # of magnitudes
 CALLS, FEW_CALLS = 16, 2  # of small components, and of those that take seconds a call
 
 
@@ -48,7 +47,7 @@ def large(captured: Captured) -> set[str]:
         for i in np.linspace(0, len(captured.samples) - 1, count):
             given = captured.samples[round(i)].inputs
             watch.run(*(torch.from_numpy(given[spec.name]) for spec in captured.inputs))
-    return {name for name, value in watch.largest.items() if value * MARGIN > LARGEST}
+    return {name for name, value in watch.largest.items() if value * MARGIN > LARGEST_HALF}
 
 
 class _Watch(torch.fx.Interpreter):

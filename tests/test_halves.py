@@ -61,7 +61,7 @@ def overflown(one_step_student: Path, tmp_path_factory: pytest.TempPathFactory) 
     unet = UNet2DConditionModel.from_pretrained(student / "unet")
     conv1 = unet.get_submodule(f"{LAYER}.conv1")
     conv1.weight.data.mul_(4e5)
-    assert conv1.weight.abs().max() < ranges.LARGEST, "it is the sums that do not fit"
+    assert conv1.weight.abs().max() < ranges.LARGEST_HALF, "it is the sums that do not fit"
     unet.save_pretrained(student / "unet")
 
     def climb(*args: Any, **options: Any) -> Any:

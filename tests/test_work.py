@@ -27,7 +27,7 @@ from edgeflash.export.line import export_student
 from edgeflash.export.sensitivity import sensitivity
 from edgeflash.roles import Target
 from edgeflash.student import Student
-from edgeflash.work import _Alive, _taught, alive_bytes, taught_bytes
+from edgeflash.work import _Alive, _taught, alive_bytes, gflops, taught_bytes
 
 PARTS = ("text_encoder", "unet", "vae_decoder")
 NUMBERS = {"text_encoder": 123_060_480, "unet": 323_384_964, "vae_decoder": 49_490_199}
@@ -67,6 +67,13 @@ def test_attention_takes_the_square_of_tokens_in_graphs_and_not_on_the_way_back(
     square = 2 * 64 * 64 * 4
     assert 2 * square <= most(Attention(), x) < 3 * square
     assert _taught(Attention(), [x.clone()]) < square
+
+
+def test_the_work_of_an_encoder_that_asks_for_its_mask_is_told(tmp_path: Path) -> None:
+    write_pixart(tmp_path / "student")
+    found = gflops(Student.open(tmp_path / "student"))
+    assert list(found) == ["text_encoder", "transformer", "vae_decoder"]
+    assert all(work > 0 for work in found.values())
 
 
 @pytest.mark.parametrize("write", [write_pixart, write_sd3, write_sdxl])
