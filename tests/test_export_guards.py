@@ -229,6 +229,10 @@ def test_how_many_goldens_ship(
     monkeypatch.setattr(pack, "BIG_BYTES", size)
     samplers = [Sampler(t, Guidance(), (1, 4, 8, 8)) for t in student.schedules([8, 9]).values()]
     assert [pack.climbs_all(student, sampler) for sampler in samplers] == [True, False]
+    monkeypatch.setattr(pack, "BIG_BYTES", size - 1)
+    assert not pack.climbs_all(
+        student, Sampler(student.schedules([1])[1], Guidance(), (1, 4, 8, 8))
+    )
     monkeypatch.setattr(pack, "BIG_BYTES", 0)
     assert most() == [3, 3, 2, 1] and most(kind="cfg", scale=2.0) == [3, 2, 1, 1]
     monkeypatch.setattr(pack, "GOLDENS_BYTES", 1000)
