@@ -92,7 +92,9 @@ def _expected(error: Any) -> str:
     if error["type"] == "tuple_type" and isinstance(error["input"], dict):
         return "a list of tables, [[…]] in TOML"
     if error["type"] == "tuple_type" and isinstance(error["input"], str | int | float):
-        return f"a list, as in [{json.dumps(error['input'])}]"
+        found = error["input"]
+        parts = [part.strip() for part in found.split(",")] if isinstance(found, str) else [found]
+        return f"a list, as in {json.dumps(parts)}"
     must = EXPECTED.get(error["type"])
     return must.format(**context) if must else str(error["msg"])
 

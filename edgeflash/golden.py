@@ -179,6 +179,13 @@ class Sampler:
                 told[name] = self.predict(runs, seen, t, {**conditioning, **left})
         return told
 
+    def proofs(self, graph: str | None) -> int:
+        """Calls of a graph that `record` makes beside those of the loop: to know what it proves."""
+        steps = self.schedule.steps
+        own = [row for row in rows_to_record(self.schedule) if steps[row].graph == graph]
+        without_prompt = 0 if graph or self.guidance.doubles else len(own)
+        return without_prompt + (len(own) > 1)  # and at another time
+
     def sweep(
         self, network: Network, told: Tensors, conditioning: Conditioning, times: Sequence[float]
     ) -> Tensors:

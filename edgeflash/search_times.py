@@ -107,7 +107,8 @@ class MeasuredTimes(Times):
 
     def _captured(self, network: Network) -> Captured:
         """Of one call, with random numbers."""
-        from edgeflash.export.capture import Captured, Eager, to_program
+        from edgeflash.export.capture import Captured, Eager
+        from edgeflash.export.program import to_program
 
         given = {spec.name: _numbers(spec) for spec in network.inputs}
         eager = Eager(network)

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from edgeflash import control
 from edgeflash.bundle import ANSWER, Latent, TensorSpec, kind_of
@@ -24,13 +23,12 @@ from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
 from edgeflash.student import Student
 
-from .caching import Leaving, Way, before_list, without
+from .caching import Leaving, Way, without
 from .merging import merge_tokens, unmerged
+from .program import to_program
 from .steering import controlnet_of, look, seen_beside, steered
 
 MOST_PLAIN = 3  # goldens that are drawn once more to see what merging, caching or time does
-MOST_BATCH = 63  # diffusers' upsampling takes another path from 64 on
-NOTHING_TO_DO = {"aten.contiguous.default", "aten.dropout.default", "aten.alias.default"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +124,8 @@ class Tape:
         way: how some of the denoiser is left out at some steps; None: it is not.
         times: timesteps of other steps and schedules, for the ladder to see what time does.
         held_out: nothing is calibrated on what was recorded of so many first prompts.
+        proved: so many first prompts prove the bundle; of others the denoiser is not asked what it
+            does without them or at other times. None: all.
         goldens: arrays recorded so far, one table a prompt; see `edgeflash.golden`.
         plain: latents of some goldens, drawn without "merging", or without "caching".
         loss_db: how far each of these moves their pictures.
@@ -144,6 +144,7 @@ class Tape:
     way: Way | None = None
     times: tuple[float, ...] = ()
     held_out: int = 0
+    proved: int | None = None
     goldens: list[Tensors] = field(default_factory=list)
     plain: dict[str, list[Array]] = field(default_factory=dict)
     loss_db: dict[str, list[float]] = field(default_factory=dict)
@@ -168,8 +169,15 @@ class Tape:
         module = self.target.rewrite(network).module
         program = to_program(module, network.inputs, samples[0])
         name, inputs, outputs = network.component, network.inputs, network.outputs
-        held_out = self.held_out * (len(samples) // len(self.prompts))  # of each prompt as many
-        return Captured(name, program, inputs, outputs, samples, held_out)
+        return Captured(name, program, inputs, outputs, samples, self._held_out(name, len(samples)))
+
+    def _held_out(self, component: str, calls: int) -> int:
+        """How many of a component's first calls are of prompts that nothing is calibrated on."""
+        count, denoiser = len(self.prompts), self.student.family.denoiser
+        graphs = {denoiser: None, control.NAME: None, cached_name(denoiser): "cached"}
+        if self.proved is not None and component in graphs:
+            calls += (count - self.proved) * self.sampler.proofs(graphs[component])
+        return self.held_out * (calls // count)
 
     def record(
         self, component: str, see: Callable[[Network], object] = lambda network: None
@@ -259,12 +267,13 @@ class Tape:
         return {spec.role for spec in self._denoiser_inputs}
 
     def _run_denoiser(self, network: Eager) -> None:
-        rows = rows_to_record(self.sampler.schedule)
+        every = rows_to_record(self.sampler.schedule)
         cached, seen = self._beside(network.network), seen_beside(self)
         controlnet = controlnet_of(self)
         for number, golden in enumerate(self.goldens):
             both, sampler = self._both(golden), replace(self.sampler, beside=seen[number])
             asked = steered(network, controlnet, self.seed(number), self.size)
+            rows = every if self.proved is None or number < self.proved else []
             golden |= sampler.record(asked, *both, self.seed(number), rows, cached)
             golden |= asked.told if isinstance(asked, control.Controlled) else {}
         self._sweep(network, controlnet)
@@ -281,7 +290,8 @@ class Tape:
     def _sweep(self, network: Eager, controlnet: Eager | None) -> None:
         """What time does in some goldens; not among the samples, for the loop has no such call."""
         aside, other = Eager(network.network), controlnet and Eager(controlnet.network)
-        for number, golden in enumerate(self.goldens[:MOST_PLAIN] if self.times else ()):
+        count = min(MOST_PLAIN, self.proved or MOST_PLAIN) if self.times else 0
+        for number, golden in enumerate(self.goldens[:count]):
             asked = steered(aside, other, self.seed(number), self.size)
             golden |= self.sampler.sweep(asked, golden, self._both(golden)[0], self.times)
 
@@ -343,58 +353,3 @@ def as_one_row(array: Array, spec: TensorSpec) -> Array:
         spec = spec.model_copy(update={"dtype": "float32"})
     array = spec.arranged(array)
     return array[None] if spec.shape and array.ndim == 0 else array
-
-
-def to_program(
-    module: torch.nn.Module, inputs: Iterable[TensorSpec], sample: Sample
-) -> ExportedProgram:
-    """Captures a module on a recorded call, at batch 2 where the batch stays free."""
-    free: dict[str, Any] = {}
-    arguments, shapes = [], []
-    for spec in inputs:
-        example = torch.from_numpy(sample.inputs[spec.name])
-        named = {i: d for i, d in enumerate(spec.shape) if isinstance(d, str)}
-        for dimension in named.values():
-            free.setdefault(dimension, Dim(dimension, min=1, max=MOST_BATCH))
-        whole = zip(spec.shape, example.shape, strict=True)
-        repeats = [2 if isinstance(side, str) else int(side) // one for side, one in whole]
-        arguments.append(example.repeat(repeats))  # copied: numpy gives views of stride 0
-        shapes.append({i: free[d] for i, d in named.items()})
-    with torch.no_grad():
-        free_shapes: tuple[Any, ...] | None = tuple(shapes) if free else None
-        if free_shapes and (own := before_list(module)) is not None:
-            free_shapes = (*free_shapes[:own], free_shapes[own:])
-        program = torch.export.export(
-            module, tuple(arguments), dynamic_shapes=free_shapes, strict=False
-        )
-    _tidy(program)
-    return program
-
-
-def _tidy(program: ExportedProgram) -> None:
-    """Takes out what does nothing in a finished network: dropout, casts to the type it has."""
-    graph = program.graph_module.graph
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        name = str(node.target)
-        if name == "aten._assert_tensor_metadata.default":
-            graph.erase_node(node)
-        elif _does_nothing(node):
-            node.replace_all_uses_with(node.args[0])
-            program.graph_signature.replace_all_uses(node.name, node.args[0].name)
-            graph.erase_node(node)
-        elif name.startswith("aten.to."):
-            node.target = torch.ops.aten._to_copy.default
-            node.args, node.kwargs = node.args[:1], {"dtype": node.meta["val"].dtype}
-    graph.eliminate_dead_code()
-    program.graph_module.recompile()
-
-
-def _does_nothing(node: torch.fx.Node) -> bool:
-    """Of an operator that may give back what it is given, whether it does."""
-    name = str(node.target)
-    if name in NOTHING_TO_DO or name.startswith("aten.to.") or name == "aten.squeeze.dim":
-        given, made = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
-        return bool(given.dtype == made.dtype and given.ndim == made.ndim)
-    return False

@@ -298,6 +298,7 @@ def planned(student: Student, target: Target, options: ExportOptions) -> _Plan:
         way=way,
         times=times_to_sweep(schedules.values(), schedules[default_steps]),
         held_out=goldens if calibrates and len(prompts) > 1 else 0,
+        proved=None if small or not every else goldens,
     )
     climbed = len(prompts) if small else goldens
     return _Plan(student, components, schedules, default_steps, tape, goldens, climbed)

@@ -20,6 +20,7 @@ from edgeflash.golden import Tensors
 from .capture import Captured, Sample
 from .onnx_graph import layers, load
 from .plan import PIXELS, Kind, Operator, Quantizing
+from .quantize_static import quantize_by_extremes
 from .quantize_weights import to_int4, to_int8
 from .quiet import quiet
 
@@ -29,7 +30,7 @@ TAKES = {  # by ONNX Runtime; of two activations products take int8 alone
     "MatMul": ("int8", "int8-dynamic", "int8-weights", "int4-weights"),
     "Gemm": ("int8", "int8-weights"),
 }
-METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
+METHODS = {"percentile": "Percentile", "entropy": "Entropy"}
 
 
 class Recorded(CalibrationDataReader):  # type: ignore[misc]
@@ -131,10 +132,11 @@ def quantize_static(
     Weights are int8 per output channel, activations uint8, or int8 where ``symmetric``, with one
     range a tensor. ``extra``: more of ONNX Runtime's extra options.
     """
-    kind = ort.QuantType.QInt8 if symmetric else ort.QuantType.QUInt8
+    if ranges == "minmax":
+        calls = captured.calibration
+        return quantize_by_extremes(path, calls, names, PRODUCTS, symmetric=symmetric, extra=extra)
     found = path.with_name("int8.onnx")
-    if ranges != "minmax":  # which has two numbers of a tensor; histograms are made of all it holds
-        extra |= {"CalibStridedMinMax": 1}  # recorded calls at a time, for histograms too
+    extra |= {"CalibStridedMinMax": 1}  # recorded calls at a time, also for histograms
     with quiet():
         ort.quantize_static(
             path,
@@ -144,7 +146,7 @@ def quantize_static(
             op_types_to_quantize=list(PRODUCTS),
             nodes_to_quantize=names,
             per_channel=True,
-            activation_type=kind,
+            activation_type=ort.QuantType.QInt8 if symmetric else ort.QuantType.QUInt8,
             weight_type=ort.QuantType.QInt8,
             calibrate_method=getattr(ort.CalibrationMethod, METHODS[ranges]),
             use_external_data_format=True,

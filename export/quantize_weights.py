@@ -31,7 +31,7 @@ def to_int8(path: Path, names: list[str]) -> Path:
         at = next(i for i, v in enumerate(node.inputs) if v is not None and v.is_initializer())
         weight = node.inputs[at]
         assert weight is not None
-        key = weight, _channels(node, weight)
+        key = weight, channels(node, weight)
         if key not in made:
             made[key] = _widened(graph, *key, before=node)
         node.replace_input_with(at, made[key])
@@ -41,7 +41,7 @@ def to_int8(path: Path, names: list[str]) -> Path:
     return save(model, found, 0)[0]
 
 
-def _channels(node: ir.Node, weight: ir.Value) -> int:
+def channels(node: ir.Node, weight: ir.Value) -> int:
     """The axis of the output channels in the weight of a product."""
     assert weight.shape is not None
     flipped = node.op_type == "Gemm" and node.attributes.get_int("transB", False)

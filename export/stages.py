@@ -61,6 +61,7 @@ def record_stage(tape: Tape, name: str, run: Run, before: str) -> Stage:
                 "size": [*tape.size],
                 "times": [*tape.times],
             }
+            asked |= {} if tape.proved is None else {"proved": tape.proved}
         elif name == "vae_decoder":
             asked |= {"latent": tape.latent.model_dump(mode="json")}
         if tape.target.learns:

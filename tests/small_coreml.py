@@ -11,7 +11,8 @@ from torch import nn
 
 from edgeflash import shelf
 from edgeflash.bundle import TensorSpec
-from edgeflash.export.capture import Captured, Sample, to_program
+from edgeflash.export.capture import Captured, Sample
+from edgeflash.export.program import to_program
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Target
 from edgeflash.runtimes.mil_program import Program, data_folder, read_model

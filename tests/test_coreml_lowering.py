@@ -16,11 +16,12 @@ from torch import nn
 from edgeflash.bundle import Bundle, Component, Image, Latent, Lineage, TensorSpec, describe_file
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import coreml_norms, coreml_resources
-from edgeflash.export.capture import Captured, Network, Sample, to_program
+from edgeflash.export.capture import Captured, Network, Sample
 from edgeflash.export.coreml_attention import split_einsum
 from edgeflash.export.coreml_networks import TextEncoder
 from edgeflash.export.line import export_student
 from edgeflash.export.pack import write_manifest
+from edgeflash.export.program import to_program
 from edgeflash.export_options import ExportOptions
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Target

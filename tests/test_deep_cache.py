@@ -20,8 +20,9 @@ from edgeflash.bundle import Bundle, TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import onnx_graph
 from edgeflash.export.caching import check_rows, rows_of, without
-from edgeflash.export.capture import Captured, Eager, Network, Sample, to_program
+from edgeflash.export.capture import Captured, Eager, Network, Sample
 from edgeflash.export.line import export_student
+from edgeflash.export.program import to_program
 from edgeflash.export.ways import DeepCache, way_of
 from edgeflash.export_options import AS_USUAL, ExportOptions
 from edgeflash.golden import Sampler, load_tensors

@@ -12,8 +12,9 @@ from exported import QUIET
 from edgeflash import shelf
 from edgeflash.bundle import Bundle, Component, TensorSpec, describe_file
 from edgeflash.errors import EdgeflashError
-from edgeflash.export.capture import Captured, Sample, to_program
+from edgeflash.export.capture import Captured, Sample
 from edgeflash.export.line import export_student
+from edgeflash.export.program import to_program
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Runtime, Target
 from edgeflash.student import Student

@@ -307,7 +307,8 @@ def test_programs_that_need_decomposing_are_translated_too(tmp_path: Path) -> No
     import torch
 
     from edgeflash.export import onnx_graph
-    from edgeflash.export.capture import Sample, to_program
+    from edgeflash.export.capture import Sample
+    from edgeflash.export.program import to_program
 
     class WritesInPlace(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -330,7 +331,8 @@ def test_what_does_nothing_is_taken_out_even_at_the_end(tmp_path: Path) -> None:
     """A squeeze of a side that is longer is none; ONNX's would fail."""
     import torch
 
-    from edgeflash.export.capture import Sample, to_program
+    from edgeflash.export.capture import Sample
+    from edgeflash.export.program import to_program
 
     class Ends(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,9 +19,10 @@ from edgeflash import shelf
 from edgeflash.bundle import TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.export import onnx_graph
-from edgeflash.export.capture import Captured, Sample, to_program
+from edgeflash.export.capture import Captured, Sample
 from edgeflash.export.line import export_student
 from edgeflash.export.merging import MergingBlock, merge_tokens, unmerged
+from edgeflash.export.program import to_program
 from edgeflash.export_options import ExportOptions
 from edgeflash.golden import load_tensors
 from edgeflash.noise import randn

@@ -16,9 +16,10 @@ from edgeflash import networks_sd, networks_sdxl, shelf
 from edgeflash.bundle import TensorSpec
 from edgeflash.errors import EdgeflashError
 from edgeflash.export.caching import rows_of
-from edgeflash.export.capture import Network, Sample, Tape, to_program
+from edgeflash.export.capture import Network, Sample, Tape
 from edgeflash.export.line import export_student
 from edgeflash.export.merging import MergingBlock, merge_tokens
+from edgeflash.export.program import to_program
 from edgeflash.export.ways import Gate, way_of
 from edgeflash.export_options import ExportOptions
 from edgeflash.golden import Sampler, load_tensors

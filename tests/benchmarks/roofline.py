@@ -8,7 +8,6 @@ size is exported and run; batches and steps at 512 px alone. A stage's roof is t
 machine's peak and what its memory feeds: GFLOP of the stage over the bytes that have to move (see
 `runtimes/moved.py`). Peaks and bandwidth are measured in the same run. Writes `roofline.json` and
 `roofline.html`.
-Written, and not run to its end yet.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -97,29 +96,57 @@ def rows(given: argparse.Namespace, scratch: Path) -> Iterator[Row]:
             yield Row("image", size, batch, steps, image, whole, moved)
 
 
+STAGES = ("text_encoder", "unet", "vae_decoder", "image")  # in their colours
+
+
 def page(found: list[Row], top: dict[str, float], precision: str) -> str:
-    """Two plots: the stages under the roof, and the time of a picture by its pixels."""
-    peak = top[sums_of(precision)]
-    stages = [row for row in found if row.stage != "image" and row.batch == 1]
-    stages = [row for row in stages if row.steps == min(r.steps for r in stages)]
+    """Four plots: the stages under the roof, and times by pixels, by batch and by steps."""
+    plain = [row for row in found if row.batch == 1 and row.steps == found[0].steps]
+    here = [row for row in found if row.size == BASE]
+    plots = [
+        ("GFLOP/s over FLOP a byte, by px", _under_the_roof(plain, top, top[sums_of(precision)])),
+        ("seconds of a call, and of a picture, by size", _growth(plain, _megapixels)),
+        (f"seconds, by batch at {BASE} px", _growth([r for r in here if r.steps == 1], _batch)),
+        (f"seconds, by steps at {BASE} px", _growth([r for r in here if r.batch == 1], _steps)),
+    ]
+    key = " &nbsp; ".join(
+        f'<span style="color:var(--c{i})">\u25cf</span> {name.replace("_", " ")}'
+        for i, name in enumerate(STAGES)
+    )
+    cards = "".join(f"<article><h2>{name}</h2><p>{key}</p>{plot}</article>" for name, plot in plots)
+    head = f'<!doctype html><meta charset="utf-8"><title>roofline</title><style>{STYLE}</style>'
+    return f"{head}<body><section class='plots'>{cards}</section></body>"
+
+
+def _under_the_roof(rows: list[Row], top: dict[str, float], peak: float) -> str:
+    told = [row for row in rows if row.stage not in ("image", "text_encoder")]
+    told += [row for row in rows if row.stage == "text_encoder"][:1]  # the same at every size
     dots = [
-        Dot(f"{row.stage} {row.size}", row.intensity, row.attained, i)
-        for i, row in enumerate(stages)
+        Dot(str(row.size), row.intensity, row.attained, STAGES.index(row.stage)) for row in told
     ]
     bend = peak / top["GB/s"]
     roof = [(bend / 8, peak / 8), (bend, peak), (max(8 * bend, *(d.x for d in dots)), peak)]
-    names = list(dict.fromkeys(row.stage for row in stages))
-    growth = [
-        Line(name, tuple((r.size**2 / 1e6, r.ms / 1e3) for r in stages if r.stage == name), i)
-        for i, name in enumerate(names)
+    return scatter("roofline", "FLOP a byte", dots, line=roof)
+
+
+def _growth(rows: list[Row], along: Callable[[Row], float]) -> str:
+    drawn = [
+        Line(stage, tuple(sorted((along(r), r.ms / 1e3) for r in rows if r.stage == stage)), i)
+        for i, stage in enumerate(STAGES)
     ]
-    plots = (
-        ("GFLOP/s over FLOP a byte", scatter("roofline", "FLOP a byte", dots, line=roof)),
-        ("seconds of a call by megapixels", lines("growth", "megapixels", growth)),
-    )
-    cards = "".join(f"<article><h2>{name}</h2>{plot}</article>" for name, plot in plots)
-    head = f'<!doctype html><meta charset="utf-8"><title>roofline</title><style>{STYLE}</style>'
-    return f"{head}<body><section class='plots'>{cards}</section></body>"
+    return lines("growth", along.__name__.removeprefix("_"), drawn)
+
+
+def _megapixels(row: Row) -> float:
+    return row.size**2 / 1e6
+
+
+def _batch(row: Row) -> float:
+    return row.batch
+
+
+def _steps(row: Row) -> float:
+    return row.steps
 
 
 def numbers(text: str) -> list[int]:

@@ -19,8 +19,9 @@ import numpy as np
 import onnxruntime
 
 from edgeflash.export import onnx_graph
-from edgeflash.export.capture import Captured, Sample, to_program
+from edgeflash.export.capture import Captured, Sample
 from edgeflash.export.merging import MergingBlock, merge_tokens
+from edgeflash.export.program import to_program
 from edgeflash.student import Student
 
 

@@ -7,8 +7,8 @@ leaves. Bundles and the peers' virtual environments are made in DIR once and use
 another DIR for another edgeflash. The systems take turns, round by round, so that all of them see
 the machine's good and bad moments; compare ratios, not milliseconds. Peers whose exporters refuse
 the student (optimum and OpenVINO GenAI know no AutoencoderTiny) are given edgeflash's own bundle,
-so what is compared there is the runtime. A peer that fails has a row that says so. `peers.json` in
-DIR is rewritten after every answer.
+so what is compared there is the runtime; one is given the fp32 bundle as NNCF quantizes it unasked.
+A peer that fails has a row that says so. `peers.json` in DIR is rewritten after every answer.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class Peer:
 
     Attributes:
         script: `draw_*.py` without the affixes.
-        bundle: (target, precision) of the bundle it opens; None: the student's folder.
+        bundle: target, precision and settings of the bundle it opens; None: the student's folder.
         venv: name of its environment; "": this one.
         options: keyword arguments of the script's `load`.
     """
 
     name: str
     script: str
-    bundle: tuple[str, str] | None = None
+    bundle: tuple[str, ...] | None = None
     venv: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -55,31 +55,41 @@ VENVS = {  # what others' pipelines want, each of its own time
     "optimum": ("torch", "optimum-onnx[onnxruntime]", "diffusers<0.36"),
     "genai": ("openvino", "openvino-tokenizers", "openvino-genai", "pillow"),
 }
-BF16 = {"on": "openvino", "inference_precision": "bf16"}
+BF16 = {"on": "openvino", "inference_precision": "bf16", "static": "true"}  # GenAI is told so too
+NNCF = "nncf"  # a "precision": int8 without any of edgeflash's choices
+ALL = 'quantized=["text_encoder","unet","vae_decoder"]'
 PEERS = (
     Peer("diffusers, eager", "diffusers"),
     Peer("diffusers, eager, bf16", "diffusers", options={"dtype": "bfloat16"}),
     Peer("diffusers, torch.compile", "diffusers", options={"compiled": "1"}),
     Peer("optimum, ONNX Runtime fp32", "optimum", ("onnx", "fp32"), "optimum"),
     Peer("OpenVINO GenAI, fp32 file", "genai", ("openvino", "fp32"), "genai"),
-    Peer("OpenVINO GenAI, int8 file", "genai", ("openvino", "int8"), "genai"),
+    Peer("OpenVINO GenAI, NNCF's own int8", "genai", ("openvino", NNCF), "genai"),
+    Peer("OpenVINO GenAI, edgeflash's int8", "genai", ("openvino", "int8"), "genai"),
     Peer("edgeflash, onnx fp32", "edgeflash", ("onnx", "fp32"), options={"on": "onnx"}),
     Peer("edgeflash, onnx int8", "edgeflash", ("onnx", "int8"), options={"on": "onnx"}),
-    Peer("edgeflash, openvino fp32 file, bf16", "edgeflash", ("openvino", "fp32"), options=BF16),
-    Peer("edgeflash, openvino int8 file, bf16", "edgeflash", ("openvino", "int8"), options=BF16),
+    Peer("edgeflash, onnx int8, all", "edgeflash", ("onnx", "int8", ALL), options={"on": "onnx"}),
+    Peer("edgeflash, openvino bf16", "edgeflash", ("openvino", "fp32"), options=BF16),
+    Peer("edgeflash, openvino int8", "edgeflash", ("openvino", "int8"), options=BF16),
+    Peer("edgeflash, openvino int8, all", "edgeflash", ("openvino", "int8", ALL), options=BF16),
 )
 
 
-def bundle(kind: tuple[str, str], given: argparse.Namespace) -> Path:
+def bundle(kind: tuple[str, ...], given: argparse.Namespace) -> Path:
     """The student as a bundle; with the timestep as an input, which stock pipelines want."""
-    target, precision = kind
+    target, precision, *settings = kind
     asked = f"{given.student.name}-{given.side}-{given.steps}-{target}-{precision}"
-    out: Path = given.work / f"bundle-{asked}"
+    out: Path = given.work / f"bundle-{asked}{'-all' if settings else ''}"
     if (out / MANIFEST).exists():
+        return out
+    if precision == NNCF:
+        plain = bundle((target, "fp32"), given)
+        check([OURS, HERE / "nncf_defaults.py", plain, out])
         return out
     told = ["--to", target, "--precision", precision, "--steps", str(given.steps)]
     told += ["--guidance", "1", "--keep-timestep", "--size", str(given.side)]
     told += [f"--floor={name}={least}" for name, least in NO_FLOORS.items()]
+    told += [f"--set={setting}" for setting in settings]
     check([OURS, "-m", "edgeflash", "export", given.student, *told, "--out", out])
     return out
 
