@@ -93,12 +93,22 @@ def _show_extremes_alone(
         value = whole.graph.initializers[tensor.name].const_value
         assert value is not None
         if tensor.name in weights:
-            stand_in = _extremes_of(value.numpy(), weights[tensor.name])
+            stand_in = _extremes_of(_read(value), weights[tensor.name])
             tensor.CopyFrom(numpy_helper.from_array(stand_in, tensor.name))
         elif tensor.external_data and value.nbytes < STRANGE_BYTES:
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
             tensor.ClearField("external_data")
             tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+def _read(weight: Any) -> Array:
+    """From its file where it has one, not by a map that keeps all that was ever looked at."""
+    if not isinstance(weight, ir.ExternalTensor):
+        found: Array = weight.numpy()
+        return found
+    kind, start = weight.dtype.numpy(), weight.offset or 0
+    flat = np.fromfile(weight.path, kind, count=weight.size, offset=start)
+    return flat.reshape(weight.shape.numpy())
 
 
 def _extremes_of(weight: Array, axis: int) -> Array:
@@ -128,7 +138,7 @@ def _narrowed(weight: Any, scale: Array, axis: int) -> ir.LazyTensor:
 
     def now() -> Any:
         shape = [-1 if i == axis else 1 for i in range(len(weight.shape))]
-        steps = np.rint(weight.numpy() / scale.reshape(shape))
+        steps = np.rint(_read(weight) / scale.reshape(shape))
         return ir.tensor(steps.clip(-LARGEST, LARGEST).astype(np.int8))
 
     return ir.LazyTensor(now, dtype=ir.DataType.INT8, shape=weight.shape)

@@ -95,6 +95,24 @@ def test_every_figure_says_of_how_many_prompts_it_is(one_step: Exported, guided:
     assert failed == {("L1", "vae_encoder")}, "it counts, though it is no file"
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_prompts_that_prove_nothing_are_only_drawn(
+    steps: int, one_step_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large denoiser: neither without a prompt nor at other times, and the count is right."""
+    monkeypatch.setattr(pack, "BIG_BYTES", 0)
+    asked = ExportOptions(prompts=(*"abcdefgh",), steps=(steps,))
+    tape = planned(Student.open(one_step_student), to("int8"), asked).tape
+    tape.record("text_encoder")
+    captured = tape.capture("unet")
+    proofs = 1 if steps == 1 else steps + 1
+    assert len(captured.samples) == 8 * steps + 3 * proofs
+    assert captured.held_out == 3 * (steps + proofs)
+    assert "output_empty.0" in tape.goldens[2] and "output_empty.0" not in tape.goldens[3]
+    tape.record("vae_decoder")
+    assert "image" in tape.goldens[7]
+
+
 @pytest.mark.usefixtures("replay")
 def test_other_prompts_are_proved_anew_though_they_do_not_ship(
     one_step_student: Path, tmp_path: Path, begun: list[str]

@@ -14,7 +14,8 @@ from onnx import numpy_helper
 
 ort = pytest.importorskip("onnxruntime.quantization")
 
-from edgeflash.export import onnx_graph, quantize_static  # noqa: E402
+from edgeflash.errors import EdgeflashError  # noqa: E402
+from edgeflash.export import extremes, onnx_graph, quantize_static  # noqa: E402
 from edgeflash.export.quantize import PRODUCTS, Recorded  # noqa: E402
 from edgeflash.export.quantize_static import quantize_by_extremes  # noqa: E402
 from edgeflash.export.quiet import quiet  # noqa: E402
@@ -84,3 +85,17 @@ def test_it_is_onnx_runtimes_own_quantization(
     for name, array in own[1].items():
         assert array.dtype == ours[1][name].dtype
         np.testing.assert_array_equal(ours[1][name], array, err_msg=name)
+
+
+def test_a_process_of_its_own_finds_the_same_ranges(
+    one_step: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = one_step.captured["unet"]
+    path = onnx_graph.save(onnx_graph.translate(captured), tmp_path / "float.onnx", 0)[0]
+    calls, names = [call.inputs for call in captured.calibration], products(path)
+    here = extremes.extremes(path, calls, names)
+    monkeypatch.setattr(extremes, "APART_BYTES", 0)
+    assert extremes.extremes(path, calls, names) == here
+    monkeypatch.setattr(extremes.sys, "executable", "false")
+    with pytest.raises(EdgeflashError, match=f"{tmp_path.name}: ranges could not be taken"):
+        extremes.extremes(path, calls, names)
