@@ -138,6 +138,7 @@ def trained(name: str, shape: Shape, steps: int, out: Path) -> dict[str, Any]:
         stage = {"by": "decoder", "target": "pictures", "width": shape.width}
         stage |= {"blocks": shape.here, "encoder_width": 32, "steps": steps, "batch_size": 16}
         stage |= {"learning_rate": 1e-3, "decay": "cosine", "warmup_steps": 100, "ema": 0.995}
+        stage |= {"precision": "bf16"}
         plain = {"name": "decoders", "teacher": "embedded", "licence": "apache-2.0"}
         recipe = recipe_of(plain | {"data": data, "stage": [stage]}, "decoders.py")
         distill(recipe, student, cache=out / "cache")
