@@ -29,8 +29,6 @@ from .onnx_graph import load, save
 from .quantize_weights import LARGEST, channels
 from .quiet import quiet
 
-STRANGE_BYTES = 2**20  # larger weights that nothing quantizes stay where they are
-
 
 def quantize_by_extremes(
     path: Path,
@@ -52,7 +50,7 @@ def quantize_by_extremes(
     chosen = [node for node in whole.graph if node.name in names]
     ranges = extremes(path, [call.inputs for call in calls], names)
     weights = _weights(chosen)
-    _show_extremes_alone(proto, whole, weights, path.parent)
+    _show_extremes_alone(proto, whole, weights, chosen, path.parent)
     add_infer_metadata(proto)  # or it would save the model and infer shapes from the stand-ins
     with quiet():
         quantizer = QDQQuantizer(
@@ -86,16 +84,21 @@ def _weights(products: Iterable[ir.Node]) -> dict[str, int]:
 
 
 def _show_extremes_alone(
-    proto: onnx.ModelProto, whole: ir.Model, weights: Mapping[str, int], folder: Path
+    proto: onnx.ModelProto,
+    whole: ir.Model,
+    weights: Mapping[str, int],
+    products: Iterable[ir.Node],
+    folder: Path,
 ) -> None:
-    """Puts stand-ins where weights are; other small tensors come with their values, as biases."""
+    """Puts stand-ins where weights are; what else the products take comes whole, as biases do."""
+    taken = {value.name for node in products for value in node.inputs if value is not None}
     for tensor in proto.graph.initializer:
         value = whole.graph.initializers[tensor.name].const_value
         assert value is not None
         if tensor.name in weights:
             stand_in = _extremes_of(_read(value), weights[tensor.name])
             tensor.CopyFrom(numpy_helper.from_array(stand_in, tensor.name))
-        elif tensor.external_data and value.nbytes < STRANGE_BYTES:
+        elif tensor.external_data and tensor.name in taken:
             onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
             tensor.ClearField("external_data")
             tensor.data_location = onnx.TensorProto.DEFAULT

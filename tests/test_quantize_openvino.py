@@ -86,6 +86,7 @@ def test_ranges_are_the_extremes_of_all_calls() -> None:
     (product,) = [op for op in model.get_ops() if op.get_type_name() == "Convolution"]
     words = {product.get_friendly_name(): "int8"}
     found = to_int8(model, recorded, words)  # type: ignore[arg-type]
+    assert "Add" in [op.get_type_name() for op in found.get_ops()], "a bias"
     (narrow,) = [op for op in found.get_ops() if op.get_type_name() == "FakeQuantize"]
     low, high = (narrow.input_value(i).get_node().data.item() for i in (1, 2))
     assert (low, high) == pytest.approx((-3.0, 7.0), rel=0.03)  # zero is a multiple of the scale
