@@ -6,6 +6,7 @@ has imported next to nothing: it needs what weights and the largest results take
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -78,6 +79,8 @@ def _run_apart(path: Path, calls: Sequence[Tensors]) -> Array:
     if ended.returncode:
         said = [line for line in ended.stderr.splitlines() if line.strip()]
         why = said[-1] if said else f"ended with {ended.returncode}"
+        if ended.returncode == -signal.SIGKILL:
+            why = "its process was killed, as for lack of memory"
         raise EdgeflashError(f"{path.parent.name}: ranges could not be taken: {why}")
     answer: Array = np.load(found)
     return answer
