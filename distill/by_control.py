@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgeflash.control import NAME
+from edgeflash.control import CALLED, NAME
+from edgeflash.errors import EdgeflashError
 from edgeflash.networks_control import attach, beside
 from edgeflash.roles import Method
 from edgeflash.student import Student
 
+from .by_blocks import feature_pairs
 from .draws import rand, randint
 from .encoded import cached_samples
+from .features import Taps
 from .process import noise_like
 from .seen import dropped
 from .stage import Batch, Player, Stage, Terms, Workshop, average
@@ -26,21 +30,36 @@ class Control(Method):
 
     It begins as the UNet's way down, giving zeros, or as the ControlNet that the base has. What it
     sees are the edges of the data's own pictures (`edgeflash.control.edges`).
+
+    With ``output_weight`` and ``feature_weight`` it is also distilled from a teacher that has one
+    of its own, beside a smaller UNet: the teacher's output, and what the blocks of its way up put
+    out, which alone see what a ControlNet adds (arXiv 2403.16627, sec. 3.4). The weights are ours,
+    as SDXS tells none. A step then asks the teacher once, which is in memory too.
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")
     steers: ClassVar[str] = NAME
 
+    denoising_weight: float = Field(1.0, ge=0, description="of the data term")
+    output_weight: float = Field(0.0, ge=0, description="of the output of a steered teacher")
+    feature_weight: float = Field(
+        0.0, ge=0, description="of its blocks on the way up, each relative to its mean square"
+    )
+
     caption_dropout: float = Field(
         0.5, ge=0, lt=1, description="share of empty captions: then the edges alone tell what it is"
     )
+
+    def needs_teacher(self) -> bool:
+        return bool(self.output_weight or self.feature_weight)
 
     def begin(self, shop: Workshop) -> Stage:
         torch.manual_seed(0)
         family = Student.unfinished(shop.student).family
         unet = self.steered(shop)
         steering = getattr(unet, self.steers)
-        process = shop.process()
+        process = shop.process(steers=True)
+        taught = self.taught(shop, unet) if self.needs_teacher() else None
         batch, nothing = cached_samples(shop, steered=True)
 
         def loss(network: nn.Module, batch: Batch, generator: torch.Generator) -> Terms:
@@ -48,8 +67,11 @@ class Control(Method):
             eps = noise_like(x_0, generator)
             t = self.times(count, process.timesteps, generator).to(x_0.device)
             c = dropped(batch["c"], nothing, rand(count, generator) < self.caption_dropout)
-            output = network(process.noised(x_0, eps, t), t, c).sample.float()
-            return {"denoising": F.mse_loss(output, process.target(x_0, eps, t))}
+            x_t = process.noised(x_0, eps, t)
+            output = network(x_t, t, c).sample.float()
+            denoising = F.mse_loss(output, process.target(x_0, eps, t))
+            terms = {"denoising": self.denoising_weight * denoising}
+            return terms | (taught(output, x_t, t, c) if taught else {})
 
         return Stage(
             players={self.steers: Player(unet, loss)},
@@ -58,6 +80,33 @@ class Control(Method):
             averages={self.steers: average(steering, self.ema)} if self.ema else {},
             pipeline=family.steered_pipelines[self.steers],
         )
+
+    def taught(self, shop: Workshop, unet: Any) -> Callable[..., Terms]:
+        """The terms of a steered teacher, of the student's output and its x_t, t and c.
+
+        Raises:
+            EdgeflashError: nothing steers the teacher.
+        """
+        assert shop.teacher
+        if Student.unfinished(shop.teacher).family.steering != self.steers:
+            raise EdgeflashError(
+                f"output_weight, feature_weight: {shop.teacher} has no {CALLED[self.steers]} to "
+                "learn from: name a teacher that has, or leave them at 0"
+            )
+        teacher = shop.frozen(shop.teacher)
+        up = [pair for pair in feature_pairs(teacher, unet) if pair[1] in list(unet.up_blocks)]
+        theirs, ours = Taps([t for t, _ in up]), Taps([s for _, s in up])
+
+        def terms(output: Tensor, *told: Tensor) -> Terms:
+            with torch.no_grad():
+                wanted = teacher(*told).sample.float()
+            found = {"output": self.output_weight * F.mse_loss(output, wanted)}
+            for i, (learnt, known) in enumerate(zip(ours.outputs, theirs.outputs, strict=True)):
+                gap = F.mse_loss(learnt.float(), known.float()) / known.float().square().mean()
+                found[f"features.{i}"] = self.feature_weight * gap
+            return found
+
+        return terms
 
     def steered(self, shop: Workshop) -> Any:
         """The student's UNet, of which what steers it learns alone: a new one if it has none."""
@@ -74,6 +123,6 @@ class Control(Method):
         """What steers a UNet, new; ``unit_px``: side of a cell of the latent."""
         return beside(unet, unit_px)
 
-    def times(self, count: int, timesteps: int, generator: torch.Generator) -> torch.Tensor:
+    def times(self, count: int, timesteps: int, generator: torch.Generator) -> Tensor:
         """Training timesteps, int64 [count]."""
         return randint(0, timesteps, count, generator)

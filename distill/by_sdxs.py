@@ -17,6 +17,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.lora import Lora, components_of
 from edgeflash.roles import Method
 from edgeflash.shelf import require
+from edgeflash.student import Student
 
 from .draws import randint, randn
 from .encoded import cached_conditioning, latent_shape
@@ -54,7 +55,13 @@ class SDXS(Method):
     latent and what the teacher's UNet encoder, one of the paper's examples, makes of it at t = 0,
     with equal w_l. w(t) is DMD's (`losses.matching`): the authors later trained as DMD2 does. The
     online network learns from the first step on, so that it knows the student's samples when it is
-    asked. The paper's ControlNet and adversarial finish are not here.
+    asked. The paper's adversarial finish is not here.
+
+    A student and a teacher that a ControlNet (or an adapter) steers see the edges of the data's own
+    pictures, where the paper takes those of pictures that a teacher drew: let such be the data.
+    psi is drawn along them, and both score networks keep the teacher's own ControlNet, which does
+    not learn. With ``control_alone`` the student's alone does, beside a UNet that draws in one step
+    already, as in the paper; ``control`` distils one before.
 
     With ``style_lora`` a one-step student, the recipe's base, learns that LoRA's style (the paper's
     LoRA distillation): it is fused into the teacher whose scores are followed, and not into the
@@ -69,6 +76,7 @@ class SDXS(Method):
 
     wants: ClassVar[tuple[str, ...]] = ("teacher",)
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")  # it looks into a UNet
+    conditioned: ClassVar[bool] = True
 
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate of both AdamWs")
     straight_teacher: str | None = Field(
@@ -96,6 +104,10 @@ class SDXS(Method):
         " counts",
     )
     style_scale: float = Field(1.0, gt=0, description="how much of it is added")
+    control_alone: bool = Field(
+        False,
+        description="train what steers the student, its ControlNet or adapter, and not its UNet",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> SDXS:
@@ -121,10 +133,8 @@ class SDXS(Method):
         lesson = Lesson(
             options=self,
             teacher=teacher,
-            online=shop.load(shop.teacher, shop.denoiser).train()
-            if self.feature_share < 1
-            else None,
-            student=shop.load(shop.student, shop.denoiser).train(),
+            online=self.online(shop),
+            student=self.student(shop),
             solve=self.solver(shop, teacher, process, nothing),
             sees=encoder_maps(teacher),
             process=process,
@@ -137,15 +147,45 @@ class SDXS(Method):
 
         players = {"online": Player(lesson.online, lesson.online_loss)} if lesson.online else {}
         student = Player(lesson.student, lesson.student_loss, every=self.online_updates)
+        made, network = shop.denoiser, lesson.student
+        if self.control_alone:
+            made = Student.unfinished(shop.student).family.steering
+            network = getattr(network, made)
         return Stage(
             players=players | {"student": student},
             batch=batch,
-            results={
-                shop.denoiser: lesson.student,
-                "scheduler": few_step_scheduler(shop.teacher, 1),
-            },
-            averages={shop.denoiser: average(lesson.student, self.ema)} if self.ema else {},
+            results={made: network, "scheduler": few_step_scheduler(shop.teacher, 1)},
+            averages={made: average(network, self.ema)} if self.ema else {},
         )
+
+    def online(self, shop: Workshop) -> Any:
+        """The online score network, if there is one; what steers it stays the teacher's."""
+        if self.feature_share == 1:
+            return None
+        assert shop.teacher
+        network = shop.load(shop.teacher, shop.denoiser).train()
+        if steers := Student.unfinished(shop.teacher).family.steering:
+            getattr(network, steers).requires_grad_(False).eval()
+        return network
+
+    def student(self, shop: Workshop) -> Any:
+        """The student's denoiser, what shall learn of it ready to.
+
+        Raises:
+            EdgeflashError: its ControlNet alone shall, and it has none.
+        """
+        network = shop.load(shop.student, shop.denoiser)
+        if not self.control_alone:
+            return network.train()
+        steers = Student.unfinished(shop.student).family.steering
+        if not steers:
+            raise EdgeflashError(
+                f"sdxs.control_alone: {shop.student} has no ControlNet and no adapter: let "
+                "'control' or 'adapter' come first, or set it to false"
+            )
+        network.requires_grad_(False)
+        getattr(network, steers).requires_grad_(True).train()
+        return network
 
     def style(self) -> tuple[Lora, ...]:
         """The LoRA of the teacher, if any.

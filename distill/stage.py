@@ -153,10 +153,11 @@ class Workshop:
         """What the loop computes losses in, for what is computed beside it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-    def process(self) -> Process:
+    def process(self, *, steers: bool = False) -> Process:
         """The teacher's noise, which the student so far must know; without a teacher its own.
 
-        It is a `Flow` for methods that say that they learn those, and for no others.
+        It is a `Flow` for methods that say that they learn those, and for no others. ``steers``:
+        the stage makes a ControlNet or an adapter, which the teacher may have before the student.
 
         Raises:
             EdgeflashError: the student predicts something else than the teacher, of the same x_t
@@ -165,7 +166,7 @@ class Workshop:
         if self.teacher:
             theirs, ours = _kind(self.teacher), _kind(self.student)
             for what, wanted in theirs.items():
-                if ours[what] != wanted:
+                if ours[what] != wanted and not (steers and what in control.CALLED):
                     raise EdgeflashError(
                         f"{self.student}: {what} is {ours[what]}, but the teacher's is {wanted}, "
                         "and neither is converted: name a base, or a teacher, of the same kind"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from tiny_student import write_student
 from edgeflash import control
 from edgeflash.conditions import example
 from edgeflash.distill.by_control import Control
+from edgeflash.distill.by_sdxs import SDXS
+from edgeflash.distill.data import open_store
 from edgeflash.distill.run import distill
 from edgeflash.distill.stage import Workshop
 from edgeflash.errors import EdgeflashError
@@ -102,6 +105,75 @@ def test_a_controlnet_alone_learns_from_edges(shop: Workshop) -> None:
     moved = {name for name, each in unet.named_parameters() if each.grad is not None}
     assert all(name.startswith("controlnet.") for name in moved)
     assert unet.controlnet.controlnet_mid_block.weight.grad.any()
+
+
+def test_a_smaller_one_learns_from_the_teachers(controlled: Path, tmp_path: Path) -> None:
+    """Its UNet lacks the middle, which the terms of the teacher see, as they see its picture."""
+    base = write_student(
+        tmp_path / "base", tiny_decoder=False, mid_block=False, scheduler="DDIMScheduler"
+    )
+    shop = workshop(tmp_path, controlled, base)
+    stage = Control(caption_dropout=0, output_weight=2, feature_weight=3).begin(shop)
+    (player,) = stage.players.values()
+    terms, unet = player.loss, player.network
+    batch = stage.batch(np.arange(2))
+    found = terms(unet, batch, torch.Generator().manual_seed(0))
+    assert list(found) == ["denoising", "output", "features.0", "features.1"]
+    teacher = shop.load(controlled, "unet")
+    again = terms(unet, otherwise(batch), torch.Generator().manual_seed(0))  # ours gives zeros yet
+    assert torch.equal(found["denoising"], again["denoising"])
+    assert all(found[name] != again[name] for name in list(found)[1:])
+    attached = Control(output_weight=1, feature_weight=1)
+    itself = attached.taught(shop, teacher)
+    x, t = torch.randn(batch["x_0"].shape), torch.tensor([9, 400])
+    with torch.no_grad():
+        output = teacher(x, t, batch["c"]).sample
+        assert all(float(each) < 1e-8 for each in itself(output, x, t, batch["c"]).values())
+    sum(found.values()).backward()
+    assert unet.controlnet.controlnet_down_blocks[0].weight.grad.any()
+
+
+def test_a_teacher_without_one_has_nothing_to_say_of_it(tmp_path: Path) -> None:
+    plain = write_student(tmp_path / "plain", tiny_decoder=False, scheduler="DDIMScheduler")
+    with pytest.raises(EdgeflashError, match="plain has no ControlNet to learn from: name a teach"):
+        Control(feature_weight=1).begin(workshop(tmp_path, plain, plain))
+
+
+def test_sdxs_teaches_a_controlnet_alone(controlled: Path, tmp_path: Path) -> None:
+    """Beside a UNet that stays as it is, under scores whose own ControlNet stays the teacher's."""
+    stage = SDXS(control_alone=True, feature_share=0, guidance=2).begin(
+        workshop(tmp_path, controlled, controlled)
+    )
+    student, online = (stage.players[name].network for name in ("student", "online"))
+    assert stage.results["controlnet"] is student.controlnet and "unet" not in stage.results
+    learns = {name for name, each in student.named_parameters() if each.requires_grad}
+    assert learns and all(name.startswith("controlnet.") for name in learns)
+    learns = {name for name, each in online.named_parameters() if each.requires_grad}
+    assert learns and not any(name.startswith("controlnet.") for name in learns)
+    batch = stage.batch(np.arange(2)) | {"step": torch.tensor(0)}
+    loss = stage.players["student"].loss
+    found = loss(student, batch, torch.Generator().manual_seed(0))
+    sum(found.values()).backward()
+    assert student.controlnet.controlnet_mid_block.weight.grad.any()
+    assert student.conv_in.weight.grad is None
+    other = loss(student, otherwise(batch), torch.Generator().manual_seed(0))
+    assert all(found[name] != other[name] for name in ("features", "scores"))
+    plain = write_student(tmp_path / "plain", tiny_decoder=False, scheduler="DDIMScheduler")
+    with pytest.raises(EdgeflashError, match="plain has no ControlNet and no adapter: let 'c"):
+        SDXS(control_alone=True).begin(workshop(tmp_path, plain, plain))
+
+
+def otherwise(batch: Any) -> Any:
+    """With edges where there were none, and none where there were."""
+    text, edges = batch["c"][:, :16], batch["c"][:, 16:]
+    return {**batch, "c": torch.cat([text, 1 - edges], 1)}
+
+
+def workshop(tmp_path: Path, teacher: Path, student: Path) -> Workshop:
+    """Of four pictures of 16 px."""
+    recipe = inpainting_recipe(tmp_path, teacher, by="lcm")
+    store = open_store(recipe.data, 0, tmp_path / "cache")
+    return Workshop(teacher, student, store, tmp_path, torch.device("cpu"))
 
 
 def with_unet(shop: Workshop) -> None:
