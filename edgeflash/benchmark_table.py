@@ -91,7 +91,8 @@ def write_results(out: Path, prompts: Sequence[str]) -> list[Entry]:
     rows += [_row(g[0].name, g, COUNTS) for g in groups]
     heads = ["| " + " | ".join(COLUMNS + COSTS) + " |"]
     heads += ["|---" + "|--:" * (len(COLUMNS + COSTS) - 1) + "|"]
-    write_for_people(out / RESULTS, "\n".join([HEAD, *heads, *rows]) + "\n")
+    below = ["", _machines(entries), "", f"![Pictures of the same prompts by each]({SHEET})"]
+    write_for_people(out / RESULTS, "\n".join([HEAD, *heads, *rows, *below]) + "\n")
     shown = {g[0].name: max(count for count in COUNTS if count in g[0].drawn) for g in groups}
     sheet = {
         f"{name}, {count} step{'s' * (count > 1)}": [
@@ -101,6 +102,13 @@ def write_results(out: Path, prompts: Sequence[str]) -> list[Entry]:
     }
     contact_sheet(sheet, prompts[:SHOWN], out / SHEET)
     return [entry for group in groups for entry in group]
+
+
+def _machines(entries: Sequence[Entry]) -> str:
+    """What they were trained on, in a line."""
+    told = {f"{e.machine.cores} cores of {e.machine.gpu or e.machine.cpu}" for e in entries}
+    torch = {e.machine.packages.get("torch", "") for e in entries}
+    return f"Trained on {', '.join(sorted(told))}; torch {', '.join(sorted(torch))}."
 
 
 def _best(group: Sequence[Entry]) -> float:

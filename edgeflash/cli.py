@@ -109,7 +109,10 @@ def export(
     ] = None,
     steps: Annotated[str | None, typer.Option(help="Step counts to ship, as in 1,2,4.")] = None,
     timesteps: Annotated[
-        str | None, typer.Option(metavar="align-your-steps", help="Fitted ones; 10 steps.")
+        str | None,
+        typer.Option(
+            metavar="NAME|T,...", help="align-your-steps (10 steps), or numbers, as in 999,499."
+        ),
     ] = None,
     size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
     guidance: Annotated[

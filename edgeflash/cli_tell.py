@@ -35,14 +35,13 @@ def verify(
     on: On = None,
     floor: Floors = None,
     bisect: Annotated[
-        Path | None, typer.Option(help="fp32 ONNX bundle to find the first wrong operator by.")
+        Path | None, typer.Option(help="fp32 bundle to find the first wrong operator by.")
     ] = None,
     set_: Set = None,
 ) -> None:
     """Climb the parity ladder on the files that ship. Exit code 2 below a floor."""
     from edgeflash.bundle import Bundle
     from edgeflash.inspect import ladder
-    from edgeflash.shelf import require
     from edgeflash.verify import refuse_below
     from edgeflash.verify import verify as climb
 
@@ -50,7 +49,6 @@ def verify(
     runtime, floors = read_runtime(on, opened, set_), read_floors(floor)
     reference = None
     if bisect:
-        require("--bisect", ["onnx", "onnxruntime", "onnxscript"])
         from edgeflash.export.bisect import check_pair, told_by_component
 
         reference = Bundle.open(bisect)

@@ -16,7 +16,9 @@ class ExportOptions(BaseModel):
         None, description="step counts to ship schedules for; none: those the student was made for"
     )
     timesteps: str | None = Field(
-        None, description="'align-your-steps'; none: as the student's sampler spaces them"
+        None,
+        description="'align-your-steps', or numbers, the noisiest first, of as many steps; none: "
+        "as the student's sampler spaces them",
     )
     guidance: Guidance | None = Field(
         None, description="how the prompt steers; none: as the student says"

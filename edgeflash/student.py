@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from edgeflash import align_your_steps, even_steps
+from edgeflash import align_your_steps, even_steps, named_timesteps
 from edgeflash.bundle import Part
 from edgeflash.complaint import wrong_types
 from edgeflash.disk import MANIFEST, read_json, sha256_of, write_atomic
@@ -207,10 +207,12 @@ class Student:
 
         Tables that the manifest lacks are lowered from the folder's scheduler, with diffusers.
 
-        ``timesteps``: the name of others than the scheduler's.
+        ``timesteps``: others than the scheduler's, by name or by number.
         """
         self.check_steps(steps or ())
         if timesteps is not None:
+            if named_timesteps.are_numbers(timesteps):
+                return named_timesteps.schedules(self, timesteps, steps)
             if timesteps != align_your_steps.NAME:
                 raise unknown("--timesteps", timesteps, [align_your_steps.NAME])
             return align_your_steps.schedules(self, steps)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul", "ScaledDotProductAttention")
 NO_BIAS = 1e-30
+LAYERS = ["edgeflash", "layers"]  # where a model tells which of the network's its products are
 SMALL = 1024  # numbers; biases, scales and the frequencies of the timestep have fewer
 
 
@@ -138,9 +139,14 @@ def operators_of(steps: list[Step], ends: Ends, layers: Mapping[str, str]) -> li
             loose = active.issuperset(step.takes[:2])
             kind: Kind = "attention" if loose else "linear" if step.kind == "MatMul" else "conv"
             words = {"int8"} if loose else {"int8", "int8-weights"}
-            layer = layers.get(step.name.removesuffix("/WithoutBiases"), "")
+            layer = layer_of(step.name, layers)
             found.append(Operator(step.name, layer, kind, frozenset(words)))
     return found
+
+
+def layer_of(name: str, layers: Mapping[str, str]) -> str:
+    """What plans call a product; ``layers``: the same of ONNX's nodes, of which it was made."""
+    return layers.get(name.removesuffix("/WithoutBiases"), "")
 
 
 def steps_of(model: Any) -> list[Step]:

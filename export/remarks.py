@@ -26,7 +26,8 @@ def tell_changed(student: Student, options: ExportOptions, console: Console) -> 
 def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> None:
     """Says where another sampler than the folder's stands in."""
     name = student.class_of("scheduler")[1]
-    if timesteps and (other := align_your_steps.sampler(name)) != name:
+    fitted = timesteps == align_your_steps.NAME
+    if fitted and (other := align_your_steps.sampler(name)) != name:
         console.print(f"{name} is not for {timesteps}: sampled by {other} instead")
     elif not timesteps and name in INSTEAD and not student.manifest:
         console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")

@@ -122,15 +122,16 @@ class OnnxTarget(Quantizing):
     ) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
         from .bisect import first_divergence
+        from .bisect_onnx import OnnxGraph
         from .divergence import told
 
         if self.precision_of(component) == "fp32":
             return ""
-        captured, found = capture(), out / component / "model.onnx"
+        captured, found = capture(), OnnxGraph(out / component / "model.onnx")
         calls = [sample.inputs for sample in captured.samples]
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
             whole = self.model_copy(update={"precision": "fp32"}).lower(captured, Path(scratch))[0]
-            divergence = first_divergence(whole, found, component, calls, floor_db)
+            divergence = first_divergence(OnnxGraph(whole), found, component, calls, floor_db)
         return told(divergence, self, component, self.keep)
 
     def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:

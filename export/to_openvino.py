@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -75,7 +76,7 @@ class OpenVinoTarget(Quantizing):
         import openvino
 
         from . import onnx_graph
-        from .quantize_openvino import decide, to_half, to_int8
+        from .quantize_openvino import LAYERS, decide, to_half, to_int8
 
         path = out / captured.component / "openvino_model.xml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,14 +84,32 @@ class OpenVinoTarget(Quantizing):
         graph = onnx_graph.translate(captured)
         with tempfile.TemporaryDirectory(dir=out, prefix=".onnx-") as scratch:
             whole = onnx_graph.save(graph, Path(scratch) / "model.onnx", ONNX_BYTES)[0]
-            model = _converted(whole, captured.component)
+            model, layers = _converted(whole, captured.component), onnx_graph.layers(graph)
             if precision not in FLOATS:
-                words = decide(model, captured, self, onnx_graph.layers(graph), out)
+                words = decide(model, captured, self, layers, out)
                 model = to_int8(model, captured, words)
             if self.halves(captured.component):
                 to_half(model)
+            model.set_rt_info(json.dumps(layers), LAYERS)
             openvino.save_model(model, path, compress_to_fp16=False)
         return [path, path.with_suffix(".bin")]
+
+    def diverged(
+        self, component: str, capture: Callable[[], Captured], out: Path, floor_db: float
+    ) -> str:
+        """Lowers the component once more in float32, and compares tensor by tensor."""
+        from .bisect import first_divergence
+        from .bisect_openvino import OpenVinoGraph
+        from .divergence import told
+
+        if self.precision_of(component) == "fp32":
+            return ""
+        captured, found = capture(), OpenVinoGraph(out / component / "openvino_model.xml")
+        calls = [sample.inputs for sample in captured.samples]
+        with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
+            path = self.model_copy(update={"precision": "fp32"}).lower(captured, Path(scratch))[0]
+            divergence = first_divergence(OpenVinoGraph(path), found, component, calls, floor_db)
+        return told(divergence, self, component, self.keep)
 
     def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:
         """Configs, scheduler, index and tokenizer models where GenAI and optimum-intel look."""

@@ -270,16 +270,17 @@ class TensorRtTarget(Quantizing):
     ) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
         from .bisect import first_divergence
+        from .bisect_onnx import OnnxGraph
         from .divergence import told
 
         if self.precision_of(component) == "fp32":
             return ""
-        captured, found = capture(), out / component / "model.onnx"
+        captured, found = capture(), OnnxGraph(out / component / "model.onnx")
         calls = [sample.inputs for sample in captured.samples]
         plain = self.model_copy(update={"precision": "fp32"})
         with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
             whole = plain._write_onnx(captured, Path(scratch) / "model.onnx")[0]
-            divergence = first_divergence(whole, found, component, calls, floor_db)
+            divergence = first_divergence(OnnxGraph(whole), found, component, calls, floor_db)
         return told(divergence, self, component, self.keep)
 
 

@@ -74,7 +74,11 @@ def test_what_is_finished_is_kept_and_a_failure_holds_nobody_up(
 
 def test_the_table_has_a_row_a_method(tmp_path: Path, trained: list[str]) -> None:
     benchmark(tmp_path, ("lcm",))
-    *_, heads, line, with_25, _, _, lcm = (tmp_path / "RESULTS.md").read_text().splitlines()
+    told = (tmp_path / "RESULTS.md").read_text().splitlines()
+    *_, heads, line, with_25, _, _, lcm, _, machine, _, picture = told
+    here = Machine.here()
+    assert machine.startswith(f"Trained on {here.cores} cores of {here.gpu or here.cpu}; torch ")
+    assert picture.endswith("](RESULTS.png)")
     assert heads.count("|") == line.count("|") == lcm.count("|") == 13
     assert with_25.startswith("| teacher, 25 steps | 25.0 | 100 | 0 | 91 | 3.2 | - |")
     assert lcm == (
@@ -94,7 +98,7 @@ def test_seeds_come_in_turns_and_the_table_tells_their_spread(
     assert [e.label for e in entries if e.name == "tcd"][1:] == [
         f"tcd, seed {s}" for s in (1, 2, 3)
     ]
-    last = (tmp_path / "RESULTS.md").read_text().splitlines()[-1]
+    last = (tmp_path / "RESULTS.md").read_text().splitlines()[-5]
     assert "| 25.0±0.0 / - / 77.7±1.5 |" in last and "| 4 | 20.5 | 1.5 |" in last
     assert "seed" not in {path.name for path in tmp_path.iterdir()}
 

@@ -20,7 +20,9 @@ from edgeflash.blame import blamed, floor_db
 from edgeflash.bundle import Bundle, Figure, File, Merging
 from edgeflash.calls import recorded_calls
 from edgeflash.errors import EdgeflashError
-from edgeflash.export.bisect import bisect_bundles, check_pair, first_divergence
+from edgeflash.export import bisect
+from edgeflash.export.bisect import bisect_bundles, check_pair
+from edgeflash.export.bisect_onnx import OnnxGraph
 from edgeflash.export.divergence import Divergence, off, told
 from edgeflash.export.line import _refuse
 from edgeflash.export.onnx_graph import BF16, HALF, load, save, to_half
@@ -30,6 +32,10 @@ from edgeflash.roles import Target
 
 RANDOM = np.random.default_rng(0)
 CALL = {"sample": RANDOM.standard_normal((1, 4, 4, 4)).astype(np.float32)}
+
+
+def first_divergence(whole: Path, suspect: Path, *rest: Any) -> Divergence | None:
+    return bisect.first_divergence(OnnxGraph(whole), OnnxGraph(suspect), *rest)
 
 
 def weight(*shape: int, factor: float = 1.0) -> Any:
@@ -272,7 +278,11 @@ def test_unlike_bundles_are_refused_in_one_line(guided: Exported) -> None:
     assert "vae_decoder is fp16; export it with --precision fp32" in refused(bundle, half)
     check_pair(half, bundle)
     apple = remade(bundle, update={"target": "coreml"})
-    assert "only ONNX and TensorRT bundles can be bisected, not coreml" in refused(apple, bundle)
+    told = "only bundles of onnx, tensorrt, openvino can be bisected, not of coreml"
+    assert told in refused(apple, bundle)
+    intel = remade(bundle, update={"target": "openvino"})
+    told = "its text_encoder is of onnx, that of"
+    assert told in refused(intel, bundle) and refused(intel, bundle).endswith("the same target")
 
 
 def test_tensorrt_bundles_are_bisected_by_their_onnx_files(guided: Exported) -> None:

@@ -130,6 +130,8 @@ def test_what_does_not_fit_is_refused_before_the_work(
     monkeypatch.setattr(memory, "available_bytes", lambda: 1 * 2**30)
     monkeypatch.setattr(memory, "installed_bytes", lambda: 16 * 2**30)
     with pytest.raises(EdgeflashError, match=r"some 31.7 GiB .* choose --precision fp32 or fp16"):
+        export(one_step_student, tmp_path / "out", {"precision": "int8", "ranges": "entropy"})
+    with pytest.raises(EdgeflashError, match=r"some 16.1 GiB .* choose --precision fp32 or fp16"):
         export(one_step_student, tmp_path / "out", {"precision": "int8"})
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(memory, "installed_bytes", lambda: 8 * 2**30)

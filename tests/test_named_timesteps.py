@@ -1,0 +1,69 @@
+"""Timesteps named by number, against diffusers' schedulers that are told the same ones."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from diffusers import LCMScheduler, TCDScheduler
+from test_align_your_steps import sampled_by
+from test_lower_schedule import SD, diffusers_loop, relative, table_loop
+
+from edgeflash.errors import EdgeflashError
+from edgeflash.export.remarks import _tell_sampler
+from edgeflash.student import write_manifest
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture
+def folder(guided_student: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(guided_student, tmp_path / "guided"))
+
+
+@pytest.mark.parametrize("text", ["399", "999,749,499,249", "999, 20"])
+@pytest.mark.parametrize("sampler", [LCMScheduler, TCDScheduler])
+def test_the_loop_is_that_of_diffusers_told_the_same(
+    sampler: type, text: str, folder: Path
+) -> None:
+    student, timesteps = sampled_by(folder, sampler.__name__), [int(t) for t in text.split(",")]
+    (table,) = student.schedules(None, text).values()
+    assert [step.t for step in table.steps] == timesteps
+    expected = diffusers_loop(sampler(**SD), None, timesteps=timesteps)
+    assert relative(table_loop(table), expected) < 1e-5
+
+
+def test_other_counts_are_spaced_as_usual(folder: Path) -> None:
+    student = sampled_by(folder, "LCMScheduler")
+    write_manifest(folder, steps=(1, 2, 4))
+    usual = student.schedules([1, 2, 4])
+    tables = student.schedules([1, 2, 4], "999,749,499,374")
+    assert [step.t for step in tables[4].steps] == [999, 749, 499, 374]
+    assert usual[4] != tables[4]
+    assert {n: tables[n] for n in (1, 2)} == {n: usual[n] for n in (1, 2)}
+    assert list(student.schedules(None, "399")) == [1]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "text", "said"),
+    [
+        ("LCMScheduler", "1000", "1000: LCMScheduler has 0 to 999: choose among those"),
+        ("LCMScheduler", "999,-1", "999,-1: LCMScheduler has 0 to 999"),
+        ("LCMScheduler", "249,499", "249,499: name the noisiest first, each of them once"),
+        ("LCMScheduler", "499,499", "each of them once"),
+        ("DDIMScheduler", "399", "guided: DDIMScheduler takes no timesteps: leave it out"),
+    ],
+)
+def test_what_no_sampler_takes_is_refused(folder: Path, sampler: str, text: str, said: str) -> None:
+    with pytest.raises(EdgeflashError, match=said) as refused:
+        sampled_by(folder, sampler).schedules(None, text)
+    assert str(refused.value).startswith(f"--timesteps {text}: ")
+
+
+def test_they_change_no_sampler(folder: Path) -> None:
+    class Nobody:
+        def print(self, *told: object) -> None:
+            raise AssertionError(told)
+
+    _tell_sampler(sampled_by(folder, "LCMScheduler"), "399", Nobody())  # type: ignore[arg-type]
