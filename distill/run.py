@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from pydantic import BaseModel
 from rich.console import Console
 
+from edgeflash import named_timesteps
 from edgeflash.disk import TRAINING, check_replaceable, fresh_folder, write_atomic
 from edgeflash.embedded import embedded, located, models
 from edgeflash.errors import EdgeflashError, did_you_mean
@@ -121,6 +122,8 @@ def _check(student: Student, recipe: Recipe, out: Path) -> None:
     check_replaceable(out, student.folder, kind="student")
     if recipe.sampling:
         student.check_steps(recipe.sampling.steps)
+        for grid in recipe.sampling.timesteps or ():
+            named_timesteps.check(student, grid, f"[sampling] timesteps {[*grid]}")
     unit, side = student.family.unit(student), recipe.data.size_px
     if side % unit:
         raise EdgeflashError(
@@ -353,6 +356,7 @@ def _write_manifest(
     write_manifest(
         draft,
         steps=steps,
+        timesteps=(recipe.sampling and recipe.sampling.timesteps) or (),
         default_steps=default_steps,
         guidance=guidance,
         prompts=list(dict.fromkeys(captions))[:PROMPTS],

@@ -1,7 +1,8 @@
-"""Timesteps that a person names: those that a published student was distilled for.
+"""Timesteps named by number: those that a student was distilled for, or that suit it best.
 
 Not all are where a sampler of as many steps would stop: DMD2's one-step UNets (arXiv 2405.14867)
-are asked at 399, of four steps at 999, 749, 499 and 249.
+are asked at 399, those of four steps at 999, 749, 499 and 249, where diffusers' own `LCMScheduler`
+stops at 999, 759, 499 and 259. A pipeline of diffusers is told the same, ``timesteps=[399]``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from edgeflash.errors import EdgeflashError
+from edgeflash.even_steps import MARK
 from edgeflash.schedule import Schedule, lower_schedule
 
 if TYPE_CHECKING:
     from edgeflash.student import Student
+
+FLAG = "--timesteps"
 
 
 def are_numbers(text: str) -> bool:
@@ -24,21 +28,51 @@ def are_numbers(text: str) -> bool:
 
 
 def schedules(student: Student, text: str, steps: Sequence[int] | None) -> dict[int, Schedule]:
-    """The student's sampler at these timesteps; at other counts of ``steps`` as it spaces them.
+    """The student's sampler at these timesteps; at other counts of ``steps`` as it spaces them."""
+    timesteps = [int(t) for t in text.split(",")]
+    others = [n for n in steps or () if n != len(timesteps)]
+    usual = student.schedules(others) if others else {}
+    return usual | {len(timesteps): table(student, timesteps, f"{FLAG} {text}")}
+
+
+def table(student: Student, timesteps: Sequence[int], told: str) -> Schedule:
+    """The student's sampler at these timesteps; ``told``: who asked.
 
     Raises:
         EdgeflashError: timesteps that do not fall or that it does not know, or a sampler that takes
             none.
     """
-    timesteps, name = [int(t) for t in text.split(",")], student.class_of("scheduler")[1]
-    most = student.config("scheduler").get("num_train_timesteps") or 1000
-    if not all(0 <= t < most for t in timesteps):
-        raise EdgeflashError(f"--timesteps {text}: {name} has 0 to {most - 1}: choose among those")
-    if any(t <= s for t, s in pairwise(timesteps)):
-        raise EdgeflashError(f"--timesteps {text}: name the noisiest first, each of them once")
+    from edgeflash.networks_sd import quiet
+
+    check(student, timesteps, told)
     try:
-        table = lower_schedule(student.scheduler(), None, timesteps=timesteps)
+        with quiet():  # it warns of any that it would not have chosen
+            return lower_schedule(student.scheduler(), None, timesteps=[*timesteps])
     except EdgeflashError as error:
-        raise EdgeflashError(f"--timesteps {text}: {student.folder}: {error}") from None
-    others = [n for n in steps or () if n != len(timesteps)]
-    return (student.schedules(others) if others else {}) | {len(timesteps): table}
+        raise EdgeflashError(f"{told}: {student.folder}: {error}") from None
+
+
+def check(student: Student, timesteps: Sequence[int], told: str) -> None:
+    """Raises where timesteps do not fall, or its noise has none of that number."""
+    name = student.class_of("scheduler")[1]
+    most = student.config("scheduler").get("num_train_timesteps") or 1000  # as usual
+    if not all(0 <= t < most for t in timesteps):
+        raise EdgeflashError(f"{told}: {name} has 0 to {most - 1}: choose among those")
+    if any(t <= s for t, s in pairwise(timesteps)):
+        raise EdgeflashError(f"{told}: name the noisiest first, each of them once")
+
+
+def unusual(student: Student, tables: dict[int, Schedule]) -> dict[int, list[float]]:
+    """Timesteps of those tables whose sampler would stop at others in diffusers' pipelines.
+
+    Of samplers of flows nothing is told: they are told sigmas (`edgeflash.even_steps`).
+    """
+    if student.config("scheduler").get(MARK):
+        return {}
+    scheduler, found = student.scheduler(), {}
+    for steps, own in tables.items():
+        scheduler.set_timesteps(steps)
+        times = [step.t for step in own.steps]
+        if times != [float(t) for t in scheduler.timesteps]:
+            found[steps] = times
+    return found

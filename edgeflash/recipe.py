@@ -70,6 +70,11 @@ class Sampling(_Table):
         (1, 2, 4), description="step counts to ship schedules for"
     )
     default_steps: int = 4
+    timesteps: tuple[tuple[int, ...], ...] | None = Field(
+        None,
+        description="the noisiest first, in place of those where the sampler stops in as many "
+        "steps; pipelines of diffusers must be told them",
+    )
     guidance: Literal["none", "cfg", "embedded"] = Field(
         "none", description="embedded: of students that are told it, as lcm.w_embedding makes them"
     )
@@ -79,6 +84,9 @@ class Sampling(_Table):
     def _fits(self) -> Sampling:
         if self.default_steps not in self.steps:
             raise ValueError(f"default_steps {self.default_steps} is not one of {self.steps}")
+        for grid in self.timesteps or ():
+            if len(grid) not in self.steps:
+                raise ValueError(f"timesteps {[*grid]}: {len(grid)} is not one of {self.steps}")
         if self.guidance == "none" and self.guidance_scale != 1:
             raise ValueError("guidance_scale needs guidance = 'cfg' or 'embedded'")
         return self

@@ -304,6 +304,7 @@ def write_manifest(
     folder: Path,
     *,
     steps: Sequence[int],
+    timesteps: Sequence[Sequence[int]] = (),
     default_steps: int | None = None,
     guidance: Guidance | None = None,
     prompts: Sequence[str] = (),
@@ -315,6 +316,7 @@ def write_manifest(
     Args:
         folder: the diffusers folder.
         steps: step counts to write tables for.
+        timesteps: in place of the sampler's own in as many steps.
         default_steps: one of them; the largest when None.
         guidance: how it is to be steered; no guidance when None.
         prompts: some 8 examples of what it draws; exports record and calibrate with them.
@@ -324,6 +326,8 @@ def write_manifest(
     (folder / MANIFEST).unlink(missing_ok=True)
     student = Student.open(folder)
     schedules = student.schedules(steps)
+    for grid in timesteps:
+        schedules[len(grid)] = named_timesteps.table(student, grid, f"timesteps {[*grid]}")
     manifest = StudentManifest(
         family=student.family.name,
         schedules=schedules,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from edgeflash import align_your_steps
+from edgeflash import align_your_steps, named_timesteps
 from edgeflash.export_options import ExportOptions
+from edgeflash.schedule import Schedule
 from edgeflash.student import INSTEAD, Student
 from edgeflash.tokenizer import read_tokenizer, unread
 
@@ -31,6 +32,18 @@ def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> 
         console.print(f"{name} is not for {timesteps}: sampled by {other} instead")
     elif not timesteps and name in INSTEAD and not student.manifest:
         console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
+
+
+def tell_timesteps(
+    student: Student, tables: dict[int, Schedule], named: str | None, console: Console
+) -> None:
+    """Says which timesteps pipelines of others have to be told, of few-step samplers."""
+    if named == align_your_steps.NAME or not student.own_timesteps():
+        return
+    for steps, times in named_timesteps.unusual(student, tables).items():
+        told = ", ".join(f"{t:g}" for t in times)
+        line = f"{steps} steps: stock pipelines stop elsewhere, tell them timesteps=[{told}]"
+        console.print(line, markup=False, highlight=False)
 
 
 def tell_losses(tape: Tape, console: Console) -> None:

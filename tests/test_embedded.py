@@ -14,6 +14,7 @@ from exported import Exported
 from edgeflash import shapes
 from edgeflash.distill.judge import frechet_distance, load_judge, look, verdict
 from edgeflash.embedded import embedded
+from edgeflash.named_timesteps import unusual
 from edgeflash.noise import randn
 from edgeflash.roles import Runtime, Target
 from edgeflash.runtimes.pipeline import Request, TextToImage
@@ -46,8 +47,13 @@ def test_the_folders_are_sound_and_say_where_they_come_from(name: str) -> None:
     assert "edgeflash score" in card and student.manifest.lineage.recipe_sha256[:12] in card
 
 
-def diffusers_picture(folder: Path, steps: int, guidance: float) -> np.ndarray:
-    """What diffusers alone draws from edgeflash's noise, uint8 [64, 64, 3]."""
+def diffusers_picture(
+    folder: Path, steps: int, guidance: float, timesteps: list[int] | None
+) -> np.ndarray:
+    """What diffusers alone draws from edgeflash's noise, uint8 [64, 64, 3].
+
+    ``timesteps``: what it is told, as users are.
+    """
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(
@@ -57,12 +63,13 @@ def diffusers_picture(folder: Path, steps: int, guidance: float) -> np.ndarray:
     size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
     draws = (torch.from_numpy(randn((1, channels, size, size), 5, k)) for k in range(steps + 1))
     with pytest.MonkeyPatch.context() as patch:  # a stochastic sampler draws at every step
-        fresh = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+        fresh = f"{type(pipeline.scheduler).__module__}.randn_tensor"
         patch.setattr(fresh, lambda *_, **__: next(draws))
         drawn: Any = pipeline(
             PROMPT,
             latents=next(draws),
             num_inference_steps=steps,
+            timesteps=timesteps,
             guidance_scale=guidance,
             output_type="np",
         )
@@ -71,7 +78,11 @@ def diffusers_picture(folder: Path, steps: int, guidance: float) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [("shapes-student", 1), pytest.param("shapes-teacher", 4, marks=pytest.mark.slow)],
+    [
+        ("shapes-student", 1),
+        ("shapes-student", 4),
+        pytest.param("shapes-teacher", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_diffusers_alone_draws_the_same_picture(tmp_path: Path, name: str, steps: int) -> None:
     from edgeflash.export.line import export_student
@@ -84,7 +95,9 @@ def test_diffusers_alone_draws_the_same_picture(tmp_path: Path, name: str, steps
     with TextToImage(bundle, make(Runtime, "torch", {})) as pipeline:
         ours = pipeline.generate(Request(prompt=PROMPT, seed=5)).images[0]
     scale = student.guidance().scale if student.guidance().kind == "cfg" else 0.0
-    theirs = diffusers_picture(folder, steps, scale)
+    told = unusual(student, student.schedules([steps])).get(steps)
+    assert bool(told) == (name == "shapes-student" and steps == 4)
+    theirs = diffusers_picture(folder, steps, scale, told and [int(t) for t in told])
     assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 2
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from diffusers import LCMScheduler, TCDScheduler
+from rich.console import Console
 from test_align_your_steps import sampled_by
 from test_lower_schedule import SD, diffusers_loop, relative, table_loop
 
+from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
-from edgeflash.export.remarks import _tell_sampler
-from edgeflash.student import write_manifest
+from edgeflash.export.remarks import _tell_sampler, tell_timesteps
+from edgeflash.recipe import Sampling, find_recipe, read_recipe, recipe_of
+from edgeflash.student import Student, write_manifest
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -61,9 +65,30 @@ def test_what_no_sampler_takes_is_refused(folder: Path, sampler: str, text: str,
     assert str(refused.value).startswith(f"--timesteps {text}: ")
 
 
-def test_they_change_no_sampler(folder: Path) -> None:
-    class Nobody:
-        def print(self, *told: object) -> None:
-            raise AssertionError(told)
+def test_a_recipe_names_them_and_exports_tell_them(folder: Path) -> None:
+    sampled_by(folder, "LCMScheduler")
+    grid = (999, 749, 624, 499)
+    manifest = write_manifest(folder, steps=(2, 4), timesteps=[grid])
+    assert tuple(step.t for step in manifest.schedules[4].steps) == grid
+    assert [step.t for step in manifest.schedules[2].steps] == [999, 499]
+    with pytest.raises(EdgeflashError, match=r"^timesteps \[1000\]: LCMScheduler has 0 to 999"):
+        write_manifest(folder, steps=(1,), timesteps=[[1000]])
+    write_manifest(folder, steps=(2, 4), timesteps=[grid])
+    student, said = Student.open(folder), Console(width=200, record=True, file=StringIO())
+    tell_timesteps(student, student.schedules(), None, said)
+    _tell_sampler(student, "399", said)
+    line = "4 steps: stock pipelines stop elsewhere, tell them timesteps=[999, 749, 624, 499]\n"
+    assert said.export_text() == line
+    plain = {"name": "x", "stage": [{"by": "lcm"}]}
+    wrong = {"steps": [1, 4], "timesteps": [[999, 499]]}
+    with pytest.raises(EdgeflashError, match=r"timesteps \[999, 499\]: 2 is not one of \(1, 4\)"):
+        recipe_of(plain | {"sampling": wrong}, "test")
 
-    _tell_sampler(sampled_by(folder, "LCMScheduler"), "399", Nobody())  # type: ignore[arg-type]
+
+def test_a_recipe_with_timesteps_that_no_noise_has_is_refused_at_once(tmp_path: Path) -> None:
+    sampling = {"steps": [1], "default_steps": 1, "timesteps": [[1000]]}
+    recipe = read_recipe(find_recipe("shapes")).model_copy(
+        update={"sampling": Sampling.model_validate(sampling)}
+    )
+    with pytest.raises(EdgeflashError, match=r"^\[sampling\] timesteps \[1000\]: .* has 0 to 999"):
+        distill(recipe, tmp_path / "out")
