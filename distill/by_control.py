@@ -58,7 +58,7 @@ class Control(Method):
         family = Student.unfinished(shop.student).family
         unet = self.steered(shop)
         steering = getattr(unet, self.steers)
-        process = shop.process(steers=True)
+        process = shop.process(steers=self.needs_teacher())
         taught = self.taught(shop, unet) if self.needs_teacher() else None
         batch, nothing = cached_samples(shop, steered=True)
 
@@ -94,7 +94,17 @@ class Control(Method):
                 "learn from: name a teacher that has, or leave them at 0"
             )
         teacher = shop.frozen(shop.teacher)
+        if len(unet.up_blocks) > len(teacher.up_blocks):
+            raise EdgeflashError(
+                f"{shop.teacher}: has {len(teacher.up_blocks)} stages, the student "
+                f"{len(unet.up_blocks)}: name a base that was pruned from it"
+            )
         up = [pair for pair in feature_pairs(teacher, unet) if pair[1] in list(unet.up_blocks)]
+        if self.feature_weight and not up:
+            raise EdgeflashError(
+                f"feature_weight: no block of {shop.teacher} is as wide as the student's: set it "
+                "to 0"
+            )
         theirs, ours = Taps([t for t, _ in up]), Taps([s for _, s in up])
 
         def terms(output: Tensor, *told: Tensor) -> Terms:

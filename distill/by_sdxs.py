@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgeflash.control import CALLED
 from edgeflash.errors import EdgeflashError
 from edgeflash.lora import Lora, components_of
 from edgeflash.roles import Method
@@ -215,6 +216,14 @@ class SDXS(Method):
             folder = locate_teacher(self.straight_teacher)
             process = Process.of(folder, shop.device)
             unet, scale = shop.frozen(folder), 1.0
+            theirs, ours = map(Student.unfinished, (folder, shop.student))
+            if theirs.family.steering != ours.family.steering:
+                raise EdgeflashError(
+                    f"sdxs.straight_teacher: {folder} has "
+                    f"{CALLED.get(theirs.family.steering, 'no ControlNet')}, the student "
+                    f"{CALLED.get(ours.family.steering, 'none')}: name one that sees the same, or "
+                    "leave it out"
+                )
             for key in ("in_channels", "cross_attention_dim"):
                 if unet.config[key] != teacher.config[key]:
                     raise EdgeflashError(

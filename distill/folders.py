@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from edgeflash.errors import EdgeflashError
 from edgeflash.lora import FILE
-from edgeflash.student import INDEX, Student, Weights
+from edgeflash.student import INDEX, Student
+from edgeflash.weights import Weights
 
 
 def copy_folder(source: Path, target: Path, *, leave: Collection[str] = (), link: bool) -> None:

@@ -130,6 +130,8 @@ def _check_kept(out: Path, options: dict[str, dict[str, Any]], minutes: float) -
     for path in sorted((out / ASKED).glob("*.json")):
         kept = read_json(path)
         name = kept["name"]
+        if name in options:  # what an older version did not ask was as it is at its default
+            kept = _at_default(name, options[name]) | kept
         asked = _asked(name, options[name], minutes) if name in options else _models()
         now = asked | {"name": name, "seed": kept["seed"]}
         if changed := [key for key in kept | now if kept.get(key) != now.get(key)]:
@@ -152,6 +154,15 @@ def _asked(name: str, options: dict[str, Any], minutes: float) -> dict[str, Any]
     said = {f"{stage['by']}.{key}": value for key, value in stage.items() if key != "steps"}
     whole = {key: recipe.get(key) for key in ("teacher", "base", "data", "sampling")}
     return _models() | {"minutes": minutes} | whole | said
+
+
+def _at_default(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a method that have their default, as notes call them."""
+    (method,) = _recipe(name, options, Path("start"), 1).methods()
+    by = options.get("by", name)
+    told = method.model_dump(mode="json", exclude_none=True)
+    others = method.model_dump(mode="json", exclude_defaults=True)
+    return {f"{by}.{key}": value for key, value in told.items() if key not in {*others, "steps"}}
 
 
 @cache

@@ -158,8 +158,9 @@ Figures are of 1 / 2 / 4 network calls a picture, where the method's sampler has
 accuracy over 500 held-out prompts, all of them and those of one and of two objects; FD against
 held-out renders; diversity, the mean distance of pictures of one caption in the judge's features.
 Of several seeds, which are other renders, order and noise from the same start: the median, ± half
-of what lies between the least and the greatest. The decoder is the teacher's own. Teacher and
-start, above, draw with the teacher's sampler, guided: two calls a step.
+of what lies between the least and the greatest. The decoder is the teacher's own. Of teacher and
+start, above, and of methods that keep the teacher's sampler, figures are of as many steps, guided,
+which are two calls each: their 2 steps cost what 4 of the others do.
 """
 COLUMNS = "method", "accuracy, %", "one object", "two objects", "FD", "diversity"
 COSTS = "seeds", "min", "before, min", "steps", "samples/s", "peak RSS, MiB"

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from edgeflash import noise_correction
 from edgeflash.errors import EdgeflashError
 from edgeflash.even_steps import MARK
+from edgeflash.noise_correction import corrected
 from edgeflash.schedule import Schedule, lower_schedule
 
 if TYPE_CHECKING:
@@ -47,15 +49,18 @@ def table(student: Student, timesteps: Sequence[int], told: str) -> Schedule:
     check(student, timesteps, told)
     try:
         with quiet():  # it warns of any that it would not have chosen
-            return lower_schedule(student.scheduler(), None, timesteps=[*timesteps])
+            found = lower_schedule(student.scheduler(), None, timesteps=[*timesteps])
     except EdgeflashError as error:
         raise EdgeflashError(f"{told}: {student.folder}: {error}") from None
+    return corrected(found) if student.config("scheduler").get(noise_correction.MARK) else found
 
 
 def check(student: Student, timesteps: Sequence[int], told: str) -> None:
-    """Raises where timesteps do not fall, or its noise has none of that number."""
-    name = student.class_of("scheduler")[1]
-    most = student.config("scheduler").get("num_train_timesteps") or 1000  # as usual
+    """Raises where timesteps do not fall, or its noise has none of that number, or is a flow's."""
+    name, config = student.class_of("scheduler")[1], student.config("scheduler")
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        raise EdgeflashError(f"{told}: a flow's steps are told by their noise: leave them out")
+    most = config.get("num_train_timesteps") or 1000  # as usual
     if not all(0 <= t < most for t in timesteps):
         raise EdgeflashError(f"{told}: {name} has 0 to {most - 1}: choose among those")
     if any(t <= s for t, s in pairwise(timesteps)):
@@ -71,8 +76,12 @@ def unusual(student: Student, tables: dict[int, Schedule]) -> dict[int, list[flo
         return {}
     scheduler, found = student.scheduler(), {}
     for steps, own in tables.items():
-        scheduler.set_timesteps(steps)
         times = [step.t for step in own.steps]
-        if times != [float(t) for t in scheduler.timesteps]:
+        try:
+            scheduler.set_timesteps(steps)
+            usual = [float(t) for t in scheduler.timesteps]
+        except ValueError:  # so many are beyond it
+            usual = []
+        if times != usual:
             found[steps] = times
     return found

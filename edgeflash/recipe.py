@@ -84,6 +84,9 @@ class Sampling(_Table):
     def _fits(self) -> Sampling:
         if self.default_steps not in self.steps:
             raise ValueError(f"default_steps {self.default_steps} is not one of {self.steps}")
+        counts = [len(grid) for grid in self.timesteps or ()]
+        if len(counts) != len({*counts}):
+            raise ValueError("timesteps: two grids of as many steps: leave one out")
         for grid in self.timesteps or ():
             if len(grid) not in self.steps:
                 raise ValueError(f"timesteps {[*grid]}: {len(grid)} is not one of {self.steps}")

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +26,7 @@ from edgeflash.lora import Lora
 from edgeflash.manifest import parse_manifest, read_manifest
 from edgeflash.noise_correction import MARK, corrected
 from edgeflash.schedule import Guidance, Schedule, lower_schedule
-from edgeflash.weights import check_weights
+from edgeflash.weights import Weights, check_weights, find_weights
 
 if TYPE_CHECKING:
     from edgeflash.families import Family
@@ -67,14 +65,6 @@ class StudentManifest(Part):
     prompts: tuple[str, ...] = ()  # examples of what it draws: for capture, calibration, parity
     floors: Floors = Field({}, description="of its exports, as its recipe has them")
     lineage: StudentLineage = StudentLineage()
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weight files of one component, and the variant (fp16, ...) to ask diffusers for."""
-
-    files: tuple[Path, ...]
-    variant: str | None
 
 
 class Config(dict[str, Any]):
@@ -180,7 +170,7 @@ class Student:
         """
         home = self.folder / component
         for stem in STEMS.get(self.class_of(component)[0], ("model",)):
-            if found := _find_weights(home, stem):
+            if found := find_weights(home, stem):
                 return found
         stem = STEMS.get(self.class_of(component)[0], ("model",))[0]
         raise EdgeflashError(
@@ -381,25 +371,3 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if "_class_name" not in index:
         raise EdgeflashError(f"{folder / INDEX}: names no pipeline (_class_name is missing)")
     return index
-
-
-def _find_weights(home: Path, stem: str) -> Weights | None:
-    """Weights called ``stem``: whole before shards, plain before variants."""
-    pattern = re.compile(
-        rf"{stem}(\.(?P<before>[\w-]+?))?\.(?P<kind>safetensors|bin)"
-        r"(?P<shards>\.index(\.(?P<after>[\w-]+))?\.json)?"
-    )
-    found = []
-    for path in sorted(home.iterdir()) if home.is_dir() else ():
-        if match := pattern.fullmatch(path.name):
-            variant = match["before"] or match["after"]
-            if not re.search(r"-\d{5}-of-\d{5}$", variant or ""):
-                rank = (variant is not None, match["kind"] == "bin", bool(match["shards"]))
-                found.append((rank, path, variant))
-    if not found:
-        return None
-    _, path, variant = min(found, key=lambda item: item[0])
-    if path.suffix == ".json":
-        shards = sorted(set(read_json(path)["weight_map"].values()))
-        return Weights(tuple(home / shard for shard in shards), variant)
-    return Weights((path,), variant)

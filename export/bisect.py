@@ -6,7 +6,7 @@ How graphs are read and run is the affair of their format: `bisect_onnx`, `bisec
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +25,7 @@ from .divergence import Divergence, off, worst_first
 
 TAPS = 48  # tensors held at a time
 _ONNX = ".bisect_onnx", "OnnxGraph", ("onnx", "onnxruntime", "onnxscript")
-_IR = ".bisect_openvino", "OpenVinoGraph", ("onnx", "onnxscript", "openvino")
+_IR = ".bisect_openvino", "OpenVinoGraph", ("torch", "onnx", "onnxscript", "openvino")
 # target -> module and class that read what its bundles hold, and packages they need
 FORMATS = {"onnx": _ONNX, "tensorrt": _ONNX, "openvino": _IR}
 SUFFIXES = ".onnx", ".xml"  # of the file that such a graph is opened by
@@ -39,8 +39,8 @@ class Node:
         kind: in its format's words.
         name: its own.
         takes: the tensors that go in.
-        operands: of a product, those by which one tells whether another graph computes it
-            otherwise: its weights, where it has any; of others none.
+        operands: of a product, what tells whether another graph computes it otherwise; of others
+            nothing.
         layer: of a product, what plans call it.
     """
 
@@ -54,11 +54,13 @@ class Node:
 class Graph(ABC):
     """A network in a file, of which every tensor can be looked at.
 
-    ``makers``: tensor -> what makes it, in the order they run.
+    ``makers``: tensor -> what makes it, in the order they run. ``named``: those of them that
+    another graph of the network calls the same, and that can be looked at.
     """
 
     path: Path
     makers: Mapping[str, Node]
+    named: Collection[str]
 
     @abstractmethod
     def values(self, names: Sequence[str], inputs: Tensors) -> list[Array]:
@@ -68,9 +70,13 @@ class Graph(ABC):
     def results(self, inputs: Tensors) -> list[Array]:
         """What it gives in one call, with nothing inside looked at."""
 
-    def computes(self, name: str) -> Node | None:
-        """Who computes a tensor of that name, casts aside."""
-        return self.makers.get(name)
+    @abstractmethod
+    def changes(self, name: str, product: Node) -> bool:
+        """Whether it computes a tensor otherwise than a product of another graph does."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """Lets go of what `results` holds."""
 
 
 def first_divergence(
@@ -93,8 +99,11 @@ def first_divergence(
     Raises:
         EdgeflashError: they are not the same graph.
     """
-    names = [name for name in suspect.makers if name in whole.makers]
-    for inputs in _worst_first(whole, suspect, list(calls), floor_db):
+    names = [name for name in suspect.makers if name in suspect.named and name in whole.named]
+    worst = _worst_first(whole, suspect, list(calls), floor_db)
+    for graph in (whole, suspect):
+        graph.rest()
+    for inputs in worst:
         for name, expected, got in _both(whole, suspect, names, inputs):
             node = whole.makers[name]
             if expected.shape != got.shape:
@@ -137,17 +146,12 @@ def _worst_first(
 
 
 def _product(name: str, whole: Graph, other: Graph) -> Node | None:
-    """The nearest product among those that a tensor comes from which ``other`` computes otherwise.
-
-    Operands tell: quantizers round what a product takes for all that take it.
-    """
+    """The nearest of the products that a tensor comes from which ``other`` computes otherwise."""
     seen, rank = {name}, [name]
     while rank:
         made = [(each, whole.makers[each]) for each in rank if each in whole.makers]
         for given, node in made:
-            same = other.computes(given)
-            changed = same is None or same.kind != node.kind or not {*node.operands} & {*same.takes}
-            if node.operands and changed:
+            if node.operands and other.changes(given, node):
                 return node
         before = dict.fromkeys(each for _, node in made for each in node.takes if each)
         rank = [each for each in before if each not in seen]

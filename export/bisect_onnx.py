@@ -30,10 +30,17 @@ class OnnxGraph(Graph):
         self.makers = {
             name: _node(node, weights) for node in graph.node for name in node.output if name
         }
+        self.named = self.makers
 
-    def computes(self, name: str) -> Node | None:
-        """Who computes it, in halves or not; halves are no other operands."""
-        return self.makers.get(f"{name}{HALF}") or self.makers.get(name)
+    def changes(self, name: str, product: Node) -> bool:
+        """By its weights, if it has any: what it takes is rounded for all that take it.
+
+        Halves are no other operands.
+        """
+        same = self.makers.get(f"{name}{HALF}") or self.makers.get(name)
+        if same is None or same.kind != product.kind:
+            return True
+        return not {*product.operands} & {*same.takes}
 
     def values(self, names: Sequence[str], inputs: Tensors) -> list[Array]:
         model = _as_typed(self.path)
@@ -45,6 +52,9 @@ class OnnxGraph(Graph):
 
     def results(self, inputs: Tensors) -> list[Array]:
         return list(self._session.run(None, inputs))
+
+    def rest(self) -> None:
+        self.__dict__.pop("_session", None)
 
     @cached_property
     def _session(self) -> ort.InferenceSession:

@@ -55,7 +55,7 @@ from .journal import DRAFT, Outcome, Stage, drop_others, run_folder
 from .merging import MOST
 from .nursery import Nursery
 from .progress import Rates, Stages
-from .remarks import tell_changed, tell_losses, tell_timesteps
+from .remarks import tell_changed, tell_losses
 from .stages import Run, captured_again, component_of
 from .ways import way_of
 
@@ -103,8 +103,7 @@ def export_student(
     check_replaceable(out, student.folder, kind="bundle")
     plan = _upcast(planned(student, target, options), console)
     target = plan.tape.target
-    tell_changed(student, options, console)
-    tell_timesteps(student, plan.schedules, options.timesteps, console)
+    tell_changed(student, options, plan.schedules, console)
     if any(map(target.calibrates, plan.components)) and not plan.tape.held_out:
         console.print("one prompt: proved on what it is calibrated on; --prompt takes more")
     stages = Stages(console, _rates(plan, target))

@@ -42,7 +42,7 @@ BYTES = {  # of a number, the float32 that torch holds included
     "int8-dynamic": 9.0,
 }
 HELD_TWICE = 13.0  # others: the vendor's quantizer holds the model, and a copy that it calibrates
-BY_EXTREMES = 6.5  # int8 of "minmax" to onnx: weights are mapped; 6.1 for SDXS-512's UNet, 512 px
+BY_EXTREMES = 6.5  # int8 of "minmax" in ONNX: weights are mapped; 6.1 for SDXS-512's UNet, 512 px
 RUN = {"fp32": 4.0, "fp16": 5.5, "bf16": 5.5}  # bytes of a number in a loaded session
 RUN_ELSE = 5.0  # one, and in float32 what of it is not multiplied as it is
 ARENA = 2.65  # bytes that a session takes of every byte of results alive at once
@@ -76,7 +76,7 @@ def estimate(student: Student, target: Target, component: str) -> float:
     """Bytes that capturing and lowering a component takes at its peak: an estimate."""
     precision, to = target.precision_of(component), target_name(target)
     each = BYTES.get(precision, HELD_TWICE) + MORE.get(to, CONVERTED)
-    if (to, precision, getattr(target, "ranges", "")) == ("onnx", "int8", "minmax"):
+    if to in MORE and (precision, getattr(target, "ranges", "")) == ("int8", "minmax"):
         each = BY_EXTREMES
     numbers = numbers_of(student, component)
     return (BASE_BYTES if numbers > APART_NUMBERS else 0) + numbers * each

@@ -13,9 +13,12 @@ from edgeflash.tokenizer import read_tokenizer, unread
 from .capture import Tape
 
 
-def tell_changed(student: Student, options: ExportOptions, console: Console) -> None:
+def tell_changed(
+    student: Student, options: ExportOptions, tables: dict[int, Schedule], console: Console
+) -> None:
     """Says what becomes of the sampler and of prompts that no table or text encoder can hold."""
     _tell_sampler(student, options.timesteps, console)
+    _tell_timesteps(student, tables, options.timesteps, console)
     family, folder = student.family, student.folder
     specs = [family.tokenizer(student, name) for name in family.text_encoders]
     tokenizers = [read_tokenizer(folder, spec) for spec in specs]
@@ -30,20 +33,21 @@ def _tell_sampler(student: Student, timesteps: str | None, console: Console) -> 
     fitted = timesteps == align_your_steps.NAME
     if fitted and (other := align_your_steps.sampler(name)) != name:
         console.print(f"{name} is not for {timesteps}: sampled by {other} instead")
-    elif not timesteps and name in INSTEAD and not student.manifest:
+    elif not fitted and name in INSTEAD and (timesteps or not student.manifest):
         console.print(f"{name} needs four calls at once: sampled by {INSTEAD[name]} instead")
 
 
-def tell_timesteps(
+def _tell_timesteps(
     student: Student, tables: dict[int, Schedule], named: str | None, console: Console
 ) -> None:
     """Says which timesteps pipelines of others have to be told, of few-step samplers."""
-    if named == align_your_steps.NAME or not student.own_timesteps():
+    if named == align_your_steps.NAME or not (named or student.own_timesteps()):
         return
     for steps, times in named_timesteps.unusual(student, tables).items():
         told = ", ".join(f"{t:g}" for t in times)
-        line = f"{steps} steps: stock pipelines stop elsewhere, tell them timesteps=[{told}]"
-        console.print(line, markup=False, highlight=False)
+        line = f"{steps} steps: stock pipelines stop elsewhere: tell diffusers' and optimum's"
+        line += f" timesteps=[{told}]; GenAI and Apple's package take none"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def tell_losses(tape: Tape, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,7 +127,16 @@ def test_what_was_begun_otherwise_is_refused(
         with pytest.raises(EdgeflashError, match=r"\(changed: the start\)"):
             benchmark(tmp_path, ("tcd",), minutes=5)
     assert trained == ["scm", "lcm"]
+    note = tmp_path / "asked/lcm.json"  # as of a version that had fewer options
+    told = read_json(note)
+    assert told.pop("lcm.huber_c") == 1e-3
+    note.write_text(json.dumps(told))
     benchmark(tmp_path, ("tcd",), minutes=5)
+    assert told.pop("lcm.ddim_steps") == 20, "no default of the method"
+    note.write_text(json.dumps(told))
+    with pytest.raises(EdgeflashError, match=r"\(changed: lcm.ddim_steps\)"):
+        benchmark(tmp_path, ("tcd",), minutes=5)
+    note.unlink()
     for note in (tmp_path / "asked").iterdir():
         note.unlink()
     (tmp_path / "asked").rmdir()

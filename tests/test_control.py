@@ -139,6 +139,19 @@ def test_a_teacher_without_one_has_nothing_to_say_of_it(tmp_path: Path) -> None:
         Control(feature_weight=1).begin(workshop(tmp_path, plain, plain))
 
 
+def test_teachers_that_are_shaped_otherwise_are_refused(controlled: Path, tmp_path: Path) -> None:
+    def refused(name: str, widths: tuple[int, ...]) -> str:
+        base = write_student(
+            tmp_path / name, tiny_decoder=False, widths=widths, scheduler="DDIMScheduler"
+        )
+        with pytest.raises(EdgeflashError) as caught:
+            Control(feature_weight=1).begin(workshop(tmp_path, controlled, base))
+        return str(caught.value)
+
+    assert "has 2 stages, the student 3: name a base" in refused("deeper", (16, 32, 32))
+    assert "feature_weight: no block of" in refused("narrower", (8, 24))
+
+
 def test_sdxs_teaches_a_controlnet_alone(controlled: Path, tmp_path: Path) -> None:
     """Beside a UNet that stays as it is, under scores whose own ControlNet stays the teacher's."""
     stage = SDXS(control_alone=True, feature_share=0, guidance=2).begin(
@@ -159,6 +172,9 @@ def test_sdxs_teaches_a_controlnet_alone(controlled: Path, tmp_path: Path) -> No
     other = loss(student, otherwise(batch), torch.Generator().manual_seed(0))
     assert all(found[name] != other[name] for name in ("features", "scores"))
     plain = write_student(tmp_path / "plain", tiny_decoder=False, scheduler="DDIMScheduler")
+    straight = SDXS(straight_teacher=str(plain))
+    with pytest.raises(EdgeflashError, match="plain has no ControlNet, the student ControlNet: n"):
+        straight.begin(workshop(tmp_path, controlled, controlled))
     with pytest.raises(EdgeflashError, match="plain has no ControlNet and no adapter: let 'c"):
         SDXS(control_alone=True).begin(workshop(tmp_path, plain, plain))
 

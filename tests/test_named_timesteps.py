@@ -14,7 +14,9 @@ from test_lower_schedule import SD, diffusers_loop, relative, table_loop
 
 from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
-from edgeflash.export.remarks import _tell_sampler, tell_timesteps
+from edgeflash.export.remarks import _tell_sampler, _tell_timesteps
+from edgeflash.named_timesteps import unusual
+from edgeflash.noise_correction import MARK
 from edgeflash.recipe import Sampling, find_recipe, read_recipe, recipe_of
 from edgeflash.student import Student, write_manifest
 
@@ -56,6 +58,7 @@ def test_other_counts_are_spaced_as_usual(folder: Path) -> None:
         ("LCMScheduler", "999,-1", "999,-1: LCMScheduler has 0 to 999"),
         ("LCMScheduler", "249,499", "249,499: name the noisiest first, each of them once"),
         ("LCMScheduler", "499,499", "each of them once"),
+        ("FlowMatchEulerDiscreteScheduler", "900", "a flow's steps are told by their noise"),
         ("DDIMScheduler", "399", "guided: DDIMScheduler takes no timesteps: leave it out"),
     ],
 )
@@ -75,12 +78,20 @@ def test_a_recipe_names_them_and_exports_tell_them(folder: Path) -> None:
         write_manifest(folder, steps=(1,), timesteps=[[1000]])
     write_manifest(folder, steps=(2, 4), timesteps=[grid])
     student, said = Student.open(folder), Console(width=200, record=True, file=StringIO())
-    tell_timesteps(student, student.schedules(), None, said)
+    _tell_timesteps(student, student.schedules(), None, said)
     _tell_sampler(student, "399", said)
-    line = "4 steps: stock pipelines stop elsewhere, tell them timesteps=[999, 749, 624, 499]\n"
+    line = (
+        "4 steps: stock pipelines stop elsewhere: tell diffusers' and optimum's "
+        "timesteps=[999, 749, 624, 499]; GenAI and Apple's package take none\n"
+    )
     assert said.export_text() == line
+    more = student.schedules(None, "999,899,799,699,599")
+    assert unusual(student, more) == {5: [999, 899, 799, 699, 599]}
     plain = {"name": "x", "stage": [{"by": "lcm"}]}
     wrong = {"steps": [1, 4], "timesteps": [[999, 499]]}
+    twice = {"steps": [2], "default_steps": 2, "timesteps": [[999, 499], [999, 749]]}
+    with pytest.raises(EdgeflashError, match=r"two grids of as many steps"):
+        recipe_of(plain | {"sampling": twice}, "test")
     with pytest.raises(EdgeflashError, match=r"timesteps \[999, 499\]: 2 is not one of \(1, 4\)"):
         recipe_of(plain | {"sampling": wrong}, "test")
 
@@ -92,3 +103,9 @@ def test_a_recipe_with_timesteps_that_no_noise_has_is_refused_at_once(tmp_path: 
     )
     with pytest.raises(EdgeflashError, match=r"^\[sampling\] timesteps \[1000\]: .* has 0 to 999"):
         distill(recipe, tmp_path / "out")
+
+
+def test_noise_stays_corrected_at_them(folder: Path) -> None:
+    student = sampled_by(folder, "DPMSolverMultistepScheduler", solver_order=1, **{MARK: True})
+    (table,) = student.schedules(None, "999,666,332").values()
+    assert table.sampler.endswith("noise-corrected")
