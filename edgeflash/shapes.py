@@ -151,6 +151,8 @@ def satisfied(demand: Demand, labels: Array) -> dict[str, bool]:
     orders = {None: ("ab", "ba"), "right of": ("ba",), "below": ("ba",)}.get(
         demand.relation, ("ab",)
     )
+    if len(demand.things) == 1:
+        orders = ("a",)  # what is read of a second one means nothing
     ways = [_matches(demand.things, order, seen) for order in orders]
     return found | max(ways, key=lambda way: sum(way.values()))
 

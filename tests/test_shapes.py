@@ -58,6 +58,18 @@ def test_without_a_relation_either_order_will_do_but_not_a_mixture() -> None:
     assert not all(shapes.satisfied(mixed, picture).values())
 
 
+def test_one_object_is_read_from_the_first_slot_alone() -> None:
+    """A judge puts something into the slots of a second object even where there is none."""
+    demand, read = Demand((RED_STAR,), None, None, None), labels(BLUE_RING, arrangement="top")
+    read[5:] = labels(BLUE_RING, RED_STAR, arrangement="vertical")[5:]
+    assert shapes.satisfied(demand, read) == {
+        "count": True,
+        "shape": False,
+        "colour": False,
+        "size": False,
+    }
+
+
 def test_what_is_not_named_is_not_asked() -> None:
     demand = Demand((Thing("star", "red", None),), None, None, None)
     found = shapes.satisfied(demand, labels(RED_STAR, arrangement="top", background="black"))

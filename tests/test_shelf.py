@@ -60,6 +60,8 @@ def test_extras_are_those_of_the_project() -> None:
         if extra not in ("all", "dev")
     }
     assert extras == shelf.EXTRAS
+    rtx = "edgeflash[tensorrt-rtx]; sys_platform == 'linux' and platform_machine == 'x86_64'"
+    assert all(rtx in told["optional-dependencies"][extra] for extra in ("all", "dev"))
 
 
 def test_every_package_a_plugin_needs_is_in_an_extra() -> None:
