@@ -273,6 +273,7 @@ def run(
     seed: Annotated[int, typer.Option(min=0, help="Of the first image.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Network calls an image.")] = None,
     guidance: Annotated[float | None, typer.Option(callback=finite, help="Guidance scale.")] = None,
+    negative: Annotated[str, typer.Option(help="Text to steer away from, where guided.")] = "",
     image: Annotated[Path | None, typer.Option(help="Start from this picture.")] = None,
     strength: Annotated[
         float | None,
@@ -307,6 +308,7 @@ def run(
         seed=seed,
         steps=steps,
         guidance=guidance,
+        negative=negative,
         image=None if edit else picture,
         strength=strength,
         mask=None if edit or painted is None else painted[..., 0] >= 128,

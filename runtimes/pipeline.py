@@ -305,6 +305,8 @@ class TextToImage:
         scale = own.scale if request.guidance is None else request.guidance
         if request.negative and own.kind != "cfg":
             raise self._cannot("take a negative prompt", f"its guidance kind is {own.kind!r}")
+        if request.negative and scale == 1:
+            raise self._cannot("take a negative prompt", "guidance scale 1 asks for none: raise it")
         if own.kind == "none" and scale != 1:
             raise self._cannot(f"take the guidance scale {scale:g}", "its guidance kind is 'none'")
         if not 0 <= scale < float("inf"):

@@ -185,6 +185,19 @@ def test_guidance_is_a_number_that_images_can_take(say, tmp_path: Path) -> None:
         assert said.code == 2 and line in said.err
 
 
+def test_a_negative_prompt_steers_where_there_is_guidance(say, tmp_path: Path) -> None:
+    bundle, asked = tiny(tmp_path / "b", guidance={"kind": "cfg", "scale": 4}), ["--seed", "1"]
+
+    def picture(*more: str) -> bytes:
+        place = tmp_path / f"drawn{''.join(more)}.png"
+        assert say("run", bundle, "--prompt", "red", *asked, *more, "--out", place).code == 0
+        return place.read_bytes()
+
+    assert picture() == picture("--negative", "") != picture("--negative", "blue ring")
+    said = say("run", bundle, "--prompt", "red", "--negative", "blue", "--guidance", "1")
+    assert said.code == 2 and "guidance scale 1 asks for none: raise it" in said.err
+
+
 def test_export_is_told_the_guidance(
     say, one_step_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
