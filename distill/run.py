@@ -18,6 +18,7 @@ from edgeflash.disk import TRAINING, check_replaceable, fresh_folder, write_atom
 from edgeflash.embedded import embedded, located, models
 from edgeflash.errors import EdgeflashError, did_you_mean
 from edgeflash.networks_control import apart
+from edgeflash.no_memory import memory_named
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
@@ -39,6 +40,7 @@ from .lora import add_lora, save_and_fuse
 from .stage import Workshop
 from .telling import Costs, summed
 
+LESS = "raise accumulate, which keeps the batch, or set precision = 'bf16'"
 STEERING = {"steps", "minutes", "learning_rate", "decay", "warmup_steps", "weight_decay"}
 STEERING |= {"clip_norm", "precision", "accumulate"}  # a begun stage goes on with these changed
 NEEDED = ["model_index.json", "*/*"]  # the root holds the same weights once more
@@ -68,9 +70,9 @@ def distill(
     check_replaceable(out, kind="student")
     work = out.parent / f"{out.name}.run"
     _check_no_export(work)
-    work.mkdir(parents=True, exist_ok=True)
     teacher = locate_teacher(recipe.teacher) if recipe.teacher else None
     base = locate_teacher(recipe.base) if recipe.base else teacher
+    work.mkdir(parents=True, exist_ok=True)
     _same_recipe(recipe, work, teacher, base)
     for folder in filter(None, (teacher, base)):
         _check(Student.open(folder), recipe, out)
@@ -95,7 +97,8 @@ def distill(
             folder.mkdir(exist_ok=True)
             half = method.precision == "bf16"
             shop = Workshop(teacher, student, store, folder, accelerator.device, half)
-            _run_stage(spec.by, method, shop, accelerator, recipe.seed + number, label)
+            with memory_named(label, LESS):
+                _run_stage(spec.by, method, shop, accelerator, recipe.seed + number, label)
         told.append({"by": spec.by} | json.loads((folder / "outcome.json").read_text()))
         if accelerator.is_main_process:
             console.print(_line(label, told[-1]), highlight=False)

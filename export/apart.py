@@ -29,6 +29,7 @@ from edgeflash.errors import INTERRUPTED, EdgeflashError, Stopped
 from edgeflash.export_options import ExportOptions
 from edgeflash.lora import Lora
 from edgeflash.machine import peak_rss_mib
+from edgeflash.no_memory import memory_named, out_of_memory
 from edgeflash.roles import Target
 from edgeflash.shelf import find, make, names, target_name
 from edgeflash.student import Student
@@ -42,7 +43,6 @@ from .stages import Run, make_component
 
 COMMAND = [sys.executable, "-m", "edgeflash.export.apart"]
 BY_CTRL_C = (-2, INTERRUPTED)
-NO_MEMORY = ("can't allocate memory", "bad_alloc", "bad allocation")  # torch's, C++'s, ONNX Runtime
 
 
 class Request(Part):
@@ -182,27 +182,6 @@ def _fresh(complaint: IO[str]) -> subprocess.Popen[str]:
         encoding="utf-8",
         errors="replace",  # a vendor's library may print to the same place
     )
-
-
-def out_of_memory(component: str, how: str, advice: str) -> EdgeflashError:
-    """What is said when the system, or an allocator, puts an end to a component."""
-    return EdgeflashError(
-        f"{component}: out of memory, most likely: {how}: {advice}; then run the command again"
-    )
-
-
-@contextmanager
-def memory_named(component: str, advice: str) -> Iterator[None]:
-    """Says so where memory does not suffice."""
-    try:
-        yield
-    except MemoryError:
-        raise out_of_memory(component, "none was left", advice) from None
-    except Exception as error:
-        said = " ".join(str(error).split())
-        if isinstance(error, EdgeflashError) or not any(sign in said for sign in NO_MEMORY):
-            raise
-        raise out_of_memory(component, said[:200], advice) from None
 
 
 def main() -> None:

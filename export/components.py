@@ -11,10 +11,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from edgeflash.errors import EdgeflashError
+from edgeflash.no_memory import memory_named
 from edgeflash.talk import Message
 
 from . import memory, recorded
-from .apart import Child, Request, memory_named
+from .apart import Child, Request
 from .capture import Tape
 from .hashing import homes_of
 from .journal import Outcome, Stage

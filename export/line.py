@@ -39,6 +39,7 @@ from edgeflash.families import tokenizer_of
 from edgeflash.floors import check_floors
 from edgeflash.golden import Sampler, times_to_sweep
 from edgeflash.networks_sd import quiet, without_weights
+from edgeflash.no_memory import memory_named
 from edgeflash.roles import Runtime, Target
 from edgeflash.schedule import Schedule
 from edgeflash.shelf import target_name
@@ -46,7 +47,7 @@ from edgeflash.student import Student, sha256_of_all
 from edgeflash.verify import refuse_below, verify
 
 from . import hashing, memory, pack
-from .apart import memory_named, request_of
+from .apart import request_of
 from .caching import Way, check_rows, rows_of
 from .capture import Tape
 from .components import make_all, unfinished

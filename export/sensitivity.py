@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from edgeflash.bundle import kind_of
 from edgeflash.errors import EdgeflashError
 from edgeflash.golden import heard, told_by
+from edgeflash.no_memory import memory_named
 from edgeflash.noise import randn
 from edgeflash.parity import BEST_DB
 from edgeflash.schedule import advance
 
-from .apart import memory_named
 from .capture import Network, Tape, as_one_row
 from .fake import Range, change
 from .memory import LESS_PX

@@ -31,6 +31,7 @@ from edgeflash.export.line import export_student, planned
 from edgeflash.export.plan import Plan
 from edgeflash.export.stages import Run, lower_stage, record_stage
 from edgeflash.export_options import ExportOptions
+from edgeflash.no_memory import memory_named
 from edgeflash.roles import Target
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student, hashes_in
@@ -322,10 +323,10 @@ def test_an_allocator_that_gives_up_is_named() -> None:
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 B")):
         with (
             pytest.raises(EdgeflashError, match="unet: out of memory"),
-            apart.memory_named("unet", "fp32"),
+            memory_named("unet", "fp32"),
         ):
             raise error
-    with pytest.raises(ValueError, match="else"), apart.memory_named("unet", "fp32"):
+    with pytest.raises(ValueError, match="else"), memory_named("unet", "fp32"):
         raise ValueError("something else")
 
 

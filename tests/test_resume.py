@@ -173,3 +173,23 @@ def test_a_student_does_not_take_the_place_of_a_bundle(tmp_path: Path) -> None:
     (tmp_path / "out/edgeflash.json").write_text('{"kind": "bundle"}')
     with pytest.raises(EdgeflashError, match="out: holds a bundle; choose another --out"):
         distill(recipe_of({"name": "x", "stage": [{"by": "lcm"}]}, "x"), tmp_path / "out")
+
+
+def test_no_memory_is_one_line_with_what_takes_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
+
+    monkeypatch.setattr("edgeflash.distill.run.train", out)
+    line = r"^1/\d \w+: out of memory.* raise accumulate"
+    with pytest.raises(EdgeflashError, match=line) as said:
+        distill(small_recipe(tmp_path), tmp_path / "out")
+    assert "\n" not in str(said.value)
+
+
+def test_a_teacher_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path).model_copy(update={"teacher": str(tmp_path / "nowhere/x")})
+    with pytest.raises(EdgeflashError, match="no such folder or file"):
+        distill(recipe, tmp_path / "out")
+    assert not (tmp_path / "out.run").exists()
