@@ -33,8 +33,8 @@ class Control(Method):
 
     With ``output_weight`` and ``feature_weight`` it is also distilled from a teacher that has one
     of its own, beside a smaller UNet: the teacher's output, and what the blocks of its way up put
-    out, which alone see what a ControlNet adds (as SDXS does, arXiv 2403.16627). The weights are ours,
-    as SDXS tells none. A step then asks the teacher once, which is in memory too.
+    out, which alone see what a ControlNet adds, as SDXS does (arXiv 2403.16627). The weights are
+    ours, as it tells none. A step then asks the teacher once, which is in memory too.
     """
 
     families: ClassVar[tuple[str, ...]] = ("sd", "sdxl")
