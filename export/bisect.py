@@ -5,12 +5,13 @@ How graphs are read and run is the affair of their format: `bisect_onnx`, `bisec
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeflash.blame import floor_db
 from edgeflash.bundle import Bundle, Component, Figure, Manifest
@@ -19,9 +20,14 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.floors import PRECISIONS
 from edgeflash.golden import Array, Tensors
 from edgeflash.parity import psnr_db
-from edgeflash.shelf import require
+from edgeflash.shelf import require, target_name
 
-from .divergence import Divergence, off, worst_first
+from .divergence import Divergence, off, told, worst_first
+
+if TYPE_CHECKING:
+    from .capture import Captured
+
+Lowers = Callable[[Any, "Captured", Path], Path]
 
 TAPS = 48  # tensors held at a time
 _ONNX = ".bisect_onnx", "OnnxGraph", ("onnx", "onnxruntime", "onnxscript")
@@ -159,6 +165,35 @@ def _product(name: str, whole: Graph, other: Graph) -> Node | None:
     return None
 
 
+def lowered_again(
+    target: Any,
+    component: str,
+    capture: Callable[[], Captured],
+    suspect: Path,
+    floor_db: float,
+    lower: Lowers = lambda plain, captured, home: plain.lower(captured, home)[0],
+) -> str:
+    """What an export tells of a component that it made: lowers it in float32, and compares.
+
+    Args:
+        target: that it was exported to.
+        component: its name.
+        capture: makes its program once more.
+        suspect: its file.
+        floor_db: PSNR that all tensors have to reach.
+        lower: target in float32, program, folder -> the file to compare with.
+    """
+    if target.precision_of(component) == "fp32":
+        return ""
+    captured, to = capture(), target_name(target)
+    calls = [sample.inputs for sample in captured.samples]
+    plain = target.model_copy(update={"precision": "fp32"})
+    with tempfile.TemporaryDirectory(dir=suspect.parent, prefix=".fp32-") as scratch:
+        whole = _opened(to, lower(plain, captured, Path(scratch)))
+        found = first_divergence(whole, _opened(to, suspect), component, calls, floor_db)
+    return told(found, target, component, target.keep)
+
+
 def check_pair(bundle: Bundle, reference: Bundle) -> None:
     """Asks before the work whether two bundles can be held against each other.
 
@@ -237,9 +272,13 @@ def bisect_bundles(
 
 def _graph_of(bundle: Bundle, name: str) -> Graph:
     component = bundle.component(name)
-    module, kind, _ = FORMATS[component.target]
     files = [file.path for file in component.files if file.path.endswith(SUFFIXES)]
-    graph: Graph = getattr(import_module(module, __package__), kind)(bundle.folder / files[0])
+    return _opened(component.target, bundle.folder / files[0])
+
+
+def _opened(target: str, path: Path) -> Graph:
+    module, kind, _ = FORMATS[target]
+    graph: Graph = getattr(import_module(module, __package__), kind)(path)
     return graph
 
 

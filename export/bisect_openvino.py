@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeflash.golden import Array, Tensors
+from edgeflash.openvino_core import core
 
 from .bisect import Graph, Node
 from .quantize_openvino import LAYERS, PRODUCTS, layer_of
@@ -60,9 +61,7 @@ class OpenVinoGraph(Graph):
         return _compiled(self._read())
 
     def _read(self) -> Any:
-        import openvino
-
-        return openvino.Core().read_model(str(self.path))
+        return core().read_model(str(self.path))
 
 
 def _node(node: Any, layers: dict[str, str]) -> Node:
@@ -108,9 +107,7 @@ def _is_constant(node: Any, depth: int = 6) -> bool:
 
 
 def _compiled(model: Any) -> Any:
-    import openvino
-
-    return openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
 def _run(compiled: Any, inputs: Tensors) -> list[Array]:

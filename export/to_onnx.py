@@ -121,18 +121,10 @@ class OnnxTarget(Quantizing):
         self, component: str, capture: Callable[[], Captured], out: Path, floor_db: float
     ) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
-        from .bisect import first_divergence
-        from .bisect_onnx import OnnxGraph
-        from .divergence import told
+        from .bisect import lowered_again
 
-        if self.precision_of(component) == "fp32":
-            return ""
-        captured, found = capture(), OnnxGraph(out / component / "model.onnx")
-        calls = [sample.inputs for sample in captured.samples]
-        with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
-            whole = self.model_copy(update={"precision": "fp32"}).lower(captured, Path(scratch))[0]
-            divergence = first_divergence(OnnxGraph(whole), found, component, calls, floor_db)
-        return told(divergence, self, component, self.keep)
+        suspect = out / component / "model.onnx"
+        return lowered_again(self, component, capture, suspect, floor_db)
 
     def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:
         """Configs, scheduler and index where optimum looks for them."""

@@ -98,18 +98,10 @@ class OpenVinoTarget(Quantizing):
         self, component: str, capture: Callable[[], Captured], out: Path, floor_db: float
     ) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
-        from .bisect import first_divergence
-        from .bisect_openvino import OpenVinoGraph
-        from .divergence import told
+        from .bisect import lowered_again
 
-        if self.precision_of(component) == "fp32":
-            return ""
-        captured, found = capture(), OpenVinoGraph(out / component / "openvino_model.xml")
-        calls = [sample.inputs for sample in captured.samples]
-        with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
-            path = self.model_copy(update={"precision": "fp32"}).lower(captured, Path(scratch))[0]
-            divergence = first_divergence(OpenVinoGraph(path), found, component, calls, floor_db)
-        return told(divergence, self, component, self.keep)
+        suspect = out / component / "openvino_model.xml"
+        return lowered_again(self, component, capture, suspect, floor_db)
 
     def furnish(self, student: Student, components: Sequence[Component], out: Path) -> str:
         """Configs, scheduler, index and tokenizer models where GenAI and optimum-intel look."""

@@ -269,19 +269,15 @@ class TensorRtTarget(Quantizing):
         self, component: str, capture: Callable[[], Captured], out: Path, floor_db: float
     ) -> str:
         """Lowers the component once more in float32, and compares tensor by tensor."""
-        from .bisect import first_divergence
-        from .bisect_onnx import OnnxGraph
-        from .divergence import told
+        from .bisect import lowered_again
 
-        if self.precision_of(component) == "fp32":
-            return ""
-        captured, found = capture(), OnnxGraph(out / component / "model.onnx")
-        calls = [sample.inputs for sample in captured.samples]
-        plain = self.model_copy(update={"precision": "fp32"})
-        with tempfile.TemporaryDirectory(dir=out, prefix=".fp32-") as scratch:
-            whole = plain._write_onnx(captured, Path(scratch) / "model.onnx")[0]
-            divergence = first_divergence(OnnxGraph(whole), found, component, calls, floor_db)
-        return told(divergence, self, component, self.keep)
+        suspect = out / component / "model.onnx"
+
+        def lower(plain: Any, captured: Captured, home: Path) -> Path:
+            found: Path = plain._write_onnx(captured, home / "model.onnx")[0]
+            return found
+
+        return lowered_again(self, component, capture, suspect, floor_db, lower)
 
 
 def _number(capability: str) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from edgeflash.bundle import Component, TensorSpec
 from edgeflash.errors import EdgeflashError
+from edgeflash.openvino_core import core
 from edgeflash.roles import Array, Runtime, Session
 
 
@@ -52,7 +52,7 @@ class OpenVinoRuntime(Runtime):
         return OpenVinoSession(model, component, self.device, by_row=by_row)
 
     def _check_device(self) -> None:
-        here = [name.partition(".")[0].lower() for name in _core().available_devices]
+        here = [name.partition(".")[0].lower() for name in core().available_devices]
         if self.device not in (*here, "auto"):
             have = ", ".join(dict.fromkeys(here))
             raise EdgeflashError(
@@ -64,10 +64,10 @@ class OpenVinoRuntime(Runtime):
         """By its path where possible: what lies in the cache is then not even read."""
         device, properties = self.device.upper(), self._properties()
         if one_row is None:
-            return _core().compile_model(path, device, properties)
-        model = _core().read_model(path)
+            return core().compile_model(path, device, properties)
+        model = core().read_model(path)
         model.reshape({spec.name: _for_one_row(spec) for spec in _by_row(one_row)})
-        return _core().compile_model(model, device, properties)
+        return core().compile_model(model, device, properties)
 
     def _properties(self) -> dict[str, Any]:
         precision = self.inference_precision
@@ -81,14 +81,6 @@ class OpenVinoRuntime(Runtime):
         if self.cache_dir:
             properties["CACHE_DIR"] = str(Path(self.cache_dir).expanduser())
         return properties
-
-
-@functools.cache
-def _core() -> Any:
-    """One for the process, as OpenVINO wants it: it holds the devices' plug-ins."""
-    import openvino
-
-    return openvino.Core()
 
 
 def _by_row(component: Component) -> list[TensorSpec]:

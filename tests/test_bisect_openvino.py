@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,27 @@ def test_what_is_wrong_only_while_nobody_looks_is_told(calls: Any) -> None:
     assert found and str(found).startswith("the whole, though no operator alone (33.2 dB")
     assert found.remedy("int8", "int8").startswith("no product is to blame")
     assert first_divergence(Dim(1), Dim(1.0001), "unet", calls, 45.0) is None
+
+
+def test_ctrl_c_is_heard_after_it(tmp_path: Path) -> None:
+    """Where several Cores came and went, it ended the process, on CPUs with AMX."""
+    paths = [chain(tmp_path / "whole.xml").path, chain(tmp_path / "off.xml", "conv_2").path]
+    code = f"""
+import signal, numpy as np
+from pathlib import Path
+from edgeflash.export.bisect import first_divergence
+from edgeflash.export.bisect_openvino import OpenVinoGraph
+call = {{"sample": np.ones((1, 4, 6, 6), np.float32)}}
+whole, suspect = (OpenVinoGraph(Path(path)) for path in {[str(path) for path in paths]!r})
+for _ in range(2):
+    assert first_divergence(whole, suspect, "unet", [call, call], 60.0)
+del whole, suspect
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+signal.raise_signal(signal.SIGINT)
+assert heard
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_an_int8_network_leads_to_a_layer_of_its_plan(drawn: Exported, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.export.line import export_student
 from edgeflash.export_options import ExportOptions
 from edgeflash.noise import randn
+from edgeflash.openvino_core import core
 from edgeflash.parity import psnr_db
 from edgeflash.roles import Runtime, Target
 from edgeflash.runtimes.pipeline import Request, Result, TextToImage
@@ -63,7 +64,7 @@ def draw(bundle: Bundle, runtime: Runtime, prompts: tuple[str, ...] = PROMPTS) -
 
 
 def read(path: Path) -> Any:
-    return openvino.Core().read_model(str(path))
+    return core().read_model(str(path))
 
 
 # --- the target -----------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def test_half_precision_and_int8_leave_angles_alone(
     whole = drawn.bundle.folder / "unet/openvino_model.bin"
     assert weights.stat().st_size < 0.8 * whole.stat().st_size
     floor_db = 60 if precision == "fp16" else 25
-    model = openvino.Core().compile_model(str(xml), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = core().compile_model(str(xml), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for sample in unet.samples:
         found = model(dict(sample.inputs))["out_sample"]
         assert found.dtype == np.float32
@@ -215,7 +216,7 @@ def test_genai_s_tokenizer_gives_our_ids(drawn: Exported) -> None:
     pytest.importorskip("openvino_tokenizers", reason=f"openvino_tokenizers {INSTALL}")
     folder = drawn.bundle.folder / "tokenizer"
     assert (folder / "openvino_detokenizer.xml").is_file()
-    tokenizer = openvino.Core().compile_model(str(folder / "openvino_tokenizer.xml"), "CPU")
+    tokenizer = core().compile_model(str(folder / "openvino_tokenizer.xml"), "CPU")
     for golden in drawn.bundle.manifest.goldens:
         ids = tokenizer([golden.prompt])["input_ids"][0]
         assert ids.dtype == np.int64
@@ -299,7 +300,7 @@ def test_errors_are_one_line(drawn: Exported, tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_here_is_told(drawn: Exported) -> None:
-    here = " ".join(openvino.Core().available_devices).lower()
+    here = " ".join(core().available_devices).lower()
     away = next((name for name in ("npu", "gpu") if name not in here), None)
     if away is None:
         pytest.skip("this machine has both a GPU and an NPU for OpenVINO")

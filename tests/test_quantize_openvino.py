@@ -20,6 +20,7 @@ from edgeflash.embedded import embedded  # noqa: E402
 from edgeflash.export.line import export_student  # noqa: E402
 from edgeflash.export.quantize_openvino import give_biases, to_int8  # noqa: E402
 from edgeflash.export_options import ExportOptions  # noqa: E402
+from edgeflash.openvino_core import core  # noqa: E402
 from edgeflash.parity import psnr_db  # noqa: E402
 from edgeflash.roles import Target  # noqa: E402
 from edgeflash.shelf import make  # noqa: E402
@@ -54,7 +55,7 @@ def convolution(x: Any, weights: Any) -> Any:
 
 def run(model: Any, x: Array) -> Array:
     told = {"INFERENCE_PRECISION_HINT": "f32"}
-    found: Array = openvino.Core().compile_model(model, "CPU", told)(x)[0]
+    found: Array = core().compile_model(model, "CPU", told)(x)[0]
     return found
 
 
