@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from pydantic import BaseModel
 from rich.console import Console
 
 from edgeflash import named_timesteps
@@ -19,7 +18,7 @@ from edgeflash.embedded import embedded, located, models
 from edgeflash.errors import EdgeflashError, did_you_mean
 from edgeflash.networks_control import apart
 from edgeflash.no_memory import memory_named
-from edgeflash.recipe import Recipe
+from edgeflash.recipe import Recipe, at_default
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
 from edgeflash.shelf import require
@@ -281,20 +280,13 @@ def _brought_up(before: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     These alone are known to have no say in what it began.
     """
     stages = [
-        _at_default(method) | stage if stage["by"] == spec.by else stage
+        at_default(method) | stage if stage["by"] == spec.by else stage
         for stage, spec, method in zip(
             before["stage"], recipe.stage, recipe.methods(), strict=False
         )
     ]
     stages += before["stage"][len(stages) :]
-    return before | {"stage": stages, "data": _at_default(recipe.data) | before["data"]}
-
-
-def _at_default(options: BaseModel) -> dict[str, Any]:
-    """Those of some options that have their default."""
-    others = options.model_dump(mode="json", exclude_defaults=True)
-    told = options.model_dump(mode="json", exclude_none=True)
-    return {key: value for key, value in told.items() if key not in others}
+    return before | {"stage": stages, "data": at_default(recipe.data) | before["data"]}
 
 
 def _mark(stage: Path) -> str:

@@ -42,7 +42,7 @@ from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.export_options import ExportOptions
 from edgeflash.machine import Machine, peak_rss_mib
 from edgeflash.png import save_png
-from edgeflash.recipe import Recipe, Sampling, find_recipe, read_recipe, recipe_of
+from edgeflash.recipe import Recipe, Sampling, at_default, find_recipe, read_recipe, recipe_of
 from edgeflash.roles import Runtime, Target
 from edgeflash.score import draw
 from edgeflash.shelf import make
@@ -160,9 +160,7 @@ def _at_default(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of a method that have their default, as notes call them."""
     (method,) = _recipe(name, options, Path("start"), 1).methods()
     by = options.get("by", name)
-    told = method.model_dump(mode="json", exclude_none=True)
-    others = method.model_dump(mode="json", exclude_defaults=True)
-    return {f"{by}.{key}": value for key, value in told.items() if key not in {*others, "steps"}}
+    return {f"{by}.{key}": value for key, value in at_default(method).items() if key != "steps"}
 
 
 @cache

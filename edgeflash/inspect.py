@@ -19,7 +19,6 @@ from edgeflash.embedded import located
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.gpu import find_gpu
 from edgeflash.manifest import read_manifest
-from edgeflash.openvino_core import core
 from edgeflash.roles import Method, Plugin, Runtime, Target
 from edgeflash.shelf import EXTRAS, SHELVES, absent, find, imported_as, missing, names, pip_line
 
@@ -294,7 +293,7 @@ def _nvidia_device(vendor: Any) -> str:
 
 DEVICES: dict[str, Callable[[Any], str]] = {
     "onnxruntime": lambda ort: ", ".join(ort.get_available_providers()),
-    "openvino": lambda _: ", ".join(core().available_devices),
+    "openvino": lambda ov: ", ".join(ov.Core().available_devices),
     "tensorrt": _nvidia_device,
     "tensorrt_rtx": _nvidia_device,
     "torch": _torch_device,

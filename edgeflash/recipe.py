@@ -135,6 +135,13 @@ class Recipe(_Table):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def at_default(options: BaseModel) -> dict[str, Any]:
+    """Those of some options that have their default."""
+    others = options.model_dump(mode="json", exclude_defaults=True)
+    told = options.model_dump(mode="json", exclude_none=True)
+    return {key: value for key, value in told.items() if key not in others}
+
+
 def read_recipe(path: Path) -> Recipe:
     """Reads and checks a recipe.
 
