@@ -10,17 +10,11 @@ from typing import Any
 import numpy as np
 import openvino
 import pytest
-from exported import Exported
 from openvino import opset13
-from test_bisect import remade
-from test_openvino import drawn as drawn  # a fixture
 
-from edgeflash import shelf
-from edgeflash.bundle import Bundle
-from edgeflash.export.bisect import Graph, Node, bisect_bundles, check_pair, first_divergence
+from edgeflash.export.bisect import Graph, Node, first_divergence
 from edgeflash.export.bisect_openvino import OpenVinoGraph
 from edgeflash.export.quantize_openvino import LAYERS
-from edgeflash.roles import Target
 
 CALL = {"sample": np.random.default_rng(0).standard_normal((1, 4, 6, 6)).astype(np.float32)}
 
@@ -147,19 +141,3 @@ signal.raise_signal(signal.SIGINT)
 assert heard
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_an_int8_network_leads_to_a_layer_of_its_plan(drawn: Exported, tmp_path: Path) -> None:
-    unet = drawn.captured["unet"]
-    target: Any = shelf.make(Target, "openvino", {"precision": "int8"})
-    target.lower(unet, tmp_path)
-    line = target.diverged("unet", lambda: unet, tmp_path, 55.0)
-    name = line.partition('keep=["')[2].partition('"')[0]
-    assert name.startswith("unet/") and f'"{name}" = "int8"' in (tmp_path / "plan.toml").read_text()
-    assert target.diverged("unet", lambda: unet, tmp_path, 5.0) == ""
-
-
-def test_bundles_are_bisected_too(drawn: Exported, tmp_path: Path) -> None:
-    bundle: Bundle = drawn.bundle
-    assert bisect_bundles(bundle, bundle, "unet", 90.0) is None
-    check_pair(remade(bundle, update={"precision": "int8"}), bundle)

@@ -79,7 +79,7 @@ def diffusers_picture(
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        ("shapes-student", 1),
+        pytest.param("shapes-student", 1, marks=pytest.mark.slow),
         ("shapes-student", 4),
         pytest.param("shapes-teacher", 4, marks=pytest.mark.slow),
     ],

@@ -15,10 +15,12 @@ import numpy as np
 import onnx
 import pytest
 from exported import QUIET, Exported, export
+from test_bisect import remade
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle, TensorSpec
 from edgeflash.errors import EdgeflashError
+from edgeflash.export.bisect import bisect_bundles, check_pair
 from edgeflash.export.line import export_student
 from edgeflash.export_options import ExportOptions
 from edgeflash.noise import randn
@@ -355,3 +357,20 @@ def test_genai_draws_the_same(drawn: Exported, tmp_path: Path) -> None:
         request = Request(golden.prompt, seed=golden.seed, steps=golden.steps)
         ours = pipeline.generate(request).images.astype(float)
     assert psnr_db(ours, np.load(out).astype(float), 255) >= 40
+
+
+@pytest.mark.slow
+def test_an_int8_network_leads_to_a_layer_of_its_plan(drawn: Exported, tmp_path: Path) -> None:
+    unet = drawn.captured["unet"]
+    target: Any = shelf.make(Target, "openvino", {"precision": "int8"})
+    target.lower(unet, tmp_path)
+    line = target.diverged("unet", lambda: unet, tmp_path, 55.0)
+    name = line.partition('keep=["')[2].partition('"')[0]
+    assert name.startswith("unet/") and f'"{name}" = "int8"' in (tmp_path / "plan.toml").read_text()
+    assert target.diverged("unet", lambda: unet, tmp_path, 5.0) == ""
+
+
+def test_bundles_are_bisected_too(drawn: Exported, tmp_path: Path) -> None:
+    bundle: Bundle = drawn.bundle
+    assert bisect_bundles(bundle, bundle, "unet", 90.0) is None
+    check_pair(remade(bundle, update={"precision": "int8"}), bundle)
