@@ -57,7 +57,7 @@ class Attributes(Method):
             batch=batch,
             results={"judge": judge},
             averages={"judge": average(judge, self.ema)} if self.ema else {},
-            finish=_held_out_accuracy,
+            finish=held_out_accuracy,
         )
 
     def _soften(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Attributes(Method):
         return torch.where(chosen[:, None, None, None], blurred, x) + noise
 
 
-def _held_out_accuracy(networks: dict[str, Any]) -> dict[str, float]:
+def held_out_accuracy(networks: dict[str, Any]) -> dict[str, float]:
     """Share right per attribute on 4,000 held-out renders."""
     pictures, _, known = shapes.batch(shapes.HELD_OUT_SEED, range(4000))
     found, _ = look(networks["judge"].eval(), pictures)

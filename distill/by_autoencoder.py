@@ -58,7 +58,7 @@ class Autoencoder(Method):
             }
 
         def finish(networks: dict[str, AutoencoderKL]) -> dict[str, float]:
-            return _measure(networks["vae"], shop.store.held_out(500).to(shop.device))
+            return reconstruction(networks["vae"], shop.store.held_out(500).to(shop.device))
 
         return Stage(
             players={"vae": Player(vae, loss)},
@@ -87,7 +87,7 @@ class Autoencoder(Method):
 
 
 @torch.no_grad()
-def _measure(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float]:
+def reconstruction(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float]:
     """Sets the scaling factor to 1 / std of the latents, and tells the reconstruction's PSNR."""
     chunks = torch.split(pictures, at_once(pictures.shape[-1]))
     latents = [vae.encode(x).latent_dist.mean for x in chunks]

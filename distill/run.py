@@ -18,7 +18,7 @@ from edgeflash.embedded import embedded, located, models
 from edgeflash.errors import EdgeflashError, did_you_mean
 from edgeflash.networks_control import apart
 from edgeflash.no_memory import memory_named
-from edgeflash.recipe import Recipe, at_default
+from edgeflash.recipe import Recipe, at_default, sized
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
 from edgeflash.shelf import require
@@ -71,6 +71,7 @@ def distill(
     _check_no_export(work)
     teacher = locate_teacher(recipe.teacher) if recipe.teacher else None
     base = locate_teacher(recipe.base) if recipe.base else teacher
+    recipe = sized(recipe, teacher or base)
     work.mkdir(parents=True, exist_ok=True)
     _same_recipe(recipe, work, teacher, base)
     for folder in filter(None, (teacher, base)):

@@ -174,6 +174,21 @@ def read_recipe(
     return recipe.changed(made, given | read_options(sets))
 
 
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """A recipe with every default filled in, but the size of a teacher that is no folder yet."""
+    from edgeflash.embedded import embedded, located
+    from edgeflash.recipe import sized
+
+    named = recipe.teacher or recipe.base or ""
+    folder = embedded("shapes-teacher") if named == "embedded" else Path(named)
+    if named and not folder.is_file() and (folder := located(folder)).is_dir():
+        return sized(recipe, folder).resolved()
+    plain = recipe.resolved()
+    if recipe.data.kind != "shapes" and "size_px" not in recipe.data.model_fields_set:
+        del plain["data"]["size_px"]
+    return plain
+
+
 def read_runtime(name: str | None, bundle: Bundle, sets: list[str] | None) -> Runtime:
     """The runtime of that name, or the bundle's own, with its options set."""
     from edgeflash.roles import Runtime

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 
 from edgeflash.benchmark_table import (
@@ -32,7 +31,9 @@ from edgeflash.benchmark_table import (
     keep,
     labelled,
     result,
+    results,
     slug,
+    strip,
     write_results,
 )
 from edgeflash.bundle import Bundle
@@ -41,7 +42,6 @@ from edgeflash.embedded import embedded
 from edgeflash.errors import EdgeflashError, unknown
 from edgeflash.export_options import ExportOptions
 from edgeflash.machine import Machine, peak_rss_mib
-from edgeflash.png import save_png
 from edgeflash.recipe import Recipe, Sampling, at_default, find_recipe, read_recipe, recipe_of
 from edgeflash.roles import Runtime, Target
 from edgeflash.score import draw
@@ -53,7 +53,7 @@ CAPTIONS, SEEDS = 25, 8  # pictures that diversity is measured on
 PROBE_STEPS = 30  # that tell how fast a method trains
 START = "start, not distilled"
 LOW_FLOORS = {"L3.psnr_db": 40.0, "L4.psnr_db": 40.0}  # a bad student amplifies rounding
-ASKED = "asked"  # folder of notes: what each training, finished or not, was asked with
+ASKED = "asked"  # folder of notes: what each training that was begun was asked with
 
 
 def benchmark(
@@ -62,8 +62,8 @@ def benchmark(
     """Trains and judges methods, and writes `RESULTS.md` and a picture of them all.
 
     Args:
-        out: folder; the figures of each training are `results/NAME.json` there, its student is
-            below `students`.
+        out: folder; the figures of each training are `results/NAME.json` there, beside what it
+            drew; its student is below `students`. Results of another machine are taken as they are.
         names: methods, or what `ablations.toml` has of them; none: all that `benchmark.toml` has
             options for.
         minutes: of training, each.
@@ -114,7 +114,7 @@ def _references(out: Path, console: Console) -> Path:
         if not result(out, name).exists():
             console.print(f"[bold]{name}[/bold]")
             drawn = _judge(name, folder, out, counts)
-            keep(out, Entry(name=name, drawn=drawn, machine=Machine.here()))
+            keep(out, Entry(name=name, drawn=drawn, asked=_models(), machine=Machine.here()))
     return start
 
 
@@ -123,12 +123,7 @@ def _check_kept(out: Path, options: dict[str, dict[str, Any]], minutes: float) -
 
     Its table would have unequal things side by side, and nobody would know.
     """
-    if (out / "results").exists() and not (out / ASKED).exists():
-        raise EdgeflashError(
-            f"{out}: its results do not tell what they were asked with; choose another --out"
-        )
-    for path in sorted((out / ASKED).glob("*.json")):
-        kept = read_json(path)
+    for kept in [*map(_asked_with, results(out)), *map(read_json, (out / ASKED).glob("*.json"))]:
         name = kept["name"]
         if name in options:  # what an older version did not ask was as it is at its default
             kept = _at_default(name, options[name]) | kept
@@ -139,6 +134,15 @@ def _check_kept(out: Path, options: dict[str, dict[str, Any]], minutes: float) -
                 f"{out}: {labelled(name, kept['seed'])} was begun otherwise "
                 f"(changed: {', '.join(changed)}); choose another --out, or delete that folder"
             )
+
+
+def _asked_with(path: Path) -> dict[str, Any]:
+    """What a result says that it was asked with."""
+    told = read_json(path)
+    if "asked" not in told:
+        raise EdgeflashError(f"{path}: does not tell what it was asked with; choose another --out")
+    asked: dict[str, Any] = told["asked"]
+    return asked | {"name": told["name"], "seed": told["seed"]}
 
 
 def _note(out: Path, label: str, asked: dict[str, Any]) -> None:
@@ -244,7 +248,7 @@ def _entry(
         seed=seed,
         drawn=_judge(label, student, out, counts),
         recipe_sha256=recipe.sha256,
-        options=options,
+        asked=_asked(name, options, minutes),
         steps=steps,
         seconds=manifest.lineage.seconds,
         cached_seconds=manifest.lineage.stages[-1]["cached_seconds"],
@@ -305,7 +309,8 @@ def _judge(name: str, folder: Path, out: Path, counts: Sequence[int]) -> dict[in
             fd=round(said.fd, 1),
             diversity=round(_diversity(bundle, count), 3),
         )
-        _save(pictures[:SHOWN], out / "pictures" / f"{slug(name)}-{count}")
+        if count <= max(COUNTS):
+            strip(pictures[:SHOWN], result(out, name).with_suffix(".png"))
     return found
 
 
@@ -321,11 +326,6 @@ def _diversity(bundle: Path, steps: int) -> float:
     groups = features.reshape(CAPTIONS, SEEDS, -1)
     gaps = np.linalg.norm(groups[:, :, None] - groups[:, None], axis=-1)
     return float(gaps.sum() / (CAPTIONS * SEEDS * (SEEDS - 1)))
-
-
-def _save(pictures: Any, folder: Path) -> None:
-    for i, picture in enumerate(pictures):
-        save_png(Image.fromarray(picture), folder / f"{i}.png")
 
 
 @cache

@@ -7,10 +7,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
 from edgeflash.disk import read_json, write_for_people
 from edgeflash.machine import Machine
+from edgeflash.png import save_png
 from edgeflash.sheet import contact_sheet
 
 COUNTS = (1, 2, 4)  # network calls a picture
@@ -39,15 +42,15 @@ class Drawn(_Figures):
 class Entry(_Figures):
     """One training. What was not trained here has no recipe and no costs.
 
-    ``cached_seconds``: what its data took before the first step, such as a teacher's drawings, even
-    where another method had them made first.
+    ``asked``: all that it went by but its seed. ``cached_seconds``: what its data took before the
+    first step, such as a teacher's drawings, even where another method had them made first.
     """
 
     name: str
     seed: int = 0
     drawn: dict[int, Drawn]  # by network calls a picture
+    asked: dict[str, Any]
     recipe_sha256: str | None = None
-    options: dict[str, Any] = {}
     steps: int | None = None
     seconds: float | None = None
     cached_seconds: float | None = None
@@ -73,6 +76,10 @@ def result(out: Path, label: str) -> Path:
     return out / "results" / f"{slug(label)}.json"
 
 
+def results(out: Path) -> list[Path]:
+    return sorted((out / "results").glob("*.json"))
+
+
 def keep(out: Path, entry: Entry) -> None:
     told = entry.model_dump_json(indent=1, exclude_none=True) + "\n"
     write_for_people(result(out, entry.label), told)
@@ -83,7 +90,7 @@ def write_results(out: Path, prompts: Sequence[str]) -> list[Entry]:
 
     ``prompts``: of the pictures.
     """
-    found = [Entry.model_validate(read_json(path)) for path in (out / "results").glob("*.json")]
+    found = [Entry.model_validate(read_json(path)) for path in results(out)]
     entries = sorted(found, key=lambda e: e.seed)
     groups = [[e for e in entries if e.name == name] for name in {e.name for e in entries}]
     groups.sort(key=lambda g: (g[0].steps is not None, g[0].name != "teacher", -_best(g)))
@@ -95,13 +102,23 @@ def write_results(out: Path, prompts: Sequence[str]) -> list[Entry]:
     write_for_people(out / RESULTS, "\n".join([HEAD, *heads, *rows, *below]) + "\n")
     shown = {g[0].name: max(count for count in COUNTS if count in g[0].drawn) for g in groups}
     sheet = {
-        f"{name}, {count} step{'s' * (count > 1)}": [
-            out / "pictures" / f"{slug(name)}-{count}" / f"{i}.png" for i in range(SHOWN)
-        ]
+        f"{name}, {count} step{'s' * (count > 1)}": _apart(result(out, name).with_suffix(".png"))
         for name, count in shown.items()
     }
     contact_sheet(sheet, prompts[:SHOWN], out / SHEET)
     return [entry for group in groups for entry in group]
+
+
+def strip(pictures: Sequence[np.ndarray], path: Path) -> None:
+    """Writes square pictures uint8 [h, h, 3], side by side, as a PNG."""
+    save_png(Image.fromarray(np.concatenate(pictures, 1)), path)
+
+
+def _apart(path: Path) -> list[Image.Image]:
+    """The pictures of a strip."""
+    with Image.open(path) as whole:
+        side = whole.height
+        return [whole.crop((x, 0, x + side, side)) for x in range(0, whole.width, side)]
 
 
 def _machines(entries: Sequence[Entry]) -> str:

@@ -32,6 +32,7 @@ from edgeflash.arguments import (
     read_recipe,
     read_runtime,
     read_size,
+    resolved,
     typed,
     with_precision,
 )
@@ -78,7 +79,7 @@ def distill(
     if dry_run:
         import tomli_w
 
-        print(tomli_w.dumps(made.resolved()), end="")
+        print(tomli_w.dumps(resolved(made)), end="")
         return
     check_replaceable(out_dir, kind="student")
     made.methods()  # says which package is missing, before the room is imported

@@ -110,6 +110,8 @@ def bench(
             tell=lambda name, done, of: status.update(escape(f"{name}: {done}/{of}")),
         )
     out.print(SystemsTable(report))
+    for note in report.notes:
+        out.print(note, style="dim", markup=False)
     print(f"wrote {out_dir / 'report.json'} and {out_dir / 'report.html'}")
 
 

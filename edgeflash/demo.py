@@ -69,8 +69,11 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
     if full:
         from edgeflash.distill.run import distill
 
+        recipe, work = read_recipe(find_recipe("shapes")), out / "student.run"
+        if (work / f"{len(recipe.stage)}-{recipe.stage[-1].by}" / "outcome.json").exists():
+            console.print(f"{work}: is finished, and not trained again; delete it to do that")
         with _told(console, "distil the full recipe"):
-            distill(read_recipe(find_recipe("shapes")), out / "student", console=console)
+            distill(recipe, out / "student", console=console)
     else:
         with fresh_folder(out / "student") as draft:
             shutil.copytree(embedded("shapes-student"), draft, dirs_exist_ok=True)
@@ -93,7 +96,8 @@ def run_demo(out: Path, *, full: bool = False) -> Report:
     report.save(out / REPORT)
     cells = {name: [Cell(path) for path in paths] for name, paths in drawn.items()}
     write_html(report, out / PAGE, Grid(_prompts(SHOWN), cells))
-    contact_sheet(drawn, _prompts(SHOWN), out / SHEET)
+    opened = {name: [Image.open(path) for path in paths] for name, paths in drawn.items()}
+    contact_sheet(opened, _prompts(SHOWN), out / SHEET)
     Console(highlight=False).print(SystemsTable(report))
     console.print(f"look at {out / PAGE}, or at {out / SHEET}")
     return report

@@ -38,7 +38,12 @@ class Data(_Table):
         ge=1,
         description="how many are used at the most; none: all there are, of shapes 20000",
     )
-    size_px: int = Field(64, ge=8, description="side of the square pictures")
+    size_px: int = Field(
+        64,
+        ge=8,
+        description="side of the square pictures; where nothing is said, of folder and shards as "
+        "the teacher draws them",
+    )
 
     @model_validator(mode="after")
     def _has_a_source(self) -> Data:
@@ -180,7 +185,7 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
     Raises:
         EdgeflashError: no such table, stage or key.
     """
-    plain = recipe.model_dump(exclude_defaults=True, mode="json") | {"name": recipe.name}
+    plain = recipe.model_dump(exclude_unset=True, mode="json") | {"name": recipe.name}
     for key, value in given.items():
         table, _, field = key.rpartition(".")
         if key.startswith("floors."):  # int8.L4.psnr_db is one name
@@ -201,6 +206,26 @@ def changed(recipe: Recipe, given: dict[str, Any]) -> Recipe:
             known = [*TABLES, *(stage["by"] for stage in plain["stage"])]
             raise unknown(f"table or stage in this recipe for --set {key}:", table, known)
     return recipe_of(plain, "the command line")
+
+
+def sized(recipe: Recipe, teacher: Path | None) -> Recipe:
+    """The recipe with pictures as large as its teacher's, where it says nothing of their size.
+
+    Raises:
+        EdgeflashError: the teacher cannot be opened, or its pictures are not square.
+    """
+    from edgeflash.student import Student
+
+    data = recipe.data
+    if data.kind == "shapes" or "size_px" in data.model_fields_set or not teacher:
+        return recipe
+    student = Student.open(teacher)
+    height, width = student.family.size(student)
+    if height != width:
+        raise EdgeflashError(
+            f"{teacher}: draws {width} x {height}, and pictures are square: say [data] size_px"
+        )
+    return recipe.model_copy(update={"data": data.model_copy(update={"size_px": height})})
 
 
 def find_recipe(name: str) -> Path:

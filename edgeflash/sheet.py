@@ -14,11 +14,13 @@ SIDE, GAP, MARGIN, HEADER = 128, 6, 190, 58  # px
 INK, PAPER = (34, 34, 34), (255, 255, 255)
 
 
-def contact_sheet(rows: Mapping[str, Sequence[Path]], prompts: Sequence[str], out: Path) -> None:
+def contact_sheet(
+    rows: Mapping[str, Sequence[Image.Image]], prompts: Sequence[str], out: Path
+) -> None:
     """Writes the sheet.
 
     Args:
-        rows: name -> picture files, one for each prompt.
+        rows: name -> pictures, one for each prompt.
         prompts: heads of the columns.
         out: PNG to write.
     """
@@ -28,13 +30,12 @@ def contact_sheet(rows: Mapping[str, Sequence[Path]], prompts: Sequence[str], ou
     for column, prompt in enumerate(prompts):
         words = "\n".join(textwrap.wrap(prompt, 22)[:4])
         draw.multiline_text((MARGIN + column * pitch, 2), words, INK, ImageFont.load_default(11))
-    for row, (name, paths) in enumerate(rows.items()):
+    for row, (name, pictures) in enumerate(rows.items()):
         top = HEADER + row * pitch
         label = "\n".join(textwrap.wrap(name, 24))
         draw.multiline_text((4, top + SIDE // 2), label, INK, font, anchor="lm")
-        for column, path in enumerate(paths):
-            with Image.open(path) as picture:
-                small = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        for column, picture in enumerate(pictures):
+            small = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.paste(small, (MARGIN + column * pitch, top))
     with drafted(out) as draft:
         sheet.save(draft, optimize=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,14 @@ from test_distill import small_recipe
 
 from edgeflash import benchmark as bench
 from edgeflash.benchmark import benchmark
-from edgeflash.benchmark_table import Drawn, Entry, slug
+from edgeflash.benchmark_table import Drawn, Entry, result, strip
 from edgeflash.disk import read_json
 from edgeflash.distill.run import _check_steps, distill
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
 from edgeflash.recipe import Recipe
 from edgeflash.roles import Method
+from edgeflash.sheet import GAP, HEADER, MARGIN, SIDE
 from edgeflash.shelf import make, names
 
 COSTS: dict[str, Any] = {
@@ -43,9 +45,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
 
     def judge(name: str, folder: Path, out: Path, counts: Sequence[int]) -> dict[int, Drawn]:
-        for count in counts:
-            pictures = np.zeros((bench.SHOWN, 64, 64, 3), np.uint8)
-            bench._save(pictures, out / "pictures" / f"{slug(name)}-{count}")
+        grey = [np.full((64, 64, 3), 20 * i, np.uint8) for i in range(bench.SHOWN)]
+        strip(grey, result(out, name).with_suffix(".png"))
         return {count: drawn(0.25) for count in counts}
 
     def entry(name: str, options: Any, start: Path, out: Path, minutes: float, seed: int) -> Entry:
@@ -53,7 +54,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if name == "scm":
             raise EdgeflashError("loss term 'consistency' is nan")
         found = judge(name, start, out, (1, 4)) | {4: drawn(0.762 + seed / 100)}
-        there = {"recipe_sha256": "0", "machine": Machine.here()} | COSTS
+        asked = bench._asked(name, options, minutes)
+        there = {"recipe_sha256": "0", "asked": asked, "machine": Machine.here()} | COSTS
         return Entry(name=name, seed=seed, drawn=found, **there)
 
     monkeypatch.setattr(bench, "_train", lambda recipe, student, out: 0.0)
@@ -87,7 +89,10 @@ def test_the_table_has_a_row_a_method(tmp_path: Path, trained: list[str]) -> Non
         "| 1 | 20.5 | 1.5 | 1,200 | 32.0 | 1,500 |"
     )
     with Image.open(tmp_path / "RESULTS.png") as sheet:
-        assert sheet.height > 3 * 128
+        assert sheet.height == HEADER + 3 * (SIDE + GAP)
+        for column in range(bench.SHOWN):
+            at = MARGIN + column * (SIDE + GAP) + SIDE // 2
+            assert sheet.getpixel((at, sheet.height - SIDE // 2)) == (20 * column,) * 3
 
 
 def test_seeds_come_in_turns_and_the_table_tells_their_spread(
@@ -136,12 +141,23 @@ def test_what_was_begun_otherwise_is_refused(
     note.write_text(json.dumps(told))
     with pytest.raises(EdgeflashError, match=r"\(changed: lcm.ddim_steps\)"):
         benchmark(tmp_path, ("tcd",), minutes=5)
-    note.unlink()
-    for note in (tmp_path / "asked").iterdir():
-        note.unlink()
-    (tmp_path / "asked").rmdir()
-    with pytest.raises(EdgeflashError, match=r"results do not tell what they were asked with"):
-        benchmark(tmp_path, ("tcd",), minutes=5)
+
+
+def test_results_of_another_machine_are_gone_on_with(tmp_path: Path, trained: list[str]) -> None:
+    """They need nothing beside them, and are held to what is asked for as those made here are."""
+    benchmark(tmp_path / "there", ("lcm",), minutes=5)
+    shutil.copytree(tmp_path / "there/results", tmp_path / "here/results")
+    entries = benchmark(tmp_path / "here", ("lcm", "tcd"), minutes=5)
+    assert trained == ["lcm", "tcd"] and len(entries) == 4
+    shutil.rmtree(tmp_path / "here/asked")
+    with pytest.raises(EdgeflashError, match=r"lcm was begun otherwise \(changed: minutes\)"):
+        benchmark(tmp_path / "here", ("scm",), minutes=20)
+    kept = tmp_path / "here/results/lcm.json"
+    told = read_json(kept)
+    del told["asked"]
+    kept.write_text(json.dumps(told))
+    with pytest.raises(EdgeflashError, match=r"lcm.json: does not tell what it was asked with"):
+        benchmark(tmp_path / "here", ("tcd",), minutes=5)
 
 
 def test_a_seed_is_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

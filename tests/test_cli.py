@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -15,6 +16,8 @@ from PIL import Image
 from tiny_bundle import tiny
 
 from edgeflash import cli
+from edgeflash.disk import read_json
+from edgeflash.embedded import embedded
 from edgeflash.schedule import Guidance
 
 
@@ -148,6 +151,20 @@ def test_a_dry_run_prints_the_recipe_as_it_would_run(say) -> None:
     assert said.code == 0 and told["teacher"] == "my/model" and told["data"]["samples"] == 5
     steps = {stage["by"]: stage["steps"] for stage in told["stage"]}
     assert steps["lcm"] == 9 and steps["blocks"] != 9
+
+
+def test_a_dry_run_tells_the_size_of_pictures(say, tmp_path: Path) -> None:
+    """That of the teacher, if it lies here; said or not, the run takes no other."""
+    words = ["--by", "lcm", "--data", tmp_path, "--dry-run", "--teacher"]
+    assert tomllib.loads(say("distill", *words, "embedded").out)["data"]["size_px"] == 64
+    large = tmp_path / "large"
+    shutil.copytree(embedded("shapes-teacher"), large)
+    config = large / "unet/config.json"
+    config.write_text(json.dumps(read_json(config) | {"sample_size": 64}))
+    assert tomllib.loads(say("distill", *words, large).out)["data"]["size_px"] == 256
+    assert "size_px" not in tomllib.loads(say("distill", *words, "some/model").out)["data"]
+    said = say("distill", *words, "some/model", "--set", "data.size_px=64")
+    assert tomllib.loads(said.out)["data"]["size_px"] == 64
 
 
 def test_methods_without_a_recipe(say, tmp_path: Path) -> None:

@@ -189,11 +189,10 @@ def test_the_axis_holds_the_largest_figure(largest: float) -> None:
 
 def test_a_contact_sheet_has_a_row_a_system_and_a_column_a_prompt(tmp_path: Path) -> None:
     colours = {"teacher": [(255, 0, 0), (0, 255, 0)], "student": [(0, 0, 255), (9, 9, 9)]}
-    rows = {}
-    for name, pair in colours.items():
-        rows[name] = [tmp_path / f"{name}-{i}.png" for i in range(2)]
-        for path, colour in zip(rows[name], pair, strict=True):
-            Image.new("RGB", (192, 192), colour).save(path)
+    rows = {
+        name: [Image.new("RGB", (192, 192), colour) for colour in pair]
+        for name, pair in colours.items()
+    }
     contact_sheet(rows, ["a red star", "a green ring"], tmp_path / "sheet.png")
     sheet = Image.open(tmp_path / "sheet.png")
     pitch, left, top = SIDE + GAP, MARGIN + SIDE // 2, HEADER + SIDE // 2
