@@ -18,13 +18,12 @@ from pydantic import Field
 from tiny_student import write_student
 from torch import nn
 
-from edgeflash.disk import TRAINING, read_json
 from edgeflash.distill.data import open_store
 from edgeflash.distill.loop import Order, train
 from edgeflash.distill.run import _own_timesteps, _same_recipe, distill
 from edgeflash.distill.stage import Batch, Player, Stage, Terms, Workshop, average
 from edgeflash.errors import EdgeflashError
-from edgeflash.recipe import Data, changed, recipe_of, sized
+from edgeflash.recipe import Data, recipe_of
 from edgeflash.roles import Method
 from edgeflash.schedule import Guidance
 from edgeflash.student import Student, write_manifest
@@ -316,24 +315,6 @@ def test_a_finished_run_is_not_run_again_and_a_changed_recipe_is_refused(tmp_pat
     assert before == {p: p.stat().st_mtime_ns for p in before}
     with pytest.raises(EdgeflashError, match=r"another recipe \(changed: seed\)"):
         distill(small_recipe(tmp_path, seed=4), tmp_path / "student")
-
-
-def test_pictures_are_as_large_as_the_teachers_where_nothing_is_said(tmp_path: Path) -> None:
-    unsaid = small_recipe(tmp_path, data={"kind": "folder", "path": str(tmp_path / "in")})
-    distill(unsaid, tmp_path / "student")
-    noted = read_json(tmp_path / "student.run" / TRAINING)
-    teacher = tmp_path / "teacher"
-    assert noted["data"]["size_px"] == sized(unsaid, teacher).data.size_px == 16
-    for said in (changed(unsaid, {"data.size_px": 64}), changed(unsaid, {"data.samples": 3})):
-        again = changed(said, {"seed": 2})
-        assert sized(again, teacher).data.size_px == (16 if said.data.samples else 64)
-    shapes = changed(unsaid, {"data.kind": "shapes", "data.path": None})
-    assert sized(shapes, teacher) == shapes and shapes.data.size_px == 64
-    assert sized(unsaid, None) == unsaid
-    config = read_json(teacher / "unet/config.json") | {"sample_size": [8, 16]}
-    (teacher / "unet/config.json").write_text(json.dumps(config))
-    with pytest.raises(EdgeflashError, match=r"draws 32 x 16, and .* square: say \[data\] size_px"):
-        sized(unsaid, teacher)
 
 
 def test_a_mistake_at_the_start_binds_nobody(tmp_path: Path) -> None:

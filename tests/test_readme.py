@@ -8,6 +8,8 @@ import pytest
 from typer.main import get_command
 
 from edgeflash.cli import app
+from edgeflash.embedded import embedded
+from edgeflash.student import Student
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (ROOT, *(ROOT / name for name in ("distill", "export", "runtimes", ".github")))
@@ -55,3 +57,23 @@ def test_inline_commands_exist() -> None:
     for page in PAGES:
         told = set(re.findall(r"`edgeflash ([a-z][a-z-]+)", page.read_text()))
         assert told <= {*known}, page
+
+
+def test_the_readme_and_the_cards_tell_the_same() -> None:
+    """The demo's 500 prompts are those of the student's card, row by row."""
+    readme = (ROOT / "README.md").read_text()
+    card = (embedded("shapes-student") / "README.md").read_text()
+    row = r"^\| (?:shipped student, fp32 \| )?([124])" + r" \| ([\d.]+) %" * 3 + r" \| (\d+) \|"
+    shown, measured = (re.findall(row, text, re.MULTILINE) for text in (readme, card))
+    assert [steps for steps, *_ in measured] == ["1", "2", "4"] and shown == measured
+    manifest = Student.open(embedded("shapes-student")).manifest
+    assert manifest
+    assert f"recipe {manifest.lineage.recipe_sha256[:12]}" in card
+    took = re.findall(r"\d h \d+ min", card)
+    assert took and set(re.findall(r"\d h \d+ min", readme)) == set(took)
+    teacher = (embedded("shapes-teacher") / "README.md").read_text()
+    one, two = re.findall(r"([\d.]+) % for one object.*?([\d.]+) %\s+for two", teacher, re.DOTALL)[
+        0
+    ]
+    said = re.findall(r"([\d.]+) % of the embedded .*?([\d.]+) % of\s+those with two", readme)
+    assert said == [(one, two)]

@@ -1,11 +1,15 @@
 """Recipes: what is written is what runs, and a mistake is one line with the nearest name."""
 
+import json
 from pathlib import Path
 
 import pytest
+from test_distill import small_recipe
 
+from edgeflash.disk import TRAINING, read_json
+from edgeflash.distill.run import distill
 from edgeflash.errors import EdgeflashError
-from edgeflash.recipe import changed, find_recipe, read_recipe, recipe_of, recipes_folder
+from edgeflash.recipe import changed, find_recipe, read_recipe, recipe_of, recipes_folder, sized
 
 SMALL = {"name": "r", "teacher": "embedded", "stage": [{"by": "lcm", "steps": 7}]}
 
@@ -91,3 +95,21 @@ def test_a_file_that_is_missing_or_no_toml(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("name = = 3")
     with pytest.raises(EdgeflashError, match=r"a\.toml: not TOML"):
         read_recipe(tmp_path / "a.toml")
+
+
+def test_pictures_are_as_large_as_the_teachers_where_nothing_is_said(tmp_path: Path) -> None:
+    unsaid = small_recipe(tmp_path, data={"kind": "folder", "path": str(tmp_path / "in")})
+    distill(unsaid, tmp_path / "student")
+    noted = read_json(tmp_path / "student.run" / TRAINING)
+    teacher = tmp_path / "teacher"
+    assert noted["data"]["size_px"] == sized(unsaid, teacher).data.size_px == 16
+    for said in (changed(unsaid, {"data.size_px": 64}), changed(unsaid, {"data.samples": 3})):
+        again = changed(said, {"seed": 2})
+        assert sized(again, teacher).data.size_px == (16 if said.data.samples else 64)
+    shapes = changed(unsaid, {"data.kind": "shapes", "data.path": None})
+    assert sized(shapes, teacher) == shapes and shapes.data.size_px == 64
+    assert sized(unsaid, None) == unsaid
+    config = read_json(teacher / "unet/config.json") | {"sample_size": [8, 16]}
+    (teacher / "unet/config.json").write_text(json.dumps(config))
+    with pytest.raises(EdgeflashError, match=r"draws 32 x 16, and .* square: say \[data\] size_px"):
+        sized(unsaid, teacher)
