@@ -94,7 +94,7 @@ class Consistency(Method):
         lesson = Lesson(
             options=self,
             teacher=shop.frozen(source) if distils else None,
-            target=average(student, self.target_ema if distils else self.mu),
+            target=average(student, self.target_ema if distils else self.mu, warm=False),
             process=process,
             nothing=nothing,
         )

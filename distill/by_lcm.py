@@ -119,7 +119,7 @@ class LCM(Method):
         source = shop.teacher or shop.student
         teacher = shop.frozen(source) if self.needs_teacher() else None
         student = self.listening(shop)
-        target = average(student, self.target_ema) if self.target_ema else student
+        target = average(student, self.target_ema, warm=False) if self.target_ema else student
         process = shop.process()
         if self.ddim_steps > process.timesteps:
             raise EdgeflashError(f"lcm.ddim_steps: at most {process.timesteps} of this teacher's")

@@ -71,7 +71,7 @@ class TCD(Method):
         lesson = Lesson(
             options=self,
             teacher=shop.frozen(shop.teacher),
-            target=average(student, self.target_ema) if self.target_ema else student,
+            target=average(student, self.target_ema, warm=False) if self.target_ema else student,
             process=process,
             nothing=nothing,
         )

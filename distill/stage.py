@@ -194,14 +194,20 @@ def _kind(folder: Path) -> dict[str, Any]:
     }
 
 
-def average(network: nn.Module, decay: float | Callable[[int], float]) -> AveragedModel:
+def average(
+    network: nn.Module, decay: float | Callable[[int], float], *, warm: bool = True
+) -> AveragedModel:
     """A copy of ``network`` that the loop moves by avg <- decay * avg + (1 - decay) * network.
 
-    ``decay`` may depend on how many steps came before; the first step copies ``network``.
+    ``decay`` may depend on how many steps came before; the first step copies ``network``. A number
+    is at most (1 + n) / (10 + n) after n steps if ``warm``, or a short training would keep much of
+    its start: 0.996^250 is a third. Networks that losses are taken against stay as their paper has
+    them.
     """
 
     def move(averages: Any, weights: Any, steps: Any) -> None:
-        now = decay(int(steps)) if callable(decay) else decay
+        n = int(steps)
+        now = decay(n) if callable(decay) else min(decay, (1 + n) / (10 + n) if warm else 1)
         own, theirs = _here(averages), _here(weights)
         get_ema_multi_avg_fn(now)(own, theirs, steps)  # type: ignore[no-untyped-call]
 

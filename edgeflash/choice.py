@@ -18,6 +18,7 @@ from rich.console import Console
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle, Figure, Part, describe_file
+from edgeflash.devices import Device
 from edgeflash.disk import check_replaceable, fresh_folder
 from edgeflash.errors import EdgeflashError, Stopped, unknown
 from edgeflash.floors import FLOORS
@@ -252,6 +253,33 @@ def at_precision(to: str, precision: str, options: Mapping[str, Any]) -> dict[st
     """Options for one of several precisions, without those that do nothing there."""
     idle = shelf.find(Target, to).idle(precision)
     return {k: v for k, v in options.items() if k not in idle} | {"precision": precision}
+
+
+def suited(to: str, device: str, options: Mapping[str, Any], *, auto: bool) -> dict[str, Any]:
+    """Options with what suits a device, where it does something at their precision; theirs win."""
+    found = Device.of(device).suited(to)
+    if not auto:
+        usual = shelf.find(Target, to).model_fields["precision"].default
+        found = at_precision(to, options.get("precision", usual), found)
+    return found | dict(options)
+
+
+def plain(to: str, options: Mapping[str, Any]) -> Target:
+    """The float candidate, once one of all is found to take every option.
+
+    Raises:
+        EdgeflashError: none does.
+    """
+    refused: list[EdgeflashError] = []
+    for name in precisions(to):
+        try:
+            shelf.make(Target, to, dict(options) | {"precision": name})
+            break
+        except EdgeflashError as error:
+            refused.append(error)
+    else:
+        raise refused[-1]
+    return shelf.make(Target, to, at_precision(to, precisions(to)[0], options))
 
 
 def _exported(

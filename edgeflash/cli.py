@@ -152,7 +152,7 @@ def export(
     set_: Set = None,
 ) -> None:
     """Lower a student to a target and prove it: student folder -> bundle folder."""
-    from edgeflash.devices import Device
+    from edgeflash.choice import plain, suited
     from edgeflash.disk import check_replaceable
     from edgeflash.elsewhere import Elsewhere
     from edgeflash.export import nursery
@@ -171,8 +171,8 @@ def export(
     if precision:
         options = with_precision(to, precision, options)
     if device:
-        options = Device.of(device).suited(to) | options
-    target = make(Target, to, options)
+        options = suited(to, device, options, auto=auto)
+    target = plain(to, options) if auto else make(Target, to, options)
     elsewhere = Elsewhere.read(report, to) if report else None
     counts, pixels, floors = read_counts(steps), read_size(size), read_floors(floor)
     check_replaceable(out_dir, kind="bundle")

@@ -17,7 +17,15 @@ from tiny_bundle import tiny
 
 from edgeflash import choice
 from edgeflash.bundle import Bundle, Figure, describe_file
-from edgeflash.choice import Candidate, choice_table, export_best, judged, precisions
+from edgeflash.choice import (
+    Candidate,
+    choice_table,
+    export_best,
+    judged,
+    plain,
+    precisions,
+    suited,
+)
 from edgeflash.elsewhere import Elsewhere
 from edgeflash.errors import EdgeflashError, Stopped
 from edgeflash.export.line import export_student
@@ -303,3 +311,24 @@ def test_a_float_bundle_that_does_not_run_here_ends_it(
     with pytest.raises(EdgeflashError, match="fp32: does not run here: no GPU"):
         export_best("onnx", {}, lower, tmp_path / "b", "speed", QUIET)
     assert not list(tmp_path.iterdir())
+
+
+def test_auto_takes_options_that_one_of_its_precisions_heeds() -> None:
+    """The others do without, as `export_best` sees to."""
+    assert plain("onnx", {"activations": "int8", "keep": ["unet/conv_in"]}).precision == "fp32"
+    for options, line in (
+        ({"activations": "int9"}, r"activations = 'int9': must be one of"),
+        ({"rests": "fp16"}, r"did you mean 'rest'\?"),
+    ):
+        with pytest.raises(EdgeflashError, match=line):
+            plain("onnx", options)
+
+
+def test_what_suits_a_device_does_something_at_the_precision() -> None:
+    """Jetsons want symmetric activations: of what is quantized."""
+    assert suited("onnx", "jetson-orin", {}, auto=False) == {"precision": "fp32"}
+    quantized = {"precision": "int8"}
+    told = {"activations": "int8"}
+    assert suited("onnx", "jetson-orin", quantized, auto=False) == quantized | told
+    assert suited("onnx", "jetson-orin", {}, auto=True) == told
+    assert suited("onnx", "jetson-orin", {"activations": "uint8"}, auto=True) != told

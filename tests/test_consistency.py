@@ -146,6 +146,17 @@ def test_an_average_follows_by_the_decay_of_the_step() -> None:
     assert exp(2 * log(0.95)) == pytest.approx(Consistency(kind="training").mu(0))
 
 
+@pytest.mark.parametrize(("warm", "kept"), [(True, 0.0), (False, 0.996**249)])
+def test_a_short_training_keeps_nothing_of_its_start(warm: bool, kept: float) -> None:
+    """250 steps of 0.996: a third of what the first one left, were it not warm."""
+    network = nn.Linear(1, 1, bias=False)
+    copy = average(network, 0.996, warm=warm)
+    for value in (1.0, *[0.0] * 249):
+        network.weight.data.fill_(value)
+        copy.update_parameters(network)
+    assert float(copy.module.weight) == pytest.approx(kept, abs=1e-6)
+
+
 def test_what_does_not_go_together_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"guidance 3.0: training has no teacher"):
         Consistency(kind="training", guidance=3)
