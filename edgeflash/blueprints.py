@@ -215,7 +215,21 @@ def _read_unet(path: Path) -> dict[str, Any]:
             f"{path}: cross_attention_dim is {width}, where CLIP text encoders give {known}; "
             "to price another one, give a whole diffusers folder"
         )
+    _check_built(config, path)
     return config
+
+
+def _check_built(config: dict[str, Any], path: Path) -> None:
+    """Raises what diffusers says of a config that it makes no UNet of."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    try:
+        with torch.device("meta"):
+            UNet2DConditionModel(**{"sample_size": 64} | config)
+    except Exception as error:  # of every kind, as what a file may hold
+        said = " ".join(str(error).split())[:200]
+        raise EdgeflashError(f"{path}: diffusers makes no UNet of it: {said}") from None
 
 
 def _text_encoder(kind: Any, sizes: dict[str, int]) -> Any:

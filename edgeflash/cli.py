@@ -37,7 +37,7 @@ from edgeflash.arguments import (
     with_precision,
 )
 from edgeflash.cli_tell import lint, telling
-from edgeflash.errors import EdgeflashError, in_one_line
+from edgeflash.errors import EdgeflashError, ended_as_by_ctrl_c, in_one_line
 
 if TYPE_CHECKING:
     from edgeflash.runtimes.pipeline import Result
@@ -372,4 +372,5 @@ def _tell(result: Result, prompts: tuple[str, ...], places: list[Path]) -> None:
 
 def main() -> None:
     """Runs the command line; a person's mistake is one line on stderr and exit code 2."""
-    sys.exit(in_one_line(lambda: get_command(app).main(standalone_mode=False)))
+    with ended_as_by_ctrl_c():
+        sys.exit(in_one_line(lambda: get_command(app).main(standalone_mode=False)))

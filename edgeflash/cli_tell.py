@@ -158,8 +158,9 @@ def compare(
     b: Annotated[Path, typer.Argument(help="report.json")],
 ) -> None:
     """Put two reports side by side, as ratios."""
-    from edgeflash.report import compare as put
-    from edgeflash.report import comparison_table, read_report
+    from edgeflash.comparison import compare as put
+    from edgeflash.comparison import comparison_table
+    from edgeflash.report import read_report
 
     out.print(comparison_table(put(read_report(a), read_report(b)), a.name, b.name))
 

@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise EdgeflashError(f"{path}: missing: copy or download the folder again") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EdgeflashError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
         raise EdgeflashError(f"{path}: holds a {type(data).__name__}, not an object")

@@ -12,9 +12,10 @@ from typing import Any
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle
+from edgeflash.comparison import compare
 from edgeflash.errors import EdgeflashError
 from edgeflash.machine import Machine
-from edgeflash.report import PRECISION, Report, System, compare, read_report
+from edgeflash.report import PRECISION, Report, System, read_report
 from edgeflash.roles import NO_DEVICE, Runtime
 
 NEAR = 0.02  # sizes of one network in one precision differ by less, whatever its weights are

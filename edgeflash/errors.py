@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 NO_SPACE = "No space left"
@@ -71,6 +76,31 @@ def in_one_line(command: Callable[[], int | None]) -> int:
             raise
         return _fail(_in_our_words(" ".join(error.format_message().split())))
     return code or 0
+
+
+@contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """Has a SIGTERM, as of ``docker stop``, end this process as Ctrl-C does: tidily.
+
+    Children that are copies of it go as they would have.
+    """
+    own = os.getpid()
+
+    def end(number: int, _: Any) -> None:
+        if os.getpid() == own:
+            signal.raise_signal(signal.SIGINT)
+        else:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _in_our_words(line: str) -> str:

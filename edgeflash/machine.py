@@ -62,6 +62,13 @@ class Machine(BaseModel):
         """Whether other work took more than a quarter of the cores just before."""
         return self.load_1min is not None and self.load_1min > self.cores / 4
 
+    def busier(self, other: Machine) -> bool:
+        """Whether one was busy and the other not, or much more so: by a quarter of the cores."""
+        loads = self.load_1min, other.load_1min
+        if self.busy != other.busy or None in loads:
+            return self.busy != other.busy
+        return abs((loads[0] or 0) - (loads[1] or 0)) > self.cores / 4
+
     def moving(self, runtimes: Collection[str]) -> dict[str, object]:
         """What can move the times of some runtimes, beside the load; None: not there."""
         fields = ("cpu", "cores", "gpu", "governor", "os")

@@ -27,7 +27,7 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         raise EdgeflashError(f"{folder}: no {kind} folder ({why}){_instead(folder, kind)}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise EdgeflashError(f"{path}: not readable as JSON ({error}); export it again") from None
     version = data.get("format_version") if isinstance(data, dict) else 1
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:

@@ -246,6 +246,7 @@ def search(
     """
     from edgeflash.export.front import front
 
+    machine = Machine.here()  # before the work, so that the load is that of others
     target = quantizing(wish.to, {**wish.options, "precision": "int8"})
     _check_places(out, folder, wish)
     unproven = target.prover().unproven
@@ -264,7 +265,7 @@ def search(
         report = Report(
             title=f"plans of {student.folder.resolve().name} for {wish.to}",
             command=command,
-            machine=Machine.here(),
+            machine=machine,
             systems=systems_of(done),
             front=predicted(points, done),
             notes=notes_on(kept, found, done, unproven),
@@ -277,8 +278,15 @@ def search(
 
 def _check_places(out: Path, folder: Path, wish: Wish) -> None:
     """Raises what would only show when the work is done."""
+    from edgeflash.export.plan import read_plan
+
     if out.is_dir():
         raise EdgeflashError(f"{out}: is a folder; name a file for the plan")
+    if out.exists():
+        try:
+            read_plan(out)
+        except EdgeflashError:
+            raise EdgeflashError(f"{out}: holds no plan, and would be lost: name another") from None
     check_writable(out, file=True)
     check_writable(folder, flag="--report")
     for name in ("plan", "precision"):

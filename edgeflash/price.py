@@ -139,11 +139,13 @@ def price(
 
 
 def check_ways(ways: Sequence[Way]) -> None:
-    """Raises where the times of a way would be those of no device."""
+    """Raises where the times of a way would be those of no device, or nothing of it runs here."""
     from edgeflash.runtimes.bench import timed_on
 
     for way in ways:
         timed_on(way.on, dict(way.options))
+        if why := make(Target, way.on, {"precision": way.precision}).prover().unproven:
+            raise EdgeflashError(f"--on {way.on}: is not timed here, leave it out: {why}")
 
 
 def check_asked(

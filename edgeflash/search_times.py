@@ -72,8 +72,10 @@ class MeasuredTimes(Times):
     told = "measured by block"
 
     def __init__(self, way: Way, console: Console) -> None:
+        from edgeflash.price import check_ways
         from edgeflash.runtimes.bench import timed_on
 
+        check_ways([way])
         self.way, self._console = way, console
         self._target = make(Target, way.on, {"precision": way.precision})
         self._target.check()

@@ -131,7 +131,8 @@ def within(points: Sequence[Point], budget_bytes: float) -> Point:
     least = min(points, key=lambda point: point.bytes)
     raise EdgeflashError(
         f"--budget-mib: weights of {budget_bytes / MIB:.2f} MiB are left for it, but these words "
-        f"get them down to {least.mib:.2f} MiB at the least: allow more, or name finer --words"
+        f"get them down to {least.mib:.2f} MiB at the least: allow more, or name --words of "
+        "fewer bits"
     )
 
 

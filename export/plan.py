@@ -17,7 +17,8 @@ alone; attention to its kind too.
 
 The name of an operator is its component, and in there the layer as diffusers names it. Where the
 graph of a target does not tell that, it is the operator's own name, which other targets do not
-know. Operators of one layer share its name, and its fate.
+know. Operators of one layer share its name, and its fate. A pattern without a component, as
+``*.attn1.*``, has to fit an operator of every one that is quantized: ``unet/*.attn1.*`` is of one.
 """
 
 from __future__ import annotations
@@ -209,15 +210,16 @@ class Quantizing(Target):
         return found
 
     def check_components(self, components: Collection[str]) -> None:
-        for pattern in self.keep:
-            head = pattern.partition("/")[0]
-            if head in ANSWER and head not in components:
-                raise EdgeflashError(
-                    f"keep: {pattern!r}: {head} is none of what is exported: "
-                    f"{', '.join(components)}"
-                )
-        if self.plan == Plan():
-            check_quantized(self, components)
+        here = {*components, "vae_encoder"}  # plans of edits are followed without it, too
+        for option, patterns in (("keep", self.keep), ("plan", self.plan.names)):
+            for pattern in patterns:
+                head = pattern.partition("/")[0]
+                if head in ANSWER and head not in (components if option == "keep" else here):
+                    raise EdgeflashError(
+                        f"{option}: {pattern!r}: {head} is none of what is exported: "
+                        f"{', '.join(components)}"
+                    )
+        check_quantized(self, components)
 
     @property
     @abstractmethod
@@ -290,6 +292,8 @@ class Quantizing(Target):
         else:
             names = told["plan"]["names"].items()
             told["plan"]["names"] = {p: word for p, word in names if _may_be_in(component, p)}
+            told["keep"] = [p for p in told["keep"] if _may_be_in(component, p)]
+            told["quantized"] = component in self._chosen()
         return told
 
     def _chosen(self) -> tuple[str, ...]:
@@ -322,9 +326,12 @@ class Quantizing(Target):
                 means = self._means(pattern, component) and not component.endswith(SUFFIX)
                 if means and not any(op.fits(component, pattern) for op in operators):
                     like = ", ".join(op.called(component) for op in operators[:2]) or "none at all"
+                    alone = (
+                        "" if pattern.partition("/")[0] in ANSWER else f"; unet/{pattern} is of one"
+                    )
                     raise EdgeflashError(
                         f"{option}: no operator of {component} is called {pattern!r}: their names "
-                        f"are like {like}"
+                        f"are like {like}{alone}"
                     )
         words = {op.name: self._word(component, op, away) for op in operators}
         fates: dict[str, set[str]] = {}

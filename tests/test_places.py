@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,10 +16,13 @@ from tiny_bundle import tiny
 
 from edgeflash import cli
 from edgeflash.bundle import Bundle
-from edgeflash.disk import check_replaceable, check_writable, drafted, write_for_people
-from edgeflash.errors import EdgeflashError, Stopped, in_one_line
+from edgeflash.disk import check_replaceable, check_writable, drafted, read_json, write_for_people
+from edgeflash.errors import EdgeflashError, Stopped, ended_as_by_ctrl_c, in_one_line
+from edgeflash.export_options import ExportOptions
+from edgeflash.manifest import read_manifest
+from edgeflash.planning import Budget, Wish, _check_places
 from edgeflash.png import check_png, save_png
-from edgeflash.report import Report
+from edgeflash.report import Report, read_report
 from edgeflash.report_html import write_html
 from edgeflash.runtimes import bench, measure, room
 from edgeflash.runtimes.measure import Job
@@ -168,3 +173,35 @@ def test_a_draft_is_never_taken_for_the_file(tmp_path: Path) -> None:
         draft.write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_replaces_plans_alone(tmp_path: Path) -> None:
+    notes, plan = tmp_path / "notes.txt", tmp_path / "plan.toml"
+    notes.write_text("buy milk")
+    plan.write_text('default = "int8"')
+    wish = Wish("onnx", {}, Budget(1.0, None), (), ExportOptions())
+    _check_places(plan, tmp_path / "report", wish)
+    with pytest.raises(EdgeflashError, match=r"notes\.txt: holds no plan, and would be lost"):
+        _check_places(notes, tmp_path / "report", wish)
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path: Path) -> None:
+    """Scratch folders go with it; a copy of the process just goes."""
+    before = signal.getsignal(signal.SIGTERM)
+    with ended_as_by_ctrl_c():
+        with pytest.raises(KeyboardInterrupt), tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not (child := os.fork()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    assert not [*tmp_path.iterdir()] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_json_without_end_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "edgeflash.json").write_text("[" * 200_000)
+    for read in (read_json, read_report):
+        with pytest.raises(EdgeflashError, match="JSON"):
+            read(tmp_path / "edgeflash.json")
+    with pytest.raises(EdgeflashError, match="JSON"):
+        read_manifest(tmp_path, "bundle")

@@ -158,6 +158,37 @@ def test_plans_that_fit_nothing_are_refused() -> None:
         plan={"default": "fp8"}
     )
     assert "goes with a precision that" in said(precision="fp16", plan={"default": "int8"})
+    assert "; unet/*.attn9.* is of one" in said(plan={"names": {"*.attn9.*": "int8"}})
+
+
+def test_plans_for_other_components_are_refused_before_the_work() -> None:
+    components = ("text_encoder", "unet", "vae_decoder")
+    for plan, line in (
+        (
+            {"names": {"text_encoder_2/*": "int8"}},
+            r"plan: 'text_encoder_2/\*': text_encoder_2 is none",
+        ),
+        ({"default": "none"}, r"quantized: none of .* would be in int8"),
+    ):
+        with pytest.raises(EdgeflashError, match=line):
+            quantizing(plan=plan).check_components(components)
+    quantizing(plan={"names": {"vae_encoder/*": "int8"}}).check_components(components)
+
+
+def test_options_shape_the_components_they_are_about() -> None:
+    def shaped(**options: Any) -> list[Any]:
+        made = quantizing(**options)
+        return [made.shaped_by(name) for name in ("unet", "vae_decoder")]
+
+    for options, moved in (
+        ({"keep": ["unet/conv_in"]}, [True, False]),
+        ({"keep": ["conv_in"]}, [True, True]),
+        ({"quantized": ["unet", "vae_decoder", "text_encoder"]}, [False, False]),
+        ({"quantized": ["unet"]}, [False, True]),
+        ({"edges": True}, [True, True]),
+    ):
+        pairs = zip(shaped(), shaped(**options), strict=True)
+        assert [before != after for before, after in pairs] == moved, options
 
 
 # --- what targets make of it ----------------------------------------------------------------------

@@ -26,6 +26,7 @@ from edgeflash.cli import app
 from edgeflash.devices import DEVICES, Device
 from edgeflash.distill.by_decoder import Decoder
 from edgeflash.errors import EdgeflashError
+from edgeflash.export.stand_in import StandIn
 from edgeflash.peaks import peaks, sums_of
 from edgeflash.price import (
     Way,
@@ -40,6 +41,7 @@ from edgeflash.price import (
 )
 from edgeflash.recipe import changed, find_recipe, read_recipe
 from edgeflash.report import System, read_report
+from edgeflash.roles import Target
 from edgeflash.runtimes import bench
 from edgeflash.runtimes.graph import Graph, Operator, Tensor
 from edgeflash.runtimes.measure import Job, measure
@@ -196,6 +198,9 @@ def test_options_of_a_runtime_are_priced_and_told(
     assert ways[0].told == "inference_precision=bf16, threads=1"
     with pytest.raises(EdgeflashError, match="did you mean 'inference_precision'"):
         check_ways([Way("openvino", "fp32", {"inference_precisio": "bf16"})])
+    monkeypatch.setattr(Target, "prover", lambda _: StandIn(reason="no GPU here"))
+    with pytest.raises(EdgeflashError, match=r"^--on onnx: is not timed here, .*: no GPU here"):
+        check_ways([Way("onnx", "fp32", {})])
 
 
 def test_an_evaluator_is_neither_priced_nor_searched_on(
@@ -287,6 +292,12 @@ def test_a_unet_of_ones_own_is_priced_from_its_config(tmp_path: Path) -> None:
     path.write_text(json.dumps(UNETS["sdxs-512"] | {"cross_attention_dim": [768, 768, 1024]}))
     with pytest.raises(EdgeflashError, match=r"cross_attention_dim is \[768, 768, 1024\]"):
         Blueprint.of(str(path))
+    for wrong in ({"block_out_channels": [320, 640]}, {"colour": "red"}, {"in_channels": "four"}):
+        path.write_text(json.dumps(UNETS["sdxs-512"] | wrong))
+        with pytest.raises(
+            EdgeflashError, match=r"mine\.json: diffusers makes no UNet of it: [^\n]+$"
+        ):
+            Blueprint.of(str(path))
 
 
 def test_a_folder_has_its_decoder(one_step_student: Path) -> None:

@@ -16,10 +16,11 @@ from PIL import Image
 from rich.console import Console
 
 from edgeflash import machine, report, report_svg, shelf
+from edgeflash.comparison import compare, comparison_table
 from edgeflash.errors import EdgeflashError
 from edgeflash.inspect import verdicts
 from edgeflash.machine import PACKAGES, Machine
-from edgeflash.report import Percentiles, Report, Sustained, System, compare, read_report
+from edgeflash.report import Percentiles, Report, Sustained, System, read_report
 from edgeflash.roles import Runtime
 
 MACHINE = Machine(cpu="Imaginary 9", cores=4, ram_mib=8192, os="Linux", python="3.11")
@@ -163,7 +164,7 @@ def test_compare_ranks_by_what_is_better_for_each_figure() -> None:
     assert found["prompt accuracy"].better == "a" and found["images/s"].better == "b"
     assert found["peak RSS"].better is None  # within 1 %
     assert "FD" not in found
-    text = shown(report.comparison_table(compare(a, b), "old.json", "new[1].json"))
+    text = shown(comparison_table(compare(a, b), "old.json", "new[1].json"))
     assert "0.500" in text and "a old.json" in text and "b new[1].json" in text
 
 
@@ -210,7 +211,7 @@ def test_nothing_is_ranked_under_other_conditions(changes: dict[str, Any], said:
     assert len(found.differences) == 1 and re.search(said, found.differences[0])
     assert all(row.better is None for row in found.rows)
     assert found.rows[0].ratio == 10  # shown all the same
-    text = " ".join(shown(report.comparison_table(found)).split())
+    text = " ".join(shown(comparison_table(found)).split())
     assert "not ranked, conditions differ: " + found.differences[0] in text
 
 
@@ -222,6 +223,9 @@ def test_another_machine_is_another_condition() -> None:
     idle = {"load_1min": 0.1}
     assert differences({"load_1min": 2.5}, idle) == ("load: 0.1 against 2.5",)
     assert not differences({"load_1min": 0.9}, idle)
+    busy = {"load_1min": 2.5}
+    assert differences({"load_1min": 60}, busy) == ("load: 2.5 against 60",)
+    assert not differences({"load_1min": 3.0}, busy)
 
 
 def test_versions_of_the_runtime_that_ran_are_conditions() -> None:
@@ -248,8 +252,13 @@ def differences(
 def test_systems_are_paired_by_name() -> None:
     a = report_of(system("x"), system("y", latency_ms_p50=10))
     b = report_of(system("y", latency_ms_p50=20), system("z"))
-    rows = compare(a, b).rows
+    found = compare(a, b)
+    rows = found.rows
     assert {row.system for row in rows} == {"y"} and rows[0].ratio == 2
+    assert found.remarks == ("only in a: x", "only in b: z") and not found.differences
+    assert "only in b: z" in shown(comparison_table(found))
+    other = b.model_copy(update={"prompts": ("a ring",)})
+    assert compare(a, other).remarks[0] == "prompts differ"
     with pytest.raises(
         EdgeflashError, match=r"no system is in both reports \(a has: x, y; b has: z"
     ):
