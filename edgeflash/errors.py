@@ -88,6 +88,8 @@ def ended_as_by_ctrl_c() -> Iterator[None]:
 
     def end(number: int, _: Any) -> None:
         if os.getpid() == own:
+            if not callable(signal.getsignal(signal.SIGINT)):  # shells have it ignored behind &
+                raise KeyboardInterrupt
             signal.raise_signal(signal.SIGINT)
         else:
             signal.signal(number, signal.SIG_DFL)

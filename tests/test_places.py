@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,13 @@ def test_a_plan_replaces_plans_alone(tmp_path: Path) -> None:
         _check_places(notes, tmp_path / "report", wish)
 
 
-def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path: Path) -> None:
-    """Scratch folders go with it; a copy of the process just goes."""
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_ends_a_command_as_ctrl_c_does(
+    ctrl_c: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Scratch folders go with it, also where Ctrl-C is ignored; a copy of the process just goes."""
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, ctrl_c)
     before = signal.getsignal(signal.SIGTERM)
     with ended_as_by_ctrl_c():
         with pytest.raises(KeyboardInterrupt), tempfile.TemporaryDirectory(dir=tmp_path):
