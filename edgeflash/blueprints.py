@@ -7,6 +7,7 @@ anyone trains. What such a folder draws is noise.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,19 +138,18 @@ class Blueprint:
             raise unknown("decoder", chosen, DECODERS)
         return cls(path.stem if path.suffix == ".json" else what, unet, chosen)
 
-    def networks(self) -> dict[str, Any]:
-        """Component -> network, float32, the same weights every time."""
+    def networks(self) -> Iterator[tuple[str, Any]]:
+        """Components and networks, float32, one after the other, the same weights every time."""
         import torch
         import transformers
         from diffusers import UNet2DConditionModel
 
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(**{"sample_size": 64} | self.unet)
-        named = {name: getattr(transformers, kind) for name, kind in self._text_encoders.items()}
+        yield "unet", UNet2DConditionModel(**{"sample_size": 64} | self.unet)
         configs = TEXT_ENCODERS[self.unet["cross_attention_dim"]]
-        pairs = zip(named.items(), configs, strict=True)
-        texts = {name: _text_encoder(kind, config) for (name, kind), config in pairs}
-        return {"unet": unet, **texts, "vae": _autoencoder(self.decoder)}
+        for (name, kind), config in zip(self._text_encoders.items(), configs, strict=True):
+            yield name, _text_encoder(getattr(transformers, kind), config)
+        yield "vae", _autoencoder(self.decoder)
 
     @property
     def _text_encoders(self) -> dict[str, str]:
@@ -162,8 +162,9 @@ class Blueprint:
         from edgeflash.networks_sd import quiet
 
         with quiet():
-            for component, network in self.networks().items():
+            for component, network in self.networks():
                 network.save_pretrained(folder / component)
+                del network  # before the next one is made
         self.write_rest(folder)
 
     def write_configs(self, folder: Path) -> None:
@@ -171,7 +172,7 @@ class Blueprint:
         import torch
 
         with torch.device("meta"):
-            networks = self.networks()
+            networks = dict(self.networks())
         for component, network in networks.items():
             save = getattr(network, "save_config", None) or network.config.save_pretrained
             save(folder / component)

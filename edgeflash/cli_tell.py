@@ -23,6 +23,7 @@ from edgeflash.arguments import (
     read_size,
     typed,
 )
+from edgeflash.errors import EdgeflashError
 
 telling = typer.Typer()
 out = Console(highlight=False)
@@ -212,9 +213,11 @@ def search(
     size: Annotated[str | None, typer.Option(help="In px, as in 512 or 512x768.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 1,
     on: Annotated[str | None, typer.Option(help="Runtime to measure blocks on, here.")] = None,
-    precision: Annotated[str, typer.Option(help="There, as in int8.")] = "fp32",
+    precision: Annotated[str | None, typer.Option(help="There, as in int8. Default fp32.")] = None,
     device: Annotated[str | None, typer.Option(help="Or: estimate them there.")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Counted runs of whole students.")] = 5,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="There, of whole students: counted ones. Default 5.")
+    ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Its folder.")] = Path("search"),
 ) -> None:
     """Search what to remove from a UNet, under a budget: a student's architecture, and why."""
@@ -226,10 +229,14 @@ def search(
     from edgeflash.shelf import require
 
     require("search", ["torch", "diffusers", "transformers"])
-    way, there = Way(on, precision) if on else None, Device.timed(device) if device else None
+    for flag, value in {"--precision": precision, "--runs": runs}.items():
+        if value and not on:
+            raise EdgeflashError(f"{flag}: goes with --on alone, where something is measured")
+    way = Way(on, precision or "fp32") if on else None
+    there = Device.timed(device) if device else None
     wish = Wish(budget_ms, steps, way, there, read_size(size))
     found = look(
-        asked_for(teacher, decoder), wish, out_dir, runs=runs, command=typed(), console=err
+        asked_for(teacher, decoder), wish, out_dir, runs=runs or 5, command=typed(), console=err
     )
     out.print(found_tables(found))
     print(f"wrote {out_dir / FILE} and {out_dir / 'search.json'}; to train it:")

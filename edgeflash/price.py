@@ -15,7 +15,7 @@ from edgeflash.bundle import DENOISERS, EACH_STEP, Bundle
 from edgeflash.devices import Device
 from edgeflash.disk import check_writable
 from edgeflash.embedded import located
-from edgeflash.errors import EdgeflashError
+from edgeflash.errors import EdgeflashError, Stopped
 from edgeflash.export_options import ExportOptions
 from edgeflash.floors import METRICS
 from edgeflash.machine import Machine
@@ -103,7 +103,8 @@ def price(
 
     Raises:
         EdgeflashError: ``out`` is a file, a way is not on the shelf or takes no device's time, or
-            options do not fit the student.
+            options do not fit the student. A way that fails on the way is told at the end, when the
+            others' report is written.
     """
     from edgeflash.work import gflops
 
@@ -115,6 +116,7 @@ def price(
     machine = Machine.here()
     top = peaks({"fp32", *(sums_of(w.precision, w.options.get(SUMMED)) for w in ways)})
     systems: list[System] = []
+    failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="edgeflash-price-") as scratch:
         folder, name = _folder(student, Path(scratch), console)
         opened = Student.open(folder)
@@ -122,10 +124,17 @@ def price(
         if opened.guidance().doubles:
             work |= {name: 2 * work[name] for name in EACH_STEP if name in work}
         for way, target in zip(ways, targets, strict=True):
-            bundle = _export(opened, target, Path(scratch) / "bundle", steps, size, console)
-            for count in steps:
-                found = _bench(bundle, way, name, count, runs, console)
-                systems.append(_with_work(found, bundle, way, work, top, devices))
+            try:
+                bundle = _export(opened, target, Path(scratch) / "bundle", steps, size, console)
+                for count in steps:
+                    found = _bench(bundle, way, name, count, runs, console)
+                    systems.append(_with_work(found, bundle, way, work, top, devices))
+            except Stopped:
+                raise
+            except EdgeflashError as error:
+                failed.append(f"{way.on} {way.precision}: {error}")
+    if not systems:
+        raise EdgeflashError("; ".join(failed))
     report = Report(
         title=f"the price of {name}",
         command=command,
@@ -135,6 +144,8 @@ def price(
     )
     report.save(out / REPORT)
     write_html(report, out / "report.html")
+    if failed:
+        raise EdgeflashError(f"{out} has the others: {'; '.join(failed)}")
     return report
 
 

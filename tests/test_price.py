@@ -50,6 +50,14 @@ from edgeflash.search_times import MeasuredTimes
 from edgeflash.student import Student
 from edgeflash.work import gflops
 
+SYSTEM = {
+    "name": "tiny",
+    "steps": 3,
+    "latency_ms_p50": 1000,
+    "latency_ms_p90": 1000,
+    "size_mib": 1,
+    "conditions": {"runtime": "onnx", "height": 8, "width": 8},
+}
 STAGES = ("text_encoder", "unet", "vae_decoder")
 PARAMETERS = {  # arXiv 2305.15798, tab. 1, and 2403.16627, to the last one
     "sd15": 859_520_964,
@@ -165,6 +173,31 @@ def test_every_way_is_run_and_priced(
     assert len(price_tables(made, [device]).renderables) == 3
 
 
+def test_a_way_that_fails_leaves_the_others(
+    one_step_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, ways = Student.open(one_step_student), [Way("onnx", "fp32"), Way("onnx", "int8")]
+    made = System.model_validate(SYSTEM)
+
+    def bench(bundle: Any, way: Way, *_: Any) -> System:
+        if way.precision in refused:
+            raise EdgeflashError("no memory left")
+        return made
+
+    monkeypatch.setattr("edgeflash.price._export", lambda *_: None)
+    monkeypatch.setattr("edgeflash.price._bench", bench)
+    monkeypatch.setattr("edgeflash.price._with_work", lambda system, *_: system)
+    monkeypatch.setattr("edgeflash.price.peaks", lambda _: {})
+    refused = {"int8", "fp32"}
+    with pytest.raises(EdgeflashError, match=r"^onnx fp32: no memory left; onnx int8: no memory"):
+        price(opened, ways, tmp_path / "out", steps=(1,), console=QUIET)
+    assert not (tmp_path / "out").exists()
+    refused = {"fp32"}
+    with pytest.raises(EdgeflashError, match=r"out has the others: onnx fp32: no memory left$"):
+        price(opened, ways, tmp_path / "out", steps=(1,), console=QUIET)
+    assert read_report(tmp_path / "out").systems == (made,)
+
+
 @pytest.mark.slow
 def test_guided_students_cost_two_calls_a_step(guided_student: Path, tmp_path: Path) -> None:
     opened = Student.open(guided_student)
@@ -229,16 +262,7 @@ def test_the_roof_is_the_lower_one_of_sums_and_memory(tmp_path: Path) -> None:
     assert moved_mib(bundle)["vae_decoder"] == pytest.approx(decoder_mib)
     more_mib = 2 * 4 * (3 * 4 * 4 + 3 * 8 * 8) / 2**20
     assert moved_mib(bundle, 2)["vae_decoder"] == pytest.approx(decoder_mib + more_mib)
-    system = System.model_validate(
-        {
-            "name": "tiny",
-            "steps": 3,
-            "latency_ms_p50": 1000,
-            "latency_ms_p90": 1000,
-            "size_mib": 1,
-            "conditions": {"runtime": "onnx", "height": 8, "width": 8},
-        }
-    )
+    system = System.model_validate(SYSTEM)
     work = {"text_encoder": 0.0, "unet": 4.0, "vae_decoder": 2.0}
     slow = decoder_mib * 2**20 / 1e9 / 0.5  # GB/s for which it takes half a second
     top = {"fp32": 10.0, "int8": 80.0, "GB/s": slow}
