@@ -165,8 +165,9 @@ def _over_seeds(values: Sequence[float], digits: int) -> str:
 HEAD = """# The methods, side by side
 
 `edgeflash benchmark-methods`: each method begins with the same student (pruned by `blocks`, and
-distilled to draw as its teacher does), and trains as many steps as fit into the same time, with
-the options of `benchmark.toml`, of which `ablations.toml` changes some. The time is that of
+distilled to draw as its teacher does; each machine trains its own by the same recipe), and trains
+as many steps as fit into the same time, with the options of `benchmark.toml`, of which
+`ablations.toml` changes some. The time is that of
 training. What the data took before the first step is not taken off it, and stands beside it as
 "before": latents and captions encoded, and of `ladd` and `gan` the teacher's own drawings of all
 captions. It is told of every method that needs it, though it is made once.

@@ -81,6 +81,8 @@ class OnnxRuntime(Runtime):
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = self.threads
         options.log_severity_level = 3  # its warnings are about itself; errors are raised below
+        # CPUs with AVX2 and without VNNI else add int8 products in 16 bits, which overflow.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         if component.precision.endswith("-weights"):
             # Else it widens the weights anew in every run, and convolutions lose their layout.
             options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -24,6 +24,7 @@ class Imagined:
     found: ClassVar[str] = ""
 
     def __init__(self, path: str, options: Any, providers: Any) -> None:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
         Imagined.asked = providers
         self.real = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
