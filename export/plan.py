@@ -49,6 +49,7 @@ NONE = "none"
 CALIBRATED = ("int8", "fp8")  # words whose ranges come from recorded calls
 IDLE = (  # options that floats have no use for
     *("plan", "quantized", "rest", "attention", "shortcuts", "edges", "ranges", "activations"),
+    "narrow",
 )
 PIXELS = ("sample", "latent", "image", "prediction", PICTURE)  # roles of tensors
 

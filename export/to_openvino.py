@@ -63,6 +63,12 @@ class OpenVinoTarget(Quantizing):
         "fp32", description="of weights and sums"
     )
 
+    narrow: bool = Field(
+        False,
+        description="int8: weights of 7 bits, for CPUs with AVX2 and without VNNI, where products "
+        "of 8 overflow",
+    )
+
     @property
     def honours(self) -> tuple[str, ...]:
         return ("int8", "int8-weights")
@@ -87,7 +93,7 @@ class OpenVinoTarget(Quantizing):
             model, layers = _converted(whole, captured.component), onnx_graph.layers(graph)
             if precision not in FLOATS:
                 words = decide(model, captured, self, layers, out)
-                model = to_int8(model, captured, words)
+                model = to_int8(model, captured, words, narrow=self.narrow)
             if self.halves(captured.component):
                 to_half(model)
             model.set_rt_info(json.dumps(layers), LAYERS)

@@ -23,6 +23,7 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.export.bisect import bisect_bundles, check_pair
 from edgeflash.export.line import export_student
 from edgeflash.export_options import ExportOptions
+from edgeflash.machine import overflows_int8
 from edgeflash.noise import randn
 from edgeflash.openvino_core import core
 from edgeflash.parity import psnr_db
@@ -85,7 +86,8 @@ def read(path: Path) -> Any:
 def test_every_precision_passes_the_ladder(
     precision: str, one_step_student: Path, tmp_path: Path
 ) -> None:
-    target = shelf.make(Target, "openvino", {"precision": precision})
+    narrow = {"narrow": True} if precision == "int8" and overflows_int8() else {}
+    target = shelf.make(Target, "openvino", {"precision": precision} | narrow)
     student = Student.open(one_step_student)
     asked = ExportOptions()
     bundle = export_student(student, target, tmp_path / "out", asked, console=QUIET)
@@ -254,6 +256,8 @@ def test_it_draws_what_onnx_runtime_draws(
 
 @pytest.mark.parametrize("name", ["guided", "one_step"])
 def test_it_opens_onnx_bundles_too(name: str, request: pytest.FixtureRequest) -> None:
+    if name == "one_step" and overflows_int8():
+        pytest.skip("here OpenVINO adds products of 8 bits in 16, and its int8 has no other form")
     bundle = request.getfixturevalue(name).bundle
     figures = verify(bundle, on())
     assert all(f.passed for f in figures), [f for f in figures if not f.passed]
