@@ -93,15 +93,6 @@ def _cpu() -> str:
     return board or platform.processor() or platform.machine()
 
 
-def overflows_int8(told: str | None = None) -> bool:
-    """Whether products of int8 are added in 16 bits here: x86 with AVX2 and without VNNI.
-
-    False where nobody tells. ``told``: what `/proc/cpuinfo` says; None: look.
-    """
-    words = set((told if told is not None else _read("/proc/cpuinfo") or "").split())
-    return "avx2" in words and not any(word.endswith("_vnni") for word in words)
-
-
 def usable_cores() -> int:
     """Logical cores this process may use; 1 where nobody tells."""
     if hasattr(os, "sched_getaffinity"):

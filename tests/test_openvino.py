@@ -16,6 +16,7 @@ import onnx
 import pytest
 from exported import QUIET, Exported, export
 from test_bisect import remade
+from this_cpu import overflows_int8
 
 from edgeflash import shelf
 from edgeflash.bundle import Bundle, TensorSpec
@@ -23,7 +24,6 @@ from edgeflash.errors import EdgeflashError
 from edgeflash.export.bisect import bisect_bundles, check_pair
 from edgeflash.export.line import export_student
 from edgeflash.export_options import ExportOptions
-from edgeflash.machine import overflows_int8
 from edgeflash.noise import randn
 from edgeflash.openvino_core import core
 from edgeflash.parity import psnr_db

@@ -93,6 +93,26 @@ def test_ranges_are_the_extremes_of_all_calls() -> None:
     assert (low, high) == pytest.approx((-3.0, 7.0), rel=0.03)  # zero is a multiple of the scale
 
 
+@pytest.mark.parametrize(("narrow", "most"), [(False, 127), (True, 64)])
+def test_narrow_weights_have_7_bits(narrow: bool, most: int) -> None:
+    """Those of all layers: NNCF does so with the first by itself."""
+    rng = np.random.default_rng(0)
+    x = ops.parameter([-1, CHANNELS, SIDE, SIDE], np.float32, "x")
+    x.output(0).set_names({"x"})
+    layers = [x]
+    for _ in range(3):
+        weights = ops.constant(rng.normal(size=(CHANNELS, CHANNELS, 3, 3)).astype(np.float32))
+        layers.append(convolution(ops.relu(layers[-1]), weights))
+    model = openvino.Model([layers[-1]], [x])
+    call = rng.normal(size=(1, CHANNELS, SIDE, SIDE)).astype(np.float32)
+    recorded = SimpleNamespace(calibration=[SimpleNamespace(inputs={"x": call})])
+    words = {layer.get_friendly_name(): "int8" for layer in layers[1:]}
+    found = to_int8(model, recorded, words, narrow=narrow)  # type: ignore[arg-type]
+    held = [op.data for op in found.get_ops() if op.get_type_name() == "Constant"]
+    greatest = [np.abs(each.astype(int)).max() for each in held if each.dtype == np.int8]
+    assert len(greatest) == 3 and max(greatest) == most
+
+
 @pytest.mark.slow
 def test_the_shipped_student_passes(tmp_path: Path) -> None:
     """Prompts that were not calibrated on fell to 19 dB with SmoothQuant and mean ranges."""

@@ -19,7 +19,7 @@ from edgeflash import machine, report, report_svg, shelf
 from edgeflash.comparison import compare, comparison_table
 from edgeflash.errors import EdgeflashError
 from edgeflash.inspect import verdicts
-from edgeflash.machine import PACKAGES, Machine, overflows_int8
+from edgeflash.machine import PACKAGES, Machine
 from edgeflash.report import Percentiles, Report, Sustained, System, read_report
 from edgeflash.roles import Runtime
 
@@ -141,12 +141,6 @@ def test_verdicts_fit_a_narrow_terminal() -> None:
     rows = [line.split() for line in text.splitlines()]
     assert ["two", "objects", *["12.5%"] * 4] in rows and ["background", *["25.0%"] * 4] in rows
     assert ["1", "step", "2", "steps", "4", "steps", "8", "steps"] in rows
-
-
-def test_where_products_of_int8_overflow() -> None:
-    assert overflows_int8("flags : fpu avx avx2 fma")
-    for flags in ("avx2 avx512_vnni", "avx2 avx_vnni", "asimd", ""):
-        assert not overflows_int8(f"flags : fpu {flags}")
 
 
 def test_the_machine_tells_itself() -> None:
